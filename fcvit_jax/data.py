@@ -1,0 +1,283 @@
+"""Datasets to batches: TFDS records or image folders, decoded and augmented in Grain workers, sharded over hosts.
+
+A batch is a pure function of (seed, step): step gives the epoch and the rows of that epoch's permutation, and every example is
+augmented by a generator of its own, seeded by (seed, epoch, example). So nothing has to be saved to resume, and the
+number of workers and hosts changes nothing.
+"""
+
+import dataclasses
+import functools
+import os
+import signal
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import flags
+
+from fcvit_jax import augment, digits
+from fcvit_jax.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A dataset opened for training and evaluation, as `open_dataset` returns it.
+
+    Attributes:
+      train, eval: the examples of the two splits; None if synthetic.
+      num_train, num_eval: number of examples.
+      class_names: one name per class, in the order of the labels.
+      batch_size: images per step over all hosts.
+      image_size: height and width of the images in pixels.
+      workers, prefetch: decoding processes on this host; finished batches that each keeps ready.
+      crop_pct: share of the resized image that evaluation crops.
+      augmentation: keyword arguments of `augment.train_transform`.
+    """
+
+    train: "_Records | _Files | None"
+    eval: "_Records | _Files | None"
+    num_train: int
+    num_eval: int
+    class_names: tuple[str, ...]
+    batch_size: int
+    image_size: int
+    workers: int
+    prefetch: int
+    crop_pct: float
+    augmentation: dict
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_train // self.batch_size
+
+
+def open_dataset(
+    *,
+    dataset,
+    batch_size,
+    data_dir="~/tensorflow_datasets",
+    image_size=224,
+    workers=0,
+    prefetch=2,
+    train_split="train",
+    eval_split="validation",
+    crop_pct=0.9,
+    crop_scale=(0.08, 1.0),
+    crop_ratio=(3 / 4, 4 / 3),
+    flip=0.5,
+    rand_augment=(2, 9.0, 0.5),
+) -> Data:
+    """Opens a dataset for `train_batches` and `eval_batches`; reads no image yet.
+
+    Args:
+      dataset: "digits"; a TFDS name such as "imagenet2012", with the features image and label; "folder:PATH", a folder
+        with train/CLASS/*.jpg and val/CLASS/*.jpg (or validation/; also .jpeg, .png, .webp); or "synthetic", noise of the
+        size of ImageNet, for measuring the training step alone (its evaluation is a single batch).
+      batch_size: images per step over all hosts (int).
+      data_dir: where TFDS keeps its data (str).
+      image_size: height and width of the images in pixels (int).
+      workers: decoding processes on this host (int); 0 decodes in a thread of this process.
+      prefetch: finished batches that each worker keeps ready (int).
+      train_split, eval_split: TFDS splits (str), slices such as "train[:1%]" included.
+      crop_pct: share of the resized image that evaluation crops (float).
+      crop_scale, crop_ratio, flip, rand_augment: see `augment.train_transform`.
+
+    Raises:
+      UserError: the dataset is unknown, not prepared, or not made of images and labels; the message says what to do.
+
+    Example:
+      data = open_dataset(dataset="digits", batch_size=128, image_size=32, rand_augment=None)
+      for batch in train_batches(data, seed=0, start_step=0, num_steps=data.steps_per_epoch):
+          batch["image"], batch["label"]  # uint8 (128, 32, 32, 3), int32 (128,)
+    """
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("image_size", image_size, 1),
+        ("workers", workers, 0),
+        ("prefetch", prefetch, 1),
+    ):
+        if value < least:
+            raise UserError(f"data.{name} is {value}: it must be at least {least}")
+
+    data_dir = os.path.expanduser(data_dir)
+    if dataset == "synthetic":
+        train, evaluation, class_names = None, None, tuple(f"class {i}" for i in range(1000))
+        num_train, num_eval = 1_281_167, batch_size
+    else:
+        if dataset.startswith("folder:"):
+            train, evaluation, class_names = _open_folder(os.path.expanduser(dataset.removeprefix("folder:")))
+        else:
+            train, evaluation, class_names = _open_tfds(dataset, data_dir, train_split, eval_split)
+        num_train, num_eval = len(train), len(evaluation)
+    if num_train < batch_size:
+        raise UserError(
+            f"{dataset} has {num_train} training images, less than one batch: data.batch_size is {batch_size}"
+        )
+    return Data(
+        train=train,
+        eval=evaluation,
+        num_train=num_train,
+        num_eval=num_eval,
+        class_names=class_names,
+        batch_size=batch_size,
+        image_size=image_size,
+        workers=workers,
+        prefetch=prefetch,
+        crop_pct=crop_pct,
+        augmentation=dict(crop_scale=crop_scale, crop_ratio=crop_ratio, flip=flip, rand_augment=rand_augment),
+    )
+
+
+def train_batches(data, seed, start_step, num_steps, process_index=0, process_count=1) -> Iterator[dict]:
+    """Yields this process's share of the training batches of steps start_step, ..., start_step + num_steps - 1.
+
+    Args:
+      data: from `open_dataset`.
+      seed: of the order and the augmentation (int, not negative).
+      start_step, num_steps: first step (its batch costs no more than any other) and number of batches.
+      process_index, process_count: process p gets rows p * b to (p + 1) * b of every global batch, b = batch_size / process_count.
+
+    Yields:
+      {"image": uint8 (b, image_size, image_size, 3), "label": int32 (b,)}. Every epoch is a new permutation of the examples,
+      cut to whole batches. `.close()` ends the workers.
+
+    Raises:
+      UserError: a batch cannot be split evenly; or an image cannot be read, with its name.
+    """
+    rows = _rows(data, process_index, process_count)
+    if data.train is None:
+        return _noise(data, len(rows), num_steps)
+    return _stream(data, functools.partial(_train_batch, data, seed, rows), start_step, start_step + num_steps)
+
+
+def eval_batches(data, process_index=0, process_count=1) -> Iterator[dict]:
+    """Yields this process's share of the evaluation images, every example exactly once over all processes.
+
+    Args:
+      data: from `open_dataset`.
+      process_index, process_count: as for `train_batches`.
+
+    Yields:
+      {"image": uint8 (b, image_size, image_size, 3), "label": int32 (b,), "mask": bool (b,)}: the same number of batches on
+      every process, the last filled up with zeros where mask is False. `.close()` ends the workers.
+
+    Raises:
+      UserError: as for `train_batches`.
+    """
+    rows = _rows(data, process_index, process_count)
+    if data.eval is None:
+        return _noise(data, len(rows), num_steps=1)
+    return _stream(data, functools.partial(_eval_batch, data, rows), 0, -(-data.num_eval // data.batch_size))
+
+
+def _rows(data, process_index, process_count):
+    if data.batch_size % process_count:
+        raise UserError(f"data.batch_size is {data.batch_size}: it must be a multiple of the {process_count} processes")
+    size = data.batch_size // process_count
+    return range(process_index * size, (process_index + 1) * size)
+
+
+def _train_batch(data, seed, rows, step):
+    epoch, position = divmod(step, data.steps_per_epoch)
+    indices = _epoch_order(seed, epoch, data.num_train)[position * data.batch_size :][rows.start : rows.stop].tolist()
+
+    def transform(encoded, index):
+        rng = np.random.default_rng([seed, epoch, index])
+        return augment.train_transform(encoded, rng, data.image_size, **data.augmentation)
+
+    return _load(data.train, indices, transform, len(rows), data.image_size)
+
+
+def _eval_batch(data, rows, number):
+    start = number * data.batch_size
+    indices = list(range(min(start + rows.start, data.num_eval), min(start + rows.stop, data.num_eval)))
+
+    def transform(encoded, index):
+        return augment.eval_transform(encoded, data.image_size, data.crop_pct)
+
+    batch = _load(data.eval, indices, transform, len(rows), data.image_size)
+    return batch | {"mask": np.arange(len(rows)) < len(indices)}
+
+
+@functools.lru_cache(maxsize=2)  # a worker may hold batches of two epochs
+def _epoch_order(seed, epoch, num_examples):
+    # The last word keeps this stream apart from those of the examples: numpy ignores trailing zeros.
+    return np.random.default_rng([seed, epoch, 0, 1]).permutation(num_examples)
+
+
+def _load(split, indices, transform, batch_size, image_size):
+    images = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
+    labels = np.zeros(batch_size, np.int32)
+    for row, (index, (encoded, label)) in enumerate(zip(indices, split.read(indices), strict=True)):
+        try:
+            images[row] = transform(encoded, index)
+        except Exception as error:
+            raise UserError(f"{split.describe(index)} is not a readable image: {error}") from error
+        labels[row] = label
+    return {"image": images, "label": labels}
+
+
+def _stream(data, load, start, stop):
+    if data.workers and not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, which absl refuses outside of app.run
+    threads = 0 if data.workers else 1
+    batches = (
+        grain.MapDataset.range(start, stop)
+        .map(load)
+        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads * data.prefetch))
+        .mp_prefetch(grain.MultiprocessingOptions(data.workers, data.prefetch), worker_init_fn=_start_worker)
+    )
+    return iter(batches)
+
+
+def _start_worker(index, count):
+    del index, count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends its workers itself
+
+
+def _noise(data, batch_size, num_steps):
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (batch_size, data.image_size, data.image_size, 3), np.uint8),
+        "label": rng.integers(0, data.num_classes, batch_size, np.int32),
+        "mask": np.ones(batch_size, bool),
+    }
+    for _ in range(num_steps):
+        yield batch
+
+
+@dataclasses.dataclass(frozen=True)
+class _Records:
+    """One split of a TFDS dataset."""
+
+    name: str
+    source: object
+
+    def __len__(self):
+        return len(self.source)
+
+    def read(self, indices):
+        return [(example["image"], example["label"]) for example in self.source.__getitems__(indices)]
+
+    def describe(self, index):
+        return f"Record {index} of {self.name}"
+
+
+def _open_tfds(name, data_dir, train_split, eval_split):
+    builder = digits.prepare(data_dir) if name == "digits" else tfds.builder(name, data_dir=data_dir)
+    splits = [
+        _Records(f"{name} {split}", builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}))
+        for split in (train_split, eval_split)
+    ]
+    return *splits, tuple(builder.info.features["label"].names)
+
+
+def _open_folder(path):
+    raise NotImplementedError

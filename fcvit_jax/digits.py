@@ -1,0 +1,68 @@
+"""A TFDS builder for the 1,797 handwritten digits that ship with scikit-learn: real images that need no download."""
+
+import contextlib
+import io
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+
+class Digits(tfds.core.GeneratorBasedBuilder):
+    """8x8 grey PNG images of ten classes: every sixth image is for validation (299), the others are for training (1,498)."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="The test set of the UCI Optical Recognition of Handwritten Digits data, from scikit-learn.",
+            homepage="https://archive.ics.uci.edu/dataset/80",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
+                    "label": tfds.features.ClassLabel(num_classes=10),
+                }
+            ),
+            disable_shuffling=True,  # so that record i of a split can be looked up in scikit-learn
+        )
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        return {
+            "train": self._generate_examples(validation=False),
+            "validation": self._generate_examples(validation=True),
+        }
+
+    def _generate_examples(self, validation):
+        from sklearn.datasets import load_digits  # slow to import, and needed only to write the records
+
+        digits = load_digits()
+        pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # scikit-learn's levels are 0..16
+        for index, (image, label) in enumerate(zip(pixels, digits.target, strict=True)):
+            if (index % 6 == 5) == validation:
+                file = io.BytesIO()
+                Image.fromarray(image).save(file, "png")
+                yield index, {"image": file.getvalue(), "label": int(label)}  # encoded: TFDS needs TensorFlow to encode
+
+
+def prepare(data_dir):
+    """Returns the builder of the digits, whose records it writes first if they are not there.
+
+    Args:
+      data_dir: folder of TFDS data (str); the records go to `digits/1.0.0` in it.
+
+    Several processes may call this at the same time: each writes a folder of its own, and the first to finish renames it.
+    """
+    builder = Digits(data_dir=data_dir, file_format="array_record")
+    if builder.data_path.exists():  # written elsewhere and renamed: it exists when it is complete
+        return builder
+    print(f"Writing scikit-learn's digits as PNG records to {builder.data_dir}", flush=True)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(None):  # TFDS would speak of a download
+            builder.download_and_prepare()
+    except OSError:
+        if not builder.data_path.exists():  # else another process was faster
+            raise
+    return Digits(data_dir=data_dir, file_format="array_record")
