@@ -1,4 +1,4 @@
-"""FCViT, the network: its parts, its variants and the two ways to use it. docs/model.md says exactly what is computed."""
+"""FCViT, the network: its parts, its variants and two ways to use it; docs/model.md says exactly what is computed."""
 
 import functools
 from collections.abc import Callable, Sequence

@@ -1,0 +1,62 @@
+"""Evaluation that counts every example exactly once."""
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from fcvit_jax import mixing
+from fcvit_jax.model import FCViT
+from fcvit_jax.sharding import global_batch
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def eval_step(model: FCViT, variables: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Sums, not means, over the examples of a batch that its mask keeps.
+
+    Args:
+      model: the network.
+      variables: its "params" and "batch_stats".
+      batch: "image" (N, H, W, 3) uint8, "label" (N,) int32, "mask" (N,) bool: False where a row is padding.
+
+    Returns:
+      Scalars: "loss" (cross-entropy) float32; "top1", "top5" and "count" int32.
+    """
+    logits = model.apply(variables, mixing.normalize(batch["image"]))
+    label, mask = batch["label"], batch["mask"]
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+    own = jnp.take_along_axis(logits, label[:, None], axis=1)
+    classes = jnp.arange(logits.shape[1])
+    # How many classes come before the label: the better ones (a NaN is better) and, as argmax has it, equals before it.
+    rank = (~(logits <= own) | ((logits == own) & (classes < label[:, None]))).sum(1)
+    return {
+        "loss": jnp.where(mask, loss, 0).sum(),
+        "top1": (mask & (rank < 1)).sum(),
+        "top5": (mask & (rank < 5)).sum(),
+        "count": mask.sum(),
+    }
+
+
+def evaluate(
+    model: FCViT, variables: Mapping[str, Any], batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh
+) -> dict[str, float | int]:
+    """Evaluates a model over all batches.
+
+    Args:
+      model: the network.
+      variables: its "params" and "batch_stats", on the mesh.
+      batches: this host's rows of each batch, as `data.eval_batches` yields them.
+      mesh: the devices.
+
+    Returns:
+      "loss" (mean cross-entropy), "top1" and "top5" (fractions) and "count" (examples).
+    """
+    sums = [eval_step(model, variables, global_batch(batch, mesh)) for batch in batches]
+    total = jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64)), *jax.device_get(sums))
+    count = int(total.pop("count"))
+    return {name: float(value) / count for name, value in total.items()} | {"count": count}

@@ -1,0 +1,105 @@
+"""Where arrays live: the mesh of devices, the shardings of batches and of the training state, and several hosts."""
+
+import os
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fcvit_jax.errors import UserError
+
+# Smaller tensors cost more to gather than they save.
+_MIN_SHARDED_SIZE = 1024
+
+# One of these in the environment says that a launcher started this process as one of several.
+_LAUNCHER_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+def start_distributed(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Connects this process to the others of the run, where flags or the environment say that there are others.
+
+    TPU pods, SLURM, Open MPI and `JAX_COORDINATOR_ADDRESS` are recognised; call before anything touches a device.
+
+    Args:
+      coordinator: "host:port" of process 0; None: from the environment.
+      num_processes: how many there are; None: from the environment.
+      process_id: which of them this one is; None: from the environment.
+
+    Raises:
+      UserError: the flags are incomplete, or the others cannot be reached.
+    """
+    flags = (coordinator, num_processes, process_id)
+    if any(flag is not None for flag in flags):
+        if any(flag is None for flag in flags):
+            raise UserError("Give all of --coordinator=HOST:PORT, --num_processes=N and --process_id=I, or none.")
+    elif not (
+        os.environ.get("JAX_COORDINATOR_ADDRESS")
+        or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+        or any(int(os.environ.get(name, 1)) > 1 for name in _LAUNCHER_COUNTS)
+    ):
+        return
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"Could not connect to the other processes of this run: {error}") from error
+
+
+def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
+    """Makes the mesh: batches are split over both axes, the training state over `fsdp`.
+
+    Args:
+      data: size of the first axis; -1: all devices that `fsdp` leaves.
+      fsdp: size of the second axis.
+
+    Raises:
+      UserError: the sizes do not fit the devices.
+    """
+    # In this order the rows of a host are consecutive in the global batch, whatever the number of hosts.
+    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    if data == -1:
+        data = max(len(devices) // fsdp, 1)
+    used = data * fsdp
+    if used > len(devices) or (jax.process_count() > 1 and used != len(devices)):
+        raise UserError(
+            f"mesh.data={data} x mesh.fsdp={fsdp} needs {used} devices, but there are {len(devices)}: "
+            "set mesh.data=-1 to use them all."
+        )
+    return Mesh(np.array(devices[:used]).reshape(data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Splits the first axis of a batch over all devices."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Makes the global batch from this host's rows (b, ...) of it."""
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), batch)
+
+
+def state_shardings(tree, mesh: Mesh):
+    """The sharding of every tensor of a state: its largest dimension that `fsdp` divides is split, or none is.
+
+    Tensors of fewer than 1,024 elements are kept whole on every device.
+
+    Args:
+      tree: a pytree of arrays or of `jax.ShapeDtypeStruct`.
+    """
+    fsdp = mesh.shape["fsdp"]
+
+    def sharding(x) -> NamedSharding:
+        divisible = [d for d in range(x.ndim) if x.shape[d] % fsdp == 0]
+        if fsdp == 1 or x.size < _MIN_SHARDED_SIZE or not divisible:
+            return NamedSharding(mesh, P())
+        largest = max(divisible, key=lambda d: x.shape[d])
+        return NamedSharding(mesh, P(*[None] * largest, "fsdp"))
+
+    return jax.tree.map(sharding, tree)
+
+
+def bytes_per_device(tree) -> int:
+    """Bytes that a sharded pytree of `jax.ShapeDtypeStruct` or arrays takes on each device."""
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
