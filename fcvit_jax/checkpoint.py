@@ -1,0 +1,237 @@
+"""The disk format: Orbax checkpoints of a run, how damaged ones are survived, and how weights are read from them."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from fcvit_jax.errors import UserError
+from fcvit_jax.state import TrainState
+
+
+def _manager(directory: Path, keep: int | None = None) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        # Steps are sparse and saved by `force`: whether a save is due is the caller's decision.
+        save_interval_steps=1,
+        enable_async_checkpointing=True,
+    )
+    return ocp.CheckpointManager(directory, options=options)
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """The parts of a state that are saved apart, so that weights can be read without the optimiser's state."""
+    items = {
+        "variables": {"params": state.params, "batch_stats": state.batch_stats},
+        "optimizer": {"step": state.step, "opt_state": state.opt_state},
+    }
+    return items if state.ema is None else items | {"ema": state.ema}
+
+
+@contextlib.contextmanager
+def _explained(action: str, advice: str):
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        raise UserError(f"Could not {action}: {reason}\n{advice}") from error
+
+
+def _agreed(ok: bool) -> bool:
+    """Whether `ok` holds on every host."""
+    return bool(np.all(multihost_utils.process_allgather(np.array(ok)))) if jax.process_count() > 1 else ok
+
+
+class Checkpointer:
+    """Writes a run's checkpoints: `<workdir>/checkpoints/<step>/`, the newest few, and `<workdir>/best/<step>/`.
+
+    Saving is asynchronous; every host calls every method.
+
+    Args:
+      workdir: the run's folder.
+      keep: how many of the newest checkpoints stay.
+    """
+
+    def __init__(self, workdir: str | Path, *, keep: int = 3):
+        if keep < 1:
+            raise UserError(f"checkpoint.keep={keep}: at least 1 checkpoint must be kept.")
+        self.directory = Path(workdir).absolute() / "checkpoints"
+        self._latest = _manager(self.directory, keep)
+        self._best = _manager(Path(workdir).absolute() / "best", keep=1)
+
+    def save(self, state: TrainState, metadata: dict[str, Any], *, best: bool = False) -> None:
+        """Starts to save a state under its step; does nothing where that step is saved already.
+
+        Args:
+          state: the training state; may be donated as soon as this returns.
+          metadata: what JSON can hold.
+          best: save it as the best instead.
+
+        Raises:
+          UserError: this save or the one before it failed; earlier checkpoints are intact.
+        """
+        manager, step = self._best if best else self._latest, int(state.step)
+        items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
+        with self._saving(f"step {step}"):
+            # A resumed run meets the steps again that it saved after its starting point: they hold the same state.
+            if step not in manager.all_steps():
+                manager.save(step, args=ocp.args.Composite(**items, metadata=ocp.args.JsonSave(metadata)), force=True)
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any], list[str]] | None:
+        """Restores the newest checkpoint that can be read; those that cannot are moved to `<workdir>/damaged/`.
+
+        Args:
+          abstract: shapes, dtypes and shardings of the state, as `state.abstract_state` gives them; the mesh need not
+            be the one that the checkpoint was written on.
+
+        Returns:
+          The state, its metadata and a line about each damaged checkpoint; None where there is no checkpoint.
+
+        Raises:
+          UserError: there are checkpoints, but none can be read; nothing was touched.
+        """
+        steps = sorted(self._latest.all_steps(), reverse=True)
+        found = []
+        for step in steps:
+            try:
+                state, metadata = self._restore_step(step, abstract)
+                reason = None
+            except Exception as error:  # whatever Orbax, TensorStore or the file system may say of a damaged one
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if _agreed(reason is None):
+                self._set_aside(steps[: len(found)])
+                return state, metadata, found
+            found.append(f"checkpoint {self.directory / str(step)} cannot be read: {reason or 'another host failed'}")
+        if not found:
+            return None
+        raise UserError(
+            "\n".join(found) + "\nNone of this run's checkpoints can be read. Nothing was changed: "
+            "restore them from a copy, or choose another --workdir to start afresh."
+        )
+
+    def _restore_step(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        items = {name: ocp.args.StandardRestore(item) for name, item in _items(abstract).items()}
+        restored = self._latest.restore(step, args=ocp.args.Composite(**items, metadata=ocp.args.JsonRestore()))
+        return (
+            TrainState(**restored["variables"], **restored["optimizer"], ema=restored.get("ema")),
+            restored["metadata"],
+        )
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if jax.process_index() == 0:
+            for step in steps:
+                aside = self.directory.parent / "damaged"
+                aside.mkdir(exist_ok=True)
+                (self.directory / str(step)).rename(aside / str(step))
+        if steps:
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("damaged checkpoints set aside")
+            self._latest.reload()
+
+    def wait(self) -> None:
+        """Waits until everything is on disk.
+
+        Raises:
+          UserError: a save failed.
+        """
+        with self._saving("the last step"):
+            self._latest.wait_until_finished()
+            self._best.wait_until_finished()
+
+    def _saving(self, what: str):
+        advice = "Earlier checkpoints are intact. Make room or mend the disk, then run the same command again."
+        return _explained(f"save the checkpoint of {what} under {self.directory.parent}", advice)
+
+    def close(self) -> None:
+        """Waits for saves in progress and releases Orbax's threads."""
+        self._latest.close()
+        self._best.close()
+
+
+def find_step(path: str | Path) -> Path:
+    """Finds the folder of one checkpoint.
+
+    Args:
+      path: a run's folder, its `checkpoints` or `best` folder (the newest step is taken), or one step's folder.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = Path(path).expanduser().absolute()
+    if not path.is_dir():
+        raise UserError(f"No checkpoint at {path}: there is no such folder.")
+    if (path / "variables").is_dir():
+        return path
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = sorted((p for p in folder.iterdir() if p.name.isdigit() and (p / "variables").is_dir()), key=_step_number)
+    if not steps:
+        raise UserError(f"No checkpoint in {folder}: give a run's folder, its checkpoints or best folder, or one step.")
+    return steps[-1]
+
+
+def _step_number(path: Path) -> int:
+    return int(path.name)
+
+
+def load_variables(path: str | Path, *, ema: bool = False) -> dict[str, Any]:
+    """Reads the weights of a checkpoint, as NumPy arrays.
+
+    Example::
+
+        variables = load_variables("runs/digits")                        # {"params": ..., "batch_stats": ...}
+
+    Args:
+      path: as in `find_step`.
+      ema: the exponential moving averages instead of the plain weights.
+
+    Raises:
+      UserError: there is no checkpoint, it holds no averages, or it cannot be read.
+    """
+    step = find_step(path)
+    item = step / ("ema" if ema else "variables")
+    if not item.is_dir():
+        raise UserError(f"{step} holds no exponential moving averages: the run did not keep them.")
+    with _explained(f"read the checkpoint {step}", "It is damaged or not one of ours; try an earlier step."):
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            tree = reader.metadata(item).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            return reader.restore(item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+
+
+def load_metadata(path: str | Path) -> dict[str, Any]:
+    """Reads what was saved beside the weights: "model" (arguments of `create_model`), "class_names", ...
+
+    Args:
+      path: as in `find_step`.
+
+    Raises:
+      UserError: there is no checkpoint, or it cannot be read.
+    """
+    step = find_step(path)
+    with _explained(f"read the metadata of {step}", "It is damaged or not one of ours; try an earlier step."):
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            return reader.restore(step / "metadata")
+
+
+def save_variables(path: str | Path, variables: dict[str, Any], metadata: dict[str, Any]) -> None:
+    """Writes weights as a checkpoint of their own, step 0 in a new folder.
+
+    Args:
+      path: the folder; must not hold a checkpoint.
+      variables: {"params": ..., "batch_stats": ...}.
+      metadata: as in `load_metadata`.
+
+    Raises:
+      UserError: the folder holds a checkpoint already, or cannot be written.
+    """
+    path = Path(path).expanduser().absolute()
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"{path} is not empty: choose another folder.")
+    with _explained(f"write {path}", "Is the disk full, or the folder not yours?"), _manager(path) as manager:
+        args = {"variables": ocp.args.StandardSave(variables), "metadata": ocp.args.JsonSave(metadata)}
+        manager.save(0, args=ocp.args.Composite(**args), force=True)
+        manager.wait_until_finished()
