@@ -1,0 +1,332 @@
+"""The host's share of the recipe: from the bytes of an image to the uint8 pixels of a batch, one image at a time.
+
+Training draws a crop, a resize filter, a flip and RandAugment `rand-m9-mstd0.5-inc1`; evaluation resizes and crops the
+centre. Decisions (`crop_box`, `draw_ops`, `eval_geometry`) are made apart from the pixels, and all randomness comes
+from the generator that is passed in. The pixels are Pillow's and equal those of the original's runs bit for bit; other
+libraries' bicubic resize differs from it by up to tens of grey levels.
+"""
+
+import io
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+
+from fcvit_jax.errors import UserError
+
+FILL = (124, 116, 104)  # 255 * ImageNet mean, rounded
+# What Pillow raises for broken or refused files.
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+RESAMPLE = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
+
+
+def train_transform(
+    encoded,
+    rng,
+    image_size=224,
+    *,
+    crop_scale=(0.08, 1.0),
+    crop_ratio=(3 / 4, 4 / 3),
+    flip=0.5,
+    rand_augment=(2, 9.0, 0.5),
+):
+    """Decode one training image, crop and resize it at random, flip it and apply RandAugment.
+
+    A pure function of the bytes, the arguments and the state of `rng`, from which it draws, in this order: the crop
+    (`crop_box`), the filter of the resize (bilinear or bicubic, 1/2 each), the flip and the ops (`draw_ops`).
+
+    Args:
+      encoded: bytes of an image file in any format Pillow reads.
+      rng: numpy Generator.
+      image_size: side of the output in pixels.
+      crop_scale: smallest and largest share of the image's area in the crop.
+      crop_ratio: smallest and largest width / height of the crop.
+      flip: probability of a horizontal flip; 0 turns it off.
+      rand_augment: (ops per image, magnitude, standard deviation of the magnitude), or None: off.
+
+    Returns:
+      uint8 (image_size, image_size, 3), RGB, read-only.
+
+    Raises:
+      UserError: see `decode`.
+
+    Example:
+      pixels = train_transform(open("cat.jpg", "rb").read(), np.random.default_rng(0))
+    """
+    box = crop_box(rng, *_open(encoded).size, crop_scale, crop_ratio)
+    resample = _draw_resample(rng)
+    image = decode(_keep_rows(encoded, box[3]))
+    # Not resize(box=...), which also reads pixels outside the box.
+    image = image.crop(box).resize((image_size, image_size), RESAMPLE[resample])
+    if rng.random() < flip:
+        image = image.transpose(Image.FLIP_LEFT_RIGHT)
+    if rand_augment is not None:
+        for op in draw_ops(rng, *rand_augment):
+            image = apply_op(image, *op)
+    return np.asarray(image)
+
+
+def eval_transform(encoded, image_size=224, crop_pct=0.9):
+    """Decode one image, resize its shorter side to image_size / crop_pct (bicubic) and crop the centre.
+
+    Args:
+      encoded: bytes of an image file in any format Pillow reads.
+      image_size: side of the output in pixels.
+      crop_pct: share of the resized shorter side that the crop keeps, in (0, 1].
+
+    Returns:
+      uint8 (image_size, image_size, 3), RGB, read-only.
+
+    Raises:
+      UserError: see `decode` and `eval_geometry`.
+
+    Example:
+      pixels = eval_transform(open("cat.jpg", "rb").read(), crop_pct=0.95)
+    """
+    image = decode(encoded)
+    size, box = eval_geometry(*image.size, image_size, crop_pct)
+    return np.asarray(image.resize(size, Image.BICUBIC).crop(box))
+
+
+def crop_box(rng, width, height, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+    """Draw the box of a random resized crop.
+
+    Draws area and aspect up to ten times, until the box fits, and then top and left; if none fits, takes the centre.
+
+    Args:
+      rng: numpy Generator, or anything with its `uniform(low, high)` and `integers(low, high, endpoint=True)`.
+      width, height: of the image in pixels, at least 1.
+      scale: smallest and largest share of the image's area.
+      ratio: smallest and largest width / height.
+
+    Returns:
+      (left, top, right, bottom) in pixels, right and bottom exclusive; never empty.
+    """
+    log_ratio = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = rng.uniform(*scale) * width * height
+        aspect = math.exp(rng.uniform(*log_ratio))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:  # 0 happens in images of one or two pixels, where the original fails
+            top = int(rng.integers(0, height - h, endpoint=True))
+            left = int(rng.integers(0, width - w, endpoint=True))
+            return left, top, left + w, top + h
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(height * ratio[1])
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def eval_geometry(width, height, image_size, crop_pct):
+    """Compute the sizes and offsets of the evaluation transform.
+
+    The shorter side becomes floor(image_size / crop_pct), the longer is truncated, offsets are rounded half to even.
+
+    Args:
+      width, height: of the image in pixels.
+      image_size, crop_pct: see `eval_transform`.
+
+    Returns:
+      (width, height) after the resize, and the crop's (left, top, right, bottom) in it.
+
+    Raises:
+      UserError: crop_pct not in (0, 1].
+    """
+    if not 0 < crop_pct <= 1:
+        raise UserError(f"crop_pct must be in (0, 1], not {crop_pct}")
+    short = math.floor(image_size / crop_pct)
+    if width <= height:
+        size = short, int(short * height / width)
+    else:
+        size = int(short * width / height), short
+    left, top = (round((side - image_size) / 2) for side in size)
+    return size, (left, top, left + image_size, top + image_size)
+
+
+def decode(encoded):
+    """Decode an image file to RGB.
+
+    Grey, palette, CMYK and transparent images become RGB as by Pillow's `convert("RGB")`, which ignores alpha; 16-bit
+    grey keeps its upper byte, as 16-bit colour does in Pillow. The EXIF orientation is ignored.
+
+    Args:
+      encoded: bytes of an image file in any format Pillow reads.
+
+    Returns:
+      RGB PIL image; of several frames, the first.
+
+    Raises:
+      UserError: no image, a truncated or broken one, or more pixels than Pillow accepts (a decompression bomb); the
+        message says which of these, and the caller which file.
+    """
+    image = _open(encoded)
+    try:
+        image.load()
+    except BROKEN as error:
+        raise UserError(f"broken {image.format} of {len(encoded)} bytes: {error}") from error
+    image.info.pop("transparency", None)  # ignored like any alpha, but Pillow would warn
+    if image.mode.startswith("I"):  # 16-bit grey is "I;16" and kin, or "I" in older Pillow; convert would clip to white
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _open(encoded):
+    """The image with its header read, and its pixels not yet."""
+    try:
+        return Image.open(io.BytesIO(encoded))
+    except UnidentifiedImageError as error:
+        found = f"{len(encoded)} bytes beginning with {encoded[:16]!r}" if encoded else "no bytes at all"
+        raise UserError(f"unknown or broken image format: {found}") from error
+    except BROKEN as error:
+        raise UserError(str(error)) from error
+
+
+# Markers of the JPEG segments before the frame header (Huffman and quantisation tables, restart interval, comment,
+# application data), and of the frame headers of baseline, extended and progressive files.
+JPEG_TABLES = {bytes((0xFF, marker)) for marker in (0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0))}
+JPEG_FRAMES = {b"\xff\xc0", b"\xff\xc1", b"\xff\xc2"}
+
+
+def _keep_rows(encoded, rows):
+    """The same JPEG with a smaller height in its header: decoding ends soon after the first `rows`, which stay exact.
+
+    Other files are returned as they are, and so is a JPEG without its end marker: the truncation must be noticed.
+    """
+    if not (encoded.startswith(b"\xff\xd8") and encoded.endswith(b"\xff\xd9")):
+        return encoded
+    at = 2
+    while encoded[at : at + 2] in JPEG_TABLES:
+        at += 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
+    height_at = slice(at + 5, at + 7)
+    height = rows + 8  # smooth upsampling of the chroma looks a little further
+    if encoded[at : at + 2] not in JPEG_FRAMES or height >= int.from_bytes(encoded[height_at], "big"):
+        return encoded
+    return encoded[: height_at.start] + height.to_bytes(2, "big") + encoded[height_at.stop :]
+
+
+class Op(NamedTuple):
+    """A RandAugment op: the level gives an argument, the argument gives the pixels."""
+
+    argument: Callable  # level -> argument
+    pixels: Callable  # (image, argument, resample) -> image
+    signed: bool = False  # takes levels in [-10, 10] rather than [0, 10]
+
+
+def _up_to(limit):
+    return lambda level: level / 10 * limit
+
+
+def _no_argument(level):
+    return None
+
+
+def _factor(level):
+    return max(0.1, 1.0 + level / 10 * 0.9)
+
+
+def _lookup(function):
+    """Pixels from a function of (value, argument)."""
+    return lambda image, argument, _: image.point([function(value, argument) for value in range(256)] * 3)
+
+
+def _enhance(enhancer):
+    return lambda image, factor, _: enhancer(image).enhance(factor)
+
+
+def _affine(matrix):
+    """Pixels from a function of (image, argument) that gives the map from output to input, origin at the top left."""
+    return lambda image, argument, resample: image.transform(
+        image.size, Image.AFFINE, matrix(image, argument), resample, fillcolor=FILL
+    )
+
+
+def _rotate(image, degrees, resample):
+    return image.rotate(degrees, resample, fillcolor=FILL)
+
+
+# timm's "increasing" set: a higher level changes the image more.
+OPS = {
+    "AutoContrast": Op(_no_argument, lambda image, *_: ImageOps.autocontrast(image)),
+    "Equalize": Op(_no_argument, lambda image, *_: ImageOps.equalize(image)),
+    "Invert": Op(_no_argument, lambda image, *_: ImageOps.invert(image)),
+    "Rotate": Op(_up_to(30), _rotate, signed=True),
+    # The bits that are kept. 0 bits are black; ImageOps.posterize refuses them from Pillow 13 on.
+    "PosterizeIncreasing": Op(
+        lambda level: 4 - int(level / 10 * 4), _lookup(lambda value, bits: value >> (8 - bits) << (8 - bits))
+    ),
+    "SolarizeIncreasing": Op(
+        lambda level: 256 - int(level / 10 * 256),
+        _lookup(lambda value, threshold: value if value < threshold else 255 - value),
+    ),
+    "SolarizeAdd": Op(
+        lambda level: int(level / 10 * 110), _lookup(lambda value, add: min(255, value + add) if value < 128 else value)
+    ),
+    "ColorIncreasing": Op(_factor, _enhance(ImageEnhance.Color), signed=True),
+    "ContrastIncreasing": Op(_factor, _enhance(ImageEnhance.Contrast), signed=True),
+    "BrightnessIncreasing": Op(_factor, _enhance(ImageEnhance.Brightness), signed=True),
+    "SharpnessIncreasing": Op(_factor, _enhance(ImageEnhance.Sharpness), signed=True),
+    "ShearX": Op(_up_to(0.3), _affine(lambda image, factor: (1, factor, 0, 0, 1, 0)), signed=True),
+    "ShearY": Op(_up_to(0.3), _affine(lambda image, factor: (1, 0, 0, factor, 1, 0)), signed=True),
+    "TranslateXRel": Op(_up_to(0.45), _affine(lambda image, share: (1, 0, share * image.width, 0, 1, 0)), signed=True),
+    "TranslateYRel": Op(_up_to(0.45), _affine(lambda image, share: (1, 0, 0, 0, 1, share * image.height)), signed=True),
+}
+
+
+def draw_ops(rng, num_ops=2, magnitude=9.0, magnitude_std=0.5):
+    """Draw the RandAugment ops of one image.
+
+    Draws, in this order: the names, uniformly with replacement; then for each whether it is executed (probability 1/2)
+    and, if so, its level from N(magnitude, magnitude_std) clipped to [0, 10], its sign and its resample.
+
+    Args:
+      rng: numpy Generator.
+      num_ops, magnitude, magnitude_std: int, and floats in units of the level.
+
+    Returns:
+      List of (name, level, sign, resample), as `apply_op` takes them, in the order of execution; 0 to num_ops of them.
+    """
+    names = list(OPS)
+    drawn = []
+    for index in rng.integers(len(names), size=num_ops):
+        if rng.random() < 0.5:
+            level = min(max(rng.normal(magnitude, magnitude_std), 0.0), 10.0)
+            sign = -1 if rng.random() < 0.5 else 1
+            drawn.append((names[index], level, sign, _draw_resample(rng)))
+    return drawn
+
+
+def _draw_resample(rng):
+    return "bilinear" if rng.random() < 0.5 else "bicubic"
+
+
+def apply_op(image, name, level, sign=1, resample="bicubic"):
+    """Apply one RandAugment op to an RGB image.
+
+    Args:
+      image: RGB PIL image of any size.
+      name: a key of `OPS`.
+      level: float in [0, 10]; AutoContrast, Equalize and Invert ignore it.
+      sign: -1 negates the level of a signed op; other ops ignore it.
+      resample: "bilinear" or "bicubic", for rotation, shear and translation; other ops ignore it.
+
+    Returns:
+      A new RGB image of the same size.
+
+    Raises:
+      ValueError: no such op or resample.
+
+    Example:
+      >>> apply_op(Image.new("RGB", (64, 48)), "Rotate", 9.0, sign=-1, resample="bilinear").size
+      (64, 48)
+    """
+    if name not in OPS:
+        raise ValueError(f"no op {name!r}; there are {', '.join(OPS)}")
+    if resample not in RESAMPLE:
+        raise ValueError(f"no resample {resample!r}; there are {', '.join(RESAMPLE)}")
+    op = OPS[name]
+    return op.pixels(image, op.argument(-level if op.signed and sign < 0 else level), RESAMPLE[resample])
