@@ -1,8 +1,8 @@
-"""Datasets to batches: TFDS records or image folders, decoded and augmented in Grain workers, sharded over hosts.
+"""Datasets to batches: decoded, augmented and stacked in Grain workers, sharded over hosts.
 
-A batch is a pure function of (seed, step): step gives the epoch and the rows of that epoch's permutation, and every example is
-augmented by a generator of its own, seeded by (seed, epoch, example). So nothing has to be saved to resume, and the
-number of workers and hosts changes nothing.
+A batch is a pure function of (seed, step): the step gives the epoch and the rows of that epoch's permutation, and every
+example is augmented by a generator of its own, seeded by (seed, epoch, example). So a run resumes without any saved
+state, and the number of workers and hosts changes nothing.
 """
 
 import dataclasses
@@ -13,13 +13,10 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
-import tensorflow_datasets as tfds
 from absl import flags
 
-from fcvit_jax import augment, digits
+from fcvit_jax import augment, sources
 from fcvit_jax.errors import UserError
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +34,8 @@ class Data:
       augmentation: keyword arguments of `augment.train_transform`.
     """
 
-    train: "_Records | _Files | None"
-    eval: "_Records | _Files | None"
+    train: sources.Records | sources.Files | None
+    eval: sources.Records | sources.Files | None
     num_train: int
     num_eval: int
     class_names: tuple[str, ...]
@@ -78,8 +75,8 @@ def open_dataset(
 
     Args:
       dataset: "digits"; a TFDS name such as "imagenet2012", with the features image and label; "folder:PATH", a folder
-        with train/CLASS/*.jpg and val/CLASS/*.jpg (or validation/; also .jpeg, .png, .webp); or "synthetic", noise of the
-        size of ImageNet, for measuring the training step alone (its evaluation is a single batch).
+        with train/CLASS/*.jpg and val/CLASS/*.jpg (or validation/; also .jpeg, .png, .webp); or "synthetic", one batch
+        of noise, for measuring the training step alone: as many images and classes as ImageNet, one batch to evaluate.
       batch_size: images per step over all hosts (int).
       data_dir: where TFDS keeps its data (str).
       image_size: height and width of the images in pixels (int).
@@ -105,16 +102,18 @@ def open_dataset(
     ):
         if value < least:
             raise UserError(f"data.{name} is {value}: it must be at least {least}")
+    augment.eval_geometry(image_size, image_size, image_size, crop_pct)  # refuses a crop_pct out of range
 
-    data_dir = os.path.expanduser(data_dir)
     if dataset == "synthetic":
         train, evaluation, class_names = None, None, tuple(f"class {i}" for i in range(1000))
         num_train, num_eval = 1_281_167, batch_size
     else:
         if dataset.startswith("folder:"):
-            train, evaluation, class_names = _open_folder(os.path.expanduser(dataset.removeprefix("folder:")))
+            train, evaluation, class_names = sources.open_folder(os.path.expanduser(dataset.removeprefix("folder:")))
         else:
-            train, evaluation, class_names = _open_tfds(dataset, data_dir, train_split, eval_split)
+            train, evaluation, class_names = sources.open_tfds(
+                dataset, os.path.expanduser(data_dir), train_split, eval_split
+            )
         num_train, num_eval = len(train), len(evaluation)
     if num_train < batch_size:
         raise UserError(
@@ -142,18 +141,21 @@ def train_batches(data, seed, start_step, num_steps, process_index=0, process_co
       data: from `open_dataset`.
       seed: of the order and the augmentation (int, not negative).
       start_step, num_steps: first step (its batch costs no more than any other) and number of batches.
-      process_index, process_count: process p gets rows p * b to (p + 1) * b of every global batch, b = batch_size / process_count.
+      process_index, process_count: process p gets rows p * b, ..., (p + 1) * b - 1 of every global batch.
 
     Yields:
-      {"image": uint8 (b, image_size, image_size, 3), "label": int32 (b,)}. Every epoch is a new permutation of the examples,
-      cut to whole batches. `.close()` ends the workers.
+      {"image": uint8 (b, image_size, image_size, 3), "label": int32 (b,)}. Every epoch is a new permutation of the
+      examples, cut to whole batches. `.close()` ends the workers.
 
     Raises:
-      UserError: a batch cannot be split evenly; or an image cannot be read, with its name.
+      UserError: a batch cannot be split evenly; the seed is negative; or an image cannot be read, with its name.
     """
+    if seed < 0:
+        raise UserError(f"seed is {seed}: it must not be negative")
     rows = _rows(data, process_index, process_count)
     if data.train is None:
-        return _noise(data, len(rows), num_steps)
+        noise = _noise(data, len(rows))
+        return (noise for _ in range(num_steps))
     return _stream(data, functools.partial(_train_batch, data, seed, rows), start_step, start_step + num_steps)
 
 
@@ -165,15 +167,15 @@ def eval_batches(data, process_index=0, process_count=1) -> Iterator[dict]:
       process_index, process_count: as for `train_batches`.
 
     Yields:
-      {"image": uint8 (b, image_size, image_size, 3), "label": int32 (b,), "mask": bool (b,)}: the same number of batches on
-      every process, the last filled up with zeros where mask is False. `.close()` ends the workers.
+      {"image": uint8 (b, image_size, image_size, 3), "label": int32 (b,), "mask": bool (b,)}: the same number of
+      batches on every process, the last filled up with zeros where mask is False. `.close()` ends the workers.
 
     Raises:
       UserError: as for `train_batches`.
     """
     rows = _rows(data, process_index, process_count)
     if data.eval is None:
-        return _noise(data, len(rows), num_steps=1)
+        return (batch | {"mask": np.ones(len(rows), bool)} for batch in [_noise(data, len(rows))])
     return _stream(data, functools.partial(_eval_batch, data, rows), 0, -(-data.num_eval // data.batch_size))
 
 
@@ -218,8 +220,8 @@ def _load(split, indices, transform, batch_size, image_size):
     for row, (index, (encoded, label)) in enumerate(zip(indices, split.read(indices), strict=True)):
         try:
             images[row] = transform(encoded, index)
-        except Exception as error:
-            raise UserError(f"{split.describe(index)} is not a readable image: {error}") from error
+        except UserError as error:
+            raise UserError(f"{split.describe(index)}: {error}") from error
         labels[row] = label
     return {"image": images, "label": labels}
 
@@ -242,42 +244,9 @@ def _start_worker(index, count):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends its workers itself
 
 
-def _noise(data, batch_size, num_steps):
+def _noise(data, batch_size):
     rng = np.random.default_rng(0)
-    batch = {
+    return {
         "image": rng.integers(0, 256, (batch_size, data.image_size, data.image_size, 3), np.uint8),
         "label": rng.integers(0, data.num_classes, batch_size, np.int32),
-        "mask": np.ones(batch_size, bool),
     }
-    for _ in range(num_steps):
-        yield batch
-
-
-@dataclasses.dataclass(frozen=True)
-class _Records:
-    """One split of a TFDS dataset."""
-
-    name: str
-    source: object
-
-    def __len__(self):
-        return len(self.source)
-
-    def read(self, indices):
-        return [(example["image"], example["label"]) for example in self.source.__getitems__(indices)]
-
-    def describe(self, index):
-        return f"Record {index} of {self.name}"
-
-
-def _open_tfds(name, data_dir, train_split, eval_split):
-    builder = digits.prepare(data_dir) if name == "digits" else tfds.builder(name, data_dir=data_dir)
-    splits = [
-        _Records(f"{name} {split}", builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}))
-        for split in (train_split, eval_split)
-    ]
-    return *splits, tuple(builder.info.features["label"].names)
-
-
-def _open_folder(path):
-    raise NotImplementedError

@@ -9,7 +9,7 @@ from PIL import Image
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """8x8 grey PNG images of ten classes: every sixth image is for validation (299), the others are for training (1,498)."""
+    """8x8 grey PNG images of ten classes: every sixth for validation (299), the others for training (1,498)."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -52,7 +52,7 @@ def prepare(data_dir):
     Args:
       data_dir: folder of TFDS data (str); the records go to `digits/1.0.0` in it.
 
-    Several processes may call this at the same time: each writes a folder of its own, and the first to finish renames it.
+    Several processes may call this at once: each writes a folder of its own, and the first to finish renames it.
     """
     builder = Digits(data_dir=data_dir, file_format="array_record")
     if builder.data_path.exists():  # written elsewhere and renamed: it exists when it is complete

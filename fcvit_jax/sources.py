@@ -1,0 +1,206 @@
+"""Where examples come from: TFDS records or folders of image files, read as (encoded image, label) by index.
+
+A source can be pickled, for the worker processes, and has `len(source)`, `read(indices)` and `describe(index)`, which
+names an example in error messages.
+"""
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+
+import tensorflow_datasets as tfds
+
+from fcvit_jax import digits
+from fcvit_jax.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """One split of a TFDS dataset, in array_record files."""
+
+    dataset: str
+    split: str
+    source: Sequence
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, indices) -> Iterator[tuple[bytes, int]]:
+        try:
+            examples = self.source.__getitems__(indices)  # in parallel, which matters for remote files
+        except Exception:  # does not say which record
+            examples = map(self._read_one, indices)
+        return ((example["image"], example["label"]) for example in examples)
+
+    def describe(self, index) -> str:
+        file_name = self._read_one(index).get("file_name", b"").decode()
+        return f"record {index} of {self.dataset} {self.split}" + (f" ({file_name})" if file_name else "")
+
+    def _read_one(self, index):
+        try:
+            return self.source[index]
+        except Exception as error:
+            raise UserError(f"record {index} of {self.dataset} {self.split} cannot be read: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """One split of a folder: the class folders in it."""
+
+    folder: str
+    names: list[str]  # CLASS/FILE
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, indices) -> Iterator[tuple[bytes, int]]:
+        for index in indices:
+            try:
+                with open(self.describe(index), "rb") as file:
+                    yield file.read(), self.labels[index]
+            except OSError as error:
+                raise UserError(f"{self.describe(index)} cannot be read: {error.strerror}") from error
+
+    def describe(self, index) -> str:
+        return os.path.join(self.folder, self.names[index])
+
+
+def open_tfds(name, data_dir, train_split, eval_split) -> tuple[Records, Records, tuple[str, ...]]:
+    """Opens two splits of a TFDS dataset without importing TensorFlow; the digits are prepared if need be.
+
+    Args:
+      name: "digits" or a TFDS name, "NAME/CONFIG:VERSION" included.
+      data_dir: where TFDS keeps its data.
+      train_split, eval_split: TFDS splits, slices included.
+
+    Returns:
+      The two splits and the class names.
+
+    Raises:
+      UserError: the dataset is unknown, not prepared, not stored as array_record or without images and labels; a split
+        is missing. The message says what there is, or gives the commands that help.
+    """
+    if name == "digits":
+        builder = digits.prepare(data_dir)
+    else:
+        try:
+            builder = tfds.builder(name, data_dir=data_dir)
+        except (ValueError, AssertionError) as error:  # no such dataset, configuration or version
+            near = difflib.get_close_matches(name, ["digits", "synthetic", *tfds.list_builders()])
+            there = sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
+            raise UserError(
+                f"{str(error).splitlines()[0]} data.dataset is digits, synthetic, folder:PATH or a TFDS name"
+                f" (similar: {', '.join(near) or 'none'}; in {data_dir}: {', '.join(there) or 'nothing'})"
+            ) from error
+        if not builder.data_path.exists():
+            raise UserError(_how_to_prepare(builder, name, data_dir))
+        builder = tfds.builder_from_directory(builder.data_path)  # knows the formats that a conversion has added
+        if "array_record" not in {file_format.value for file_format in builder.info.available_file_formats()}:
+            raise UserError(_how_to_convert(builder))
+
+    features = dict(builder.info.features.items())
+    image, label = features.get("image"), features.get("label")
+    if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
+        raise UserError(
+            f"{name} lacks the features image (one image) and label (a class): it has {', '.join(features)}"
+        )
+
+    def open_split(key, split):
+        try:
+            decoders = {"image": tfds.decode.SkipDecoding()}
+            source = builder.as_data_source(split, decoders=decoders, file_format="array_record")
+        except ValueError as error:
+            known = ", ".join(builder.info.splits)
+            raise UserError(f"data.{key}={split}: {str(error).splitlines()[0]} {name} has {known}") from error
+        records = Records(name, split, source)
+        if next(records.read([0]))[1] < 0:
+            raise UserError(f"data.{key}={split} of {name} has no labels")
+        return records
+
+    return open_split("train_split", train_split), open_split("eval_split", eval_split), tuple(label.names)
+
+
+def _how_to_prepare(builder, name, data_dir):
+    lines = [
+        f"{name} is not prepared in {data_dir}. Prepare it, once (TensorFlow is needed for this alone):",
+        "  pip install tensorflow-cpu importlib_resources",
+    ]
+    if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+        lines += [
+            f"  mkdir -p {data_dir}/downloads/manual",
+            f"  # put the files there: {' '.join(builder.MANUAL_DOWNLOAD_INSTRUCTIONS.split())}",
+        ]
+    lines += [
+        '  python -c "import tensorflow_datasets as tfds;'
+        f" tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record').download_and_prepare()\"",
+    ]
+    return "\n".join(lines)
+
+
+def _how_to_convert(builder):
+    return f"""{builder.data_path} is stored as {builder.info.file_format.value}, which has no random access.
+Add array_record files to it (TensorFlow and Beam are needed for this alone; Beam goes to a folder of its own):
+  pip install tensorflow-cpu importlib_resources && pip install --target=beam apache-beam
+  PYTHONPATH=beam python -m tensorflow_datasets.scripts.convert_format --out_file_format=array_record \\
+    --dataset_version_dir={builder.data_path}"""
+
+
+def open_folder(path) -> tuple[Files, Files, tuple[str, ...]]:
+    """Opens a folder with train/CLASS/IMAGE and val/CLASS/IMAGE (or validation/); classes and files in sorted order.
+
+    Args:
+      path: the folder; images end in .jpg, .jpeg, .png or .webp, in any case.
+
+    Returns:
+      The two splits and the class names.
+
+    Raises:
+      UserError: a folder is missing, a class is empty, or train and val differ in their classes.
+    """
+    train = os.path.join(path, "train")
+    evaluation = [os.path.join(path, name) for name in ("val", "validation") if os.path.isdir(os.path.join(path, name))]
+    if not os.path.isdir(train) or len(evaluation) != 1:
+        raise UserError(f"{path} must have a folder train, and one of val and validation")
+    (evaluation,) = evaluation
+    train_classes, eval_classes = _list_classes(train), _list_classes(evaluation)
+    if train_classes.keys() != eval_classes.keys():
+        raise UserError(
+            f"{train} and {evaluation} have different classes:"
+            f" only the first has {_first(train_classes.keys() - eval_classes.keys())},"
+            f" only the second has {_first(eval_classes.keys() - train_classes.keys())}"
+        )
+    return _files(train, train_classes), _files(evaluation, eval_classes), tuple(train_classes)
+
+
+def _list_classes(folder):
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise UserError(f"{folder} has no class folders")
+    images = {
+        name: sorted(
+            file
+            for file in os.listdir(os.path.join(folder, name))
+            if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
+        )
+        for name in classes
+    }
+    empty = {name for name, files in images.items() if not files}
+    if empty:
+        raise UserError(f"{folder} has class folders without any image ({', '.join(IMAGE_SUFFIXES)}): {_first(empty)}")
+    return images
+
+
+def _files(folder, classes):
+    return Files(
+        folder,
+        names=[f"{name}/{file}" for name, files in classes.items() for file in files],
+        labels=[label for label, files in enumerate(classes.values()) for _ in files],
+    )
+
+
+def _first(names):
+    return ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
