@@ -1,49 +1,66 @@
 """The depthwise convolution: one op, several implementations, chosen by platform and size.
 
-Forward, input gradient and weight gradient are three bilinear maps, each the derivative of the others, so a rule
-written in terms of the same two functions gives derivatives of every order in reverse mode.
+Forward, input gradient and weight gradient are bilinear maps, each the derivative of another, so the two rules below
+give derivatives of every order in reverse mode. The choices in `_cpu_impls` come from `benchmarks/depthwise.py`; the
+figures, and the analysis for accelerators, are in docs/performance.md.
 """
 
 from functools import partial
+from math import gcd
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-IMPLS = ("lax", "shift")
+IMPLS = ("lax", "shift", "banded")
+
+_TERMS = (
+    14  # products per fused loop body: more spill registers, fewer pass over the sums too often; 56, 28 and 14 divide
+)
+_CACHED = 2**20  # float32 values that two CPU cores keep close; larger batches go through in groups of eight images
 
 
 def depthwise_conv(x, kernel, impl=None):
-    """Convolve every channel with its own k x k filter, stride 1, zero padding k // 2.
+    """Convolve every channel with its own k x k filter: stride 1, zero padding k // 2, no bias.
 
     Args:
       x: (N, H, W, C), float32 or bfloat16.
-      kernel: (k, k, C), k odd; sums are taken in float32 whatever the dtype.
-      impl: one of `IMPLS` for all three passes, or None: the best for the platform the program is lowered for.
+      kernel: (k, k, C), odd k; any float dtype, which its gradient has too. Sums are taken in float32.
+      impl: one of `IMPLS` for all passes, or None for the best on the platform that the program is lowered for.
 
     Returns:
-      (N, H, W, C), dtype of x. Reverse mode works to any order; forward mode raises JAX's TypeError.
+      (N, H, W, C), dtype of x. Reverse mode works to any order; forward mode raises JAX's TypeError for custom_vjp.
 
     Raises:
-      ValueError: wrong rank, even k, another number of channels, unknown impl.
+      ValueError: shapes that do not fit, even k, unknown impl.
+
+    Example:
+      >>> depthwise_conv(jnp.ones((2, 56, 56, 32)), jnp.ones((11, 11, 32))).shape
+      (2, 56, 56, 32)
     """
     if x.ndim != 4 or kernel.ndim != 3 or kernel.shape[0] != kernel.shape[1] or kernel.shape[0] % 2 == 0:
         raise ValueError(f"expected x (N, H, W, C) and kernel (k, k, C) with odd k, got {x.shape} and {kernel.shape}")
     if x.shape[3] != kernel.shape[2]:
-        raise ValueError(f"x has {x.shape[3]} channels, the kernel {kernel.shape[2]}")
+        raise ValueError(f"x has {x.shape[3]} channels, the kernel has {kernel.shape[2]}")
     if impl is not None and impl not in IMPLS:
-        raise ValueError(f"impl {impl!r} is not one of {IMPLS}")
+        raise ValueError(f"unknown impl {impl!r}, choose one of {IMPLS}")
     # Taps that only ever meet the padding of a small map need no work.
     rows, cols = (max(0, kernel.shape[0] // 2 - size + 1) for size in x.shape[1:3])
-    kernel = kernel[rows : kernel.shape[0] - rows, cols : kernel.shape[1] - cols]
-    return _conv(x, kernel, impl)
+    return _conv(x, kernel[rows : kernel.shape[0] - rows, cols : kernel.shape[1] - cols], impl)
+
+
+def _cpu_impls(shape, window):
+    """What is fastest on a CPU for the forward pass and input gradient, and for the weight gradient."""
+    positions, taps = shape[1] * shape[2], window[0] * window[1]
+    forward = "banded" if positions < taps else "shift"
+    return forward, "banded" if positions <= 16 and positions < taps else "shift"
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv(x, kernel, impl):
     if impl is not None:
-        return _CONV[impl](x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=_CONV["shift"], default=_CONV["lax"])
+        return _FORWARD[impl](x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=_FORWARD[_cpu_impls(x.shape, kernel.shape)[0]], default=_lax)
 
 
 def _conv_fwd(x, kernel, impl):
@@ -60,11 +77,11 @@ _conv.defvjp(_conv_fwd, _conv_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _weight_grad(x, g, window, impl):
-    """sum over n, h, w of x[n, h + i - p, w + j - p, c] * g[n, h, w, c], in float32."""
+    """Sum x[n, h + i - p, w + j - p, c] * g[n, h, w, c] over n, h, w: (*window, C) in float32."""
     if impl is not None:
         return _WEIGHT_GRAD[impl](x, g, window)
-    cpu, default = (partial(_WEIGHT_GRAD[name], window=window) for name in ("shift", "lax"))
-    return lax.platform_dependent(x, g, cpu=cpu, default=default)
+    cpu = partial(_WEIGHT_GRAD[_cpu_impls(x.shape, window)[1]], window=window)
+    return lax.platform_dependent(x, g, cpu=cpu, default=partial(_lax_weight_grad, window=window))
 
 
 def _weight_grad_fwd(x, g, window, impl):
@@ -83,8 +100,8 @@ def _lax(x, kernel):
     return lax.conv_general_dilated(
         x,
         kernel[:, :, None].astype(x.dtype),
-        (1, 1),
-        [(size // 2, size // 2) for size in kernel.shape[:2]],
+        window_strides=(1, 1),
+        padding=[(size // 2, size // 2) for size in kernel.shape[:2]],
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=x.shape[3],
     )
@@ -95,33 +112,83 @@ def _lax_weight_grad(x, g, window):
     return jax.linear_transpose(partial(_lax, x), kernel)(g)[0].astype(jnp.float32)
 
 
-def _pad(x, window):
-    rows, cols = window[0] // 2, window[1] // 2
+def _correlate(a, b):
+    """Sum a[n, s + t, c] * b[n, t, c] over the positions t of b, for every s that fits; a batch of one is shared.
+
+    A loop over blocks of t whose body is one fused, vectorised pass over the sums, so the program does not grow with b.
+    """
+    sizes = [a.shape[axis] - b.shape[axis] + 1 for axis in (1, 2)]
+    col_blocks = -(-b.shape[2] // _TERMS)
+    cols = -(-b.shape[2] // col_blocks)
+    row_blocks = -(-b.shape[1] // max(1, _TERMS // cols))
+    rows = -(-b.shape[1] // row_blocks)
+    pad = ((0, 0), (0, row_blocks * rows - b.shape[1]), (0, col_blocks * cols - b.shape[2]), (0, 0))
+    a, b = jnp.pad(a, pad), jnp.pad(b, pad)
+
+    # XLA:CPU vectorises a fused dynamic slice only while it has one reader: slice once per term, not once per row.
+    def window(array, row, col, height, width):
+        start, size = (0, row, col, 0), (array.shape[0], height, width, array.shape[3])
+        return lax.dynamic_slice(array, start, size, allow_negative_indices=False)
+
+    def add_block(block, total):
+        top, left = block // col_blocks * rows, block % col_blocks * cols
+        at = [(top + row, left + col) for row in range(rows) for col in range(cols)]
+        return total + sum(window(a, *t, *sizes) * window(b, *t, 1, 1) for t in at)
+
+    total = jnp.zeros((max(a.shape[0], b.shape[0]), *sizes, a.shape[3]), jnp.float32)
+    return lax.fori_loop(0, row_blocks * col_blocks, add_block, total)
+
+
+def _pad(x, rows, cols):
     return jnp.pad(x.astype(jnp.float32), ((0, 0), (rows, rows), (cols, cols), (0, 0)))
 
 
+def _in_groups(x, values):
+    """Split the batch into (groups, images) if that many float32 values would not stay in cache."""
+    images = x.shape[0] if values <= _CACHED else gcd(x.shape[0], 8)
+    return x.reshape(images, -1, *x.shape[1:]).swapaxes(0, 1)
+
+
 def _shift(x, kernel):
-    """A sum of shifted products: a loop over the rows of the kernel, whose body is one fused pass over the map."""
-    height, width = x.shape[1:3]
-    padded, kernel = _pad(x, kernel.shape[:2]), kernel.astype(jnp.float32)
-
-    def add_row(i, total):
-        rows, taps = lax.dynamic_slice_in_dim(padded, i, height, 1), kernel[i]
-        return total + sum(rows[:, :, j : j + width] * taps[j] for j in range(kernel.shape[1]))
-
-    return lax.fori_loop(0, kernel.shape[0], add_row, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
+    """The output summed over the taps, each a shifted copy of the padded map times a filter value."""
+    rows, cols = (size // 2 for size in kernel.shape[:2])
+    taps = kernel[None].astype(jnp.float32)
+    y = lax.map(lambda x: _correlate(_pad(x, rows, cols), taps).astype(x.dtype), _in_groups(x, x.size))
+    return y.swapaxes(0, 1).reshape(x.shape)
 
 
 def _shift_weight_grad(x, g, window):
+    """The taps summed over the positions; images stay apart until the end, so a sharded batch is reduced once."""
+    values = x.shape[0] * window[0] * window[1] * x.shape[3]
+
+    def add_group(total, group):
+        x, g = group
+        return total + _correlate(_pad(x, window[0] // 2, window[1] // 2), g.astype(jnp.float32)), None
+
+    groups = _in_groups(x, values), _in_groups(g, values)
+    total = jnp.zeros((groups[0].shape[1], *window, x.shape[3]), jnp.float32)
+    return lax.scan(add_group, total, groups)[0].sum(0)
+
+
+def _banded(x, kernel):
+    """Each channel's map times its banded (Toeplitz) matrix, whose rows are windows of the flipped filter."""
     height, width = x.shape[1:3]
-    padded, g = _pad(x, window), g.astype(jnp.float32)
-
-    def row(i):
-        rows = lax.dynamic_slice_in_dim(padded, i, height, 1)
-        return jnp.stack([(rows[:, :, j : j + width] * g).sum((0, 1, 2)) for j in range(window[1])])
-
-    return lax.map(row, jnp.arange(window[0]))
+    bands = _pad(kernel[None, ::-1, ::-1], height - 1 - kernel.shape[0] // 2, width - 1 - kernel.shape[1] // 2)
+    return _correlate(bands, x[:, ::-1, ::-1].astype(jnp.float32)).astype(x.dtype)
 
 
-_CONV = {"lax": _lax, "shift": _shift}
-_WEIGHT_GRAD = {"lax": _lax_weight_grad, "shift": _shift_weight_grad}
+def _banded_weight_grad(x, g, window):
+    """The gradient of each channel's banded matrix by one matrix product, then its diagonals summed."""
+    height, width = x.shape[1:3]
+    x, g = x.astype(jnp.float32), g.astype(jnp.float32)
+    matrix = jnp.einsum("nuvc,nhwc->hwuvc", x, g, precision="highest").reshape(-1, height, width, x.shape[3])
+    matrix = _pad(matrix, window[0] // 2, window[1] // 2)
+
+    def add_row(i, total):
+        return total + lax.dynamic_slice(matrix, (i, i // width, i % width, 0), (1, *window, x.shape[3]))[0]
+
+    return lax.fori_loop(0, height * width, add_row, jnp.zeros((*window, x.shape[3]), jnp.float32))
+
+
+_FORWARD = {"lax": _lax, "shift": _shift, "banded": _banded}
+_WEIGHT_GRAD = {"lax": _lax_weight_grad, "shift": _shift_weight_grad, "banded": _banded_weight_grad}
