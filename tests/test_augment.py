@@ -140,6 +140,14 @@ def test_crops_of_tiny_images_are_inside_and_not_empty():
             assert 0 <= left < right <= width and 0 <= top < bottom <= height
 
 
+@pytest.mark.parametrize(
+    "width, height, box",
+    [(5, 20, (0, 6, 5, 13)), (20, 5, (6, 0, 13, 5)), (20, 16, (0, 0, 20, 16))],  # 6.67 is rounded to 7, 6.5 down to 6
+)
+def test_if_no_crop_fits_the_centre_is_taken(width, height, box):
+    assert augment.crop_box(np.random.default_rng(0), width, height, scale=(4.0, 4.0)) == box
+
+
 def test_evaluation_matches_the_original():
     golden = np.load(DATA / "eval_transform.npz")
     for k in range(2):
@@ -287,7 +295,7 @@ def test_cmyk_jpegs_keep_their_colours():
 
 JPEG = encode(picture(90, 70))
 BAD = {
-    "truncated": (JPEG[:-500], "broken JPEG of .* truncated"),
+    "truncated": (JPEG[:-20], "broken JPEG of .* truncated"),
     "cut in the header": (JPEG[:100], "Truncated"),
     "truncated PNG": (png(90, 70), "broken PNG of 41 bytes"),
     "text": (b"not a picture", "format: 13 bytes beginning with b'not a picture'"),
