@@ -54,11 +54,14 @@ class Checkpointer:
     Args:
       workdir: the run's folder.
       keep: how many of the newest checkpoints stay.
+      save_every: updates between two checkpoints.
     """
 
-    def __init__(self, workdir: str | Path, *, keep: int = 3):
-        if keep < 1:
-            raise UserError(f"checkpoint.keep={keep}: at least 1 checkpoint must be kept.")
+    def __init__(self, workdir: str | Path, *, keep: int = 3, save_every: int = 1000):
+        for name, value in {"keep": keep, "save_every": save_every}.items():
+            if value < 1:
+                raise UserError(f"checkpoint.{name}={value} must be at least 1.")
+        self.save_every = save_every
         self.directory = Path(workdir).absolute() / "checkpoints"
         self._latest = _manager(self.directory, keep)
         self._best = _manager(Path(workdir).absolute() / "best", keep=1)
@@ -131,6 +134,13 @@ class Checkpointer:
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices("damaged checkpoints set aside")
             self._latest.reload()
+
+    def newest(self) -> str:
+        """Says which checkpoint is the newest."""
+        step = self._latest.latest_step()
+        return (
+            "there is no checkpoint yet" if step is None else f"the newest checkpoint is {self.directory / str(step)}"
+        )
 
     def wait(self) -> None:
         """Waits until everything is on disk.

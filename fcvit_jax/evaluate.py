@@ -1,6 +1,7 @@
 """Evaluation that counts every example exactly once."""
 
 import functools
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -56,7 +57,18 @@ def evaluate(
     Returns:
       "loss" (mean cross-entropy), "top1" and "top5" (fractions) and "count" (examples).
     """
-    sums = [eval_step(model, variables, global_batch(batch, mesh)) for batch in batches]
-    total = jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64)), *jax.device_get(sums))
-    count = int(total.pop("count"))
-    return {name: float(value) / count for name, value in total.items()} | {"count": count}
+    totals: Counter[str] = Counter()
+    ahead = None  # read one batch late, so that the device never waits for the host
+    for batch in batches:
+        sums = eval_step(model, variables, global_batch(batch, mesh))
+        if ahead is not None:
+            totals.update(_as_floats(ahead))
+        ahead = sums
+    if ahead is not None:
+        totals.update(_as_floats(ahead))
+    count = int(totals["count"])
+    return {name: totals[name] / max(count, 1) for name in ("loss", "top1", "top5")} | {"count": count}
+
+
+def _as_floats(sums: Mapping[str, jax.Array]) -> dict[str, float]:
+    return {name: float(value) for name, value in jax.device_get(sums).items()}

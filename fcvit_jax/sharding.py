@@ -1,6 +1,4 @@
-"""Where arrays live: the mesh of devices, the shardings of batches and of the training state, and several hosts."""
-
-import os
+"""Where arrays live: the mesh of devices, and the shardings of batches and of the training state."""
 
 import jax
 import numpy as np
@@ -11,38 +9,6 @@ from fcvit_jax.errors import UserError
 
 # Smaller tensors cost more to gather than they save.
 _MIN_SHARDED_SIZE = 1024
-
-# One of these in the environment says that a launcher started this process as one of several.
-_LAUNCHER_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-
-
-def start_distributed(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Connects this process to the others of the run, where flags or the environment say that there are others.
-
-    TPU pods, SLURM, Open MPI and `JAX_COORDINATOR_ADDRESS` are recognised; call before anything touches a device.
-
-    Args:
-      coordinator: "host:port" of process 0; None: from the environment.
-      num_processes: how many there are; None: from the environment.
-      process_id: which of them this one is; None: from the environment.
-
-    Raises:
-      UserError: the flags are incomplete, or the others cannot be reached.
-    """
-    flags = (coordinator, num_processes, process_id)
-    if any(flag is not None for flag in flags):
-        if any(flag is None for flag in flags):
-            raise UserError("Give all of --coordinator=HOST:PORT, --num_processes=N and --process_id=I, or none.")
-    elif not (
-        os.environ.get("JAX_COORDINATOR_ADDRESS")
-        or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-        or any(int(os.environ.get(name, 1)) > 1 for name in _LAUNCHER_COUNTS)
-    ):
-        return
-    try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"Could not connect to the other processes of this run: {error}") from error
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:

@@ -1,0 +1,85 @@
+"""ImageNet-1k by the recipe of the paper: 300 epochs and 10 of cool-down, at 1,024 images an update.
+
+The variants set their name and drop-path rate over it:
+
+    python main.py --config=configs/fcvit_s12.py --workdir=runs/s12 --config.data.data_dir=/data/tensorflow_datasets
+
+Every key can be overridden on the command line: --config.optim.lr=2e-3
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    """The whole recipe; docs/recipe.md says where each value comes from."""
+    config = ConfigDict()
+    config.seed = 42  # of the weights, the order of the data, augmentation, mixing and drop-path
+    config.init_from = config_dict.placeholder(str)  # weights to start from: a checkpoint, .pth, .pth.tar or .npz
+    config.resume_with_changes = False  # go on with a run of another config
+    config.compilation_cache = True  # keep compiled programs in <workdir>/compilation_cache
+
+    model = config.model = ConfigDict()  # see fcvit_jax.FCViT, whose other attributes may be added here
+    model.name = "fcvit_s12"
+    model.num_classes = 1000
+    model.drop_path_rate = 0.1
+    model.bn_group_size = config_dict.FieldReference(
+        128, required=False
+    )  # images that share batch statistics; None: all
+    model.remat = False  # recompute blocks in the backward pass: less memory, more time
+    model.dtype = "bfloat16"  # of computation; parameters, statistics, softmax and loss are float32
+
+    data = config.data = ConfigDict()
+    data.dataset = "imagenet2012"  # a TFDS name, "folder:PATH", "digits" or "synthetic"
+    data.data_dir = "~/tensorflow_datasets"
+    data.train_split = "train"
+    data.eval_split = "validation"
+    data.batch_size = 1024  # per update, over all devices and hosts
+    data.image_size = 224
+    data.workers = 8  # decoding processes on each host; 0: decode in the training process
+    data.prefetch = 2  # batches that each of them keeps ready
+    data.crop_scale = (0.08, 1.0)  # share of the image's area
+    data.crop_ratio = (3 / 4, 4 / 3)  # width over height
+    data.flip = 0.5
+    data.rand_augment = (2, 9.0, 0.5)  # operations, magnitude and its standard deviation; None: off
+    data.crop_pct = 0.9  # in evaluation: the shorter side becomes image_size / crop_pct
+
+    mixing = config.mixing = ConfigDict()
+    mixing.mixup_alpha = 0.8
+    mixing.cutmix_alpha = 1.0
+    mixing.mix_prob = 1.0
+    mixing.switch_prob = 0.5  # of cutmix rather than mixup
+    mixing.smoothing = 0.1
+    mixing.erase_prob = 0.25
+    mixing.group_size = 128  # images that share a draw; a smaller batch is one group
+
+    optim = config.optim = ConfigDict()
+    optim.lr = 1e-3  # for lr_batch_size images an update; scaled linearly with data.batch_size
+    optim.lr_batch_size = 1024  # None: no scaling
+    optim.weight_decay = 0.05
+    optim.b1 = 0.9
+    optim.b2 = 0.999
+    optim.eps = 1e-8
+    optim.warmup_epochs = 5  # counted within train.epochs
+    optim.warmup_lr = 1e-6
+    optim.min_lr = 1e-6
+    optim.cooldown_epochs = 10  # at min_lr, after train.epochs
+    optim.per_step = False  # change the rate every step rather than every epoch
+    optim.clip_norm = config_dict.placeholder(float)  # of the gradients; None: off
+    optim.head_lr_multiplier = 1.0
+
+    train = config.train = ConfigDict()
+    train.epochs = 300  # of the cosine
+    train.steps = config_dict.placeholder(int)  # stop after so many updates; None: after all epochs
+    train.accumulate = 1  # parts a batch is computed in, to save memory
+    train.ema_decay = config_dict.placeholder(float)  # of averaged weights (0.9998); None: off
+    train.log_every = 50  # steps
+    train.eval_every = 1  # epochs
+
+    checkpoint = config.checkpoint = ConfigDict()
+    checkpoint.keep = 3  # newest ones, and the best by top-1 besides
+    checkpoint.save_every = 1000  # steps; and after every evaluation
+
+    mesh = config.mesh = ConfigDict()
+    mesh.data = -1  # devices that share a batch; -1: all
+    mesh.fsdp = 1  # and over how many of them the training state is split
+    return config.lock()

@@ -1,0 +1,139 @@
+"""What a config may hold, and whether a folder holds a run of the same one."""
+
+import difflib
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from fcvit_jax import mixing, optim
+from fcvit_jax.checkpoint import Checkpointer
+from fcvit_jax.data import Data, open_dataset
+from fcvit_jax.errors import UserError
+from fcvit_jax.hosts import say
+from fcvit_jax.model import FCViT
+from fcvit_jax.sharding import make_mesh
+
+# Keys that may change between two starts of a run, since its result does not depend on them.
+_FREE_KEYS = {
+    "checkpoint.keep",
+    "checkpoint.save_every",
+    "compilation_cache",
+    "data.data_dir",
+    "data.prefetch",
+    "data.workers",
+    "mesh.data",
+    "mesh.fsdp",
+    "resume_with_changes",
+    "train.log_every",
+}
+
+
+def check_config(config: ConfigDict) -> None:
+    """Compares a config with the functions that take its parts.
+
+    Raises:
+      UserError: naming every key that nothing reads, and every one that is missing.
+    """
+    fields = [name for name in FCViT.__dataclass_fields__ if name not in ("parent", "name")]
+    known = {
+        "model": {"name", *fields},
+        "data": _keywords(open_dataset),
+        "mixing": _keywords(mixing.make),
+        "optim": _keywords(optim.make_optimizer),
+        "mesh": _keywords(make_mesh),
+        "checkpoint": _keywords(Checkpointer),
+        "train": {"steps", "epochs", "log_every", "eval_every", "accumulate", "ema_decay"},
+    }
+    required = {
+        "model": {"name", "num_classes"},
+        "data": {"dataset", "batch_size", "image_size"},
+        "train": known["train"],
+    }
+    names = {f"{section}.{key}" for section, keys in known.items() for key in keys}
+    names |= {"seed", "init_from", "resume_with_changes", "compilation_cache"}
+    needed = {f"{section}.{key}" for section, keys in required.items() for key in keys} | {
+        name for name in names if "." not in name
+    }
+    given = set(_flat(config.to_dict()))
+    faults = []
+    for key in sorted(given - names):
+        close = difflib.get_close_matches(key, names, 1)
+        faults.append(f"Unknown config key {key!r}" + (f": did you mean {close[0]!r}?" if close else "."))
+    faults += [f"Config key {key!r} is missing." for key in sorted(needed - given)]
+    if faults:
+        raise UserError("\n".join(faults))
+
+
+def _keywords(function: Callable) -> set[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def check_sizes(data: Data, mesh: Mesh, model: FCViT, accumulate: int) -> None:
+    """Checks what no function can check alone: that dataset, batch, devices and model fit each other.
+
+    Raises:
+      UserError: they do not.
+    """
+    if data.num_classes != model.num_classes:
+        raise UserError(
+            f"The dataset has {data.num_classes} classes, the model {model.num_classes}: "
+            f"set --config.model.num_classes={data.num_classes}."
+        )
+    part, rest = divmod(data.batch_size, accumulate)
+    if rest or part % mesh.size:
+        raise UserError(
+            f"data.batch_size={data.batch_size} cannot be split evenly over train.accumulate={accumulate} parts and "
+            f"{mesh.size} devices: choose a multiple of {accumulate * mesh.size}."
+        )
+    group = model.bn_group_size
+    if group and part % group:
+        raise UserError(
+            f"A batch of {part} images (data.batch_size={data.batch_size}, train.accumulate={accumulate}) is not a "
+            f"multiple of model.bn_group_size={group}: choose one that is, or 0 for the whole batch."
+        )
+
+
+def start_workdir(config: ConfigDict, workdir: Path) -> None:
+    """Writes `<workdir>/config.json`, or compares it with the one that is there.
+
+    Raises:
+      UserError: the folder holds a run of another config, or cannot be written.
+    """
+    path = workdir / "config.json"
+    new = json.loads(config.to_json())
+    if path.exists():
+        try:
+            old = _flat(json.loads(path.read_text()))
+        except ValueError as error:
+            raise UserError(f"{path} cannot be read ({error}): choose another --workdir.") from error
+        flat = _flat(new)
+        changed = sorted(key for key in old.keys() | flat.keys() if old.get(key) != flat.get(key))
+        lines = [f"  {key}: {old.get(key)} -> {flat.get(key)}" for key in changed if key != "resume_with_changes"]
+        if any(key not in _FREE_KEYS for key in changed) and not config.resume_with_changes:
+            raise UserError(
+                "\n".join([f"{workdir} holds a run of another config:", *lines])
+                + "\nChoose another --workdir, or go on with these changes: --config.resume_with_changes=True"
+            )
+        if lines:
+            say("\n".join([f"going on with changes to the config of {workdir}:", *lines]))
+    if jax.process_index() == 0:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(new, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}.") from error

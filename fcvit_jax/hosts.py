@@ -1,0 +1,153 @@
+"""A run on several hosts: how they find each other, and how all learn what one of them meets."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from fcvit_jax.errors import UserError
+
+# One of these above 1 says that a launcher started this process as one of several.
+_LAUNCHER_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_MESSAGE_BYTES = 2048
+_T = TypeVar("_T")
+
+
+def start_distributed(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Connects this process to the others of the run, where flags or the environment say that there are others.
+
+    TPU pods, SLURM, Open MPI and `JAX_COORDINATOR_ADDRESS` are recognised; call before anything touches a device.
+
+    Args:
+      coordinator: "host:port" of process 0; None: from the environment.
+      num_processes: how many there are; None: from the environment.
+      process_id: which of them this one is; None: from the environment.
+
+    Raises:
+      UserError: the flags are incomplete, or the others cannot be reached.
+    """
+    flags = (coordinator, num_processes, process_id)
+    if any(flag is not None for flag in flags):
+        if any(flag is None for flag in flags):
+            raise UserError("Give all of --coordinator=HOST:PORT, --num_processes=N and --process_id=I, or none.")
+    elif not (
+        os.environ.get("JAX_COORDINATOR_ADDRESS")
+        or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+        or any(int(os.environ.get(name, 1)) > 1 for name in _LAUNCHER_COUNTS)
+    ):
+        return
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"Could not connect to the other processes of this run: {error}") from error
+
+
+def say(text: str) -> None:
+    """Prints a line on the first host, above a progress bar if there is one."""
+    if jax.process_index() == 0:
+        tqdm.write(text)
+
+
+class StopSignal:
+    """Turns SIGTERM and Ctrl-C into a request that the loop polls; a second Ctrl-C stops at once.
+
+    On several hosts JAX's coordination passes SIGTERM on, so that all stop at the same poll.
+
+    Attributes:
+      received: whether a poll has answered yes.
+    """
+
+    def __init__(self):
+        self.received = False
+        self._signalled = False
+        self._polls = 0
+
+    def __enter__(self) -> "StopSignal":
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            # On several hosts SIGTERM belongs to JAX, whose handler ours would replace.
+            signals = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+            self._previous = {number: signal.signal(number, self._on_signal) for number in signals}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number, _) -> None:
+        self._signalled = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if jax.process_count() > 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def poll(self) -> bool:
+        """Whether to stop; on several hosts the same answer for all, so each must ask equally often."""
+        self._polls += 1
+        if jax.process_count() > 1:
+            self.received = self.received or multihost_utils.reached_preemption_sync_point(self._polls)
+        else:
+            self.received = self._signalled
+        return self.received
+
+    def watch(self, items: Iterable[_T]) -> Iterator[_T]:
+        """Yields the items until a stop is requested, which it asks before each."""
+        for item in items:
+            if self.poll():
+                return
+            yield item
+
+
+class Feed:
+    """This host's batches; on several hosts a failure is kept until `check`, which tells it to all.
+
+    Without that, one host would end while the others wait for it in a collective for ever.
+
+    Args:
+      batches: a closable iterator of dicts of arrays, all of the same shapes.
+    """
+
+    def __init__(self, batches: Iterator[dict[str, np.ndarray]]):
+        self._batches = batches
+        self._last = None
+        self._error = None
+
+    def __iter__(self) -> "Feed":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._error is None:
+            try:
+                self._last = next(self._batches)
+            except StopIteration:
+                raise
+            except Exception as error:
+                # Before its first batch a host has nothing to go on with, and ends alone.
+                if jax.process_count() == 1 or self._last is None:
+                    raise
+                self._error = error
+        return self._last
+
+    def check(self) -> None:
+        """Raises, on every host, the failures of all; to be called on every host before anything from the feed is kept.
+
+        Raises:
+          UserError: with the cause, naming the host.
+        """
+        if jax.process_count() == 1:
+            return
+        message = str(self._error or "").encode()[:_MESSAGE_BYTES]
+        messages = multihost_utils.process_allgather(np.frombuffer(message.ljust(_MESSAGE_BYTES, b"\0"), np.uint8))
+        causes = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in messages]
+        if any(causes):
+            raise UserError("\n".join(f"Host {i}: {cause}" for i, cause in enumerate(causes) if cause))
+
+    def close(self) -> None:
+        """Ends the loader's workers."""
+        self._batches.close()

@@ -1,0 +1,115 @@
+"""A run's record: `metrics.jsonl`, TensorBoard files, and the progress on the screen."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from fcvit_jax.hosts import say
+
+
+class MetricsWriter:
+    """Appends metrics to `<workdir>/metrics.jsonl` and `<workdir>/tensorboard/`; the first host alone writes.
+
+    Args:
+      workdir: the run's folder.
+      step: the step that the run continues from; lines beyond it are dropped, since they will be written again.
+      steps_per_epoch: updates in an epoch.
+    """
+
+    def __init__(self, workdir: Path, step: int, steps_per_epoch: int):
+        self._steps_per_epoch = steps_per_epoch
+        self._file = None
+        if jax.process_index() != 0:
+            return
+        path = workdir / "metrics.jsonl"
+        if path.exists():
+            kept = workdir / "metrics.jsonl.tmp"
+            kept.write_text("".join(line for line in path.read_text().splitlines(True) if _is_within(line, step)))
+            kept.replace(path)
+        self._file = path.open("a", buffering=1)
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes one line: the step (updates done), the epoch, and the metrics by name, such as "train/loss"."""
+        if self._file is None:
+            return
+        epoch = round(step / self._steps_per_epoch, 4)
+        self._file.write(json.dumps({"step": step, "epoch": epoch, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        if self._file is not None:
+            self._file.close()
+            self._tensorboard.close()
+
+
+def _is_within(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):  # cut off when the run was killed
+        return False
+
+
+class Progress:
+    """A bar with the time left on a terminal, a line every `log_every` steps elsewhere; and the rates behind them.
+
+    Args:
+      writer: where the metrics go.
+      step: updates done so far.
+      total: updates of the whole run.
+      batch_size: images in an update, over all devices.
+      log_every: updates between two lines of the record.
+    """
+
+    def __init__(self, writer: MetricsWriter, step: int, total: int, batch_size: int, log_every: int):
+        self._writer, self._total, self._batch_size, self._log_every = writer, total, batch_size, log_every
+        # disable=None: only where stderr is a terminal.
+        first = jax.process_index() == 0
+        self._bar = tqdm(
+            total=total, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05, disable=None if first else True
+        )
+        self._start = None
+        self._wait = 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._wait += time.perf_counter() - start
+
+    def update(self, step: int, metrics: dict[str, float]) -> None:
+        """Notes a finished step; every `log_every` steps writes its metrics and the rates since the last time."""
+        self._bar.update()
+        now = time.perf_counter()
+        if self._start is None:  # the first step of a leg compiles, or refills the loader
+            self._start, self._since, self._wait = now, step, 0.0
+        if step % self._log_every and step != self._total:
+            return
+        if step > self._since:
+            rate = (step - self._since) / (now - self._start)
+            metrics["train/images_per_second"] = rate * self._batch_size
+            metrics["train/data_wait"] = min(self._wait / (now - self._start), 1.0)
+            shown = {"loss": f"{metrics['train/loss']:.3f}", "img/s": f"{rate * self._batch_size:.0f}"}
+            self._bar.set_postfix(shown, refresh=False)
+            if self._bar.disable:
+                left = tqdm.format_interval((self._total - step) / rate)
+                say(f"step {step}/{self._total}  loss {shown['loss']}  {shown['img/s']} img/s  {left} left")
+            self._start, self._since, self._wait = now, step, 0.0
+        self._writer.write(step, metrics)
+
+    def resume(self) -> None:
+        """Starts the clock anew, after an evaluation or a checkpoint."""
+        self._start = None
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self._bar.close()

@@ -1,0 +1,324 @@
+"""The training step, and the loop around it from a config to the last evaluation."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from fcvit_jax import mixing, optim
+from fcvit_jax.checkpoint import Checkpointer, find_step
+from fcvit_jax.config import check_config, check_sizes, start_workdir
+from fcvit_jax.convert import load_pretrained
+from fcvit_jax.data import Data, eval_batches, open_dataset, train_batches
+from fcvit_jax.errors import UserError
+from fcvit_jax.evaluate import evaluate
+from fcvit_jax.hosts import Feed, StopSignal, say
+from fcvit_jax.metrics import MetricsWriter, Progress
+from fcvit_jax.model import FCViT, create_model
+from fcvit_jax.sharding import bytes_per_device, global_batch, make_mesh, state_shardings
+from fcvit_jax.state import TrainState, abstract_state, create_state
+
+
+def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean cross-entropy of soft targets.
+
+    Args:
+      logits: (N, num_classes) float32.
+      targets: (N, num_classes) float32, rows that sum to 1.
+    """
+    return -(targets * jax.nn.log_softmax(logits)).sum(-1).mean()
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "tx", "schedule", "mix", "mesh", "ema_decay", "accumulate"),
+    donate_argnames="state",
+)
+def train_step(
+    state: TrainState,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array,
+    *,
+    model: FCViT,
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    mix: Callable,
+    mesh: Mesh,
+    ema_decay: float | None = None,
+    accumulate: int = 1,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update of the weights.
+
+    Args:
+      state: the training state; its buffers are reused.
+      batch: "image" (N, H, W, 3) uint8 and "label" (N,) int32, sharded over the mesh.
+      key: the run's random key; the step is folded in here.
+      model: the network.
+      tx: the optimiser.
+      schedule: its learning rate, step -> rate, to be reported.
+      mix: (key, images, labels) -> (images float32, targets (N, num_classes) float32), as `mixing.make` makes it.
+      mesh: the devices.
+      ema_decay: decay of the moving averages, where the state holds them.
+      accumulate: parts of the batch that go through the network one after the other, to save memory.
+
+    Returns:
+      The new state, and float32 scalars: "loss", "grad_norm" (before clipping) and "lr".
+    """
+    mix_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+    images, targets = mix(mix_key, batch["image"], batch["label"])
+
+    def loss_fn(params, images, targets, key):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        logits, updates = model.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": key})
+        return soft_cross_entropy(logits, targets), updates["batch_stats"]
+
+    def one_part(images, targets, key):
+        return jax.value_and_grad(loss_fn, has_aux=True)(state.params, images, targets, key)
+
+    if accumulate == 1:
+        (loss, batch_stats), grads = one_part(images, targets, dropout_key)
+    else:
+        # Whole BatchNorm groups go to a part, and every device gives its share to each.
+        unit = model.bn_group_size or 1
+        parts = [
+            x.reshape(-1, accumulate, unit, *x.shape[1:]).swapaxes(0, 1).reshape(accumulate, -1, *x.shape[1:])
+            for x in (images, targets)
+        ]
+        keys = jax.random.split(dropout_key, accumulate)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one_part, images, targets, keys[0]))
+        sums, _ = jax.lax.scan(
+            lambda total, part: (jax.tree.map(jnp.add, total, one_part(*part)), None), zeros, (*parts, keys)
+        )
+        # All parts start from the same running statistics, so that their mean is what one large batch gives.
+        (loss, batch_stats), grads = jax.tree.map(lambda x: x / accumulate, sums)
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+        ema = optim.update_ema(ema, {"params": params, "batch_stats": batch_stats}, ema_decay)
+    state = TrainState(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema)
+    state = jax.lax.with_sharding_constraint(state, state_shardings(state, mesh))
+    return state, {"loss": loss, "grad_norm": optax.global_norm(grads), "lr": schedule(state.step - 1)}
+
+
+def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+    """Trains a model, or goes on training it, and evaluates it after every few epochs.
+
+    Example::
+
+        config = configs.digits.get_config()
+        metrics = fcvit_jax.train_and_evaluate(config, "runs/digits")
+        metrics["top1"]
+
+    Args:
+      config: as `configs/imagenet.py` lists it, key by key.
+      workdir: the run's folder: config.json, metrics.jsonl, tensorboard/, checkpoints/, best/.
+
+    Returns:
+      "loss", "top1", "top5" (fractions) and "count" of the last evaluation; empty where there was none yet.
+
+    Raises:
+      UserError: the config, the data or the folder is not usable, or the run cannot go on; the message says why.
+    """
+    workdir = Path(workdir).expanduser().absolute()
+    check_config(config)
+    data = open_dataset(**config.data)
+    mesh = make_mesh(**config.mesh)
+    model = create_model(**config.model)
+    tx, schedule = optim.make_optimizer(data.steps_per_epoch, config.train.epochs, data.batch_size, **config.optim)
+    mix = mixing.make(model.num_classes, **config.mixing)
+    check_sizes(data, mesh, model, config.train.accumulate)
+    start_workdir(config, workdir)
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
+    checkpointer = Checkpointer(workdir, **config.checkpoint)
+
+    ema_decay = config.train.ema_decay
+    sizes = {"ema": ema_decay is not None, "image_size": data.image_size}
+    abstract = abstract_state(model, tx, mesh, **sizes)
+    epochs = config.train.epochs + config.optim.cooldown_epochs
+    total = config.train.steps or epochs * data.steps_per_epoch
+    eval_steps = config.train.eval_every * data.steps_per_epoch
+    say(_what_runs_where(data, mesh, model, abstract, total, schedule))
+
+    restored = checkpointer.restore(abstract)
+    if restored is not None:
+        state, metadata, damaged = restored
+        for line in damaged:
+            say(f"{line}; moved to {workdir / 'damaged'}")
+        say(f"resuming at step {int(state.step)} of {total}")
+    else:
+        state = create_state(model, tx, mesh, seed=config.seed, **sizes)
+        if config.init_from:
+            state = _start_from(state, load_pretrained(config.init_from, model))
+        metadata = {
+            "model": config.model.to_dict(),
+            "class_names": data.class_names,
+            "image_size": data.image_size,
+            "crop_pct": data.crop_pct,
+            "evaluated": {"step": 0},
+            "best": {"step": 0, "top1": -1.0},
+        }
+
+    step = int(state.step)
+    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    key = jax.random.key(config.seed)
+    fixed = {"model": model, "tx": tx, "schedule": schedule, "mix": mix, "mesh": mesh, "ema_decay": ema_decay}
+    fixed["accumulate"] = config.train.accumulate
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        stack.callback(checkpointer.close)
+        writer = stack.enter_context(closing(MetricsWriter(workdir, step, data.steps_per_epoch)))
+        feed = stack.enter_context(closing(Feed(train_batches(data, config.seed, step, total - step, **hosts))))
+        progress = Progress(writer, step, total, data.batch_size, config.train.log_every)
+        stack.enter_context(closing(progress))
+
+        while True:
+            is_eval = step == total or (step > 0 and step % eval_steps == 0)
+            if is_eval and metadata["evaluated"]["step"] != step and not stop.received:
+                with closing(Feed(eval_batches(data, **hosts))) as eval_feed:
+                    result = evaluate(model, state.eval_variables, stop.watch(eval_feed), mesh)
+                    eval_feed.check()
+                if not stop.received:
+                    metadata["evaluated"] = {"step": step, **result}
+                    writer.write(step, {f"eval/{name}": value for name, value in result.items()})
+                    if result["top1"] > metadata["best"]["top1"]:
+                        metadata["best"] = metadata["evaluated"]
+                        checkpointer.save(state, metadata, best=True)
+                    say(_evaluation_line(metadata, step / data.steps_per_epoch))
+            if step:
+                checkpointer.save(state, metadata)
+            if step == total or stop.received:
+                break
+
+            progress.resume()
+            ahead = (
+                None  # metrics are read when the next step is under way, so that the device never waits for the host
+            )
+            until = min(total, *(step - step % every + every for every in (eval_steps, checkpointer.save_every)))
+            while step < until and not stop.received:
+                with progress.waiting():
+                    batch = next(feed)
+                state, metrics = train_step(state, global_batch(batch, mesh), key, **fixed)
+                step += 1
+                if ahead:
+                    _report(*ahead, progress, checkpointer)
+                ahead = (step, metrics)
+                stop.poll()
+            if ahead:
+                _report(*ahead, progress, checkpointer)
+            feed.check()
+        checkpointer.wait()
+
+    if step < total:
+        say(f"stopped at step {step} of {total}; the same command goes on from here")
+    else:
+        say(_last_line(metadata, workdir))
+    return {name: value for name, value in metadata["evaluated"].items() if name != "step"}
+
+
+def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "checkpoints") -> dict[str, float]:
+    """Evaluates a checkpoint of a run.
+
+    Args:
+      config: the run's.
+      workdir: the run's folder.
+      which: "checkpoints" for the newest, "best" for the best, or "checkpoints/STEP".
+
+    Returns:
+      "loss", "top1", "top5" (fractions) and "count".
+
+    Raises:
+      UserError: the config or the data is not usable, or there is no such checkpoint.
+    """
+    check_config(config)
+    data = open_dataset(**config.data)
+    mesh = make_mesh(**config.mesh)
+    model = create_model(**config.model)
+    check_sizes(data, mesh, model, config.train.accumulate)
+    path = find_step(Path(workdir) / which)
+    variables = load_pretrained(path, model, ema=config.train.ema_decay is not None)
+    variables = jax.device_put(variables, state_shardings(variables, mesh))
+    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    with closing(Feed(eval_batches(data, **hosts))) as feed:
+        result = evaluate(model, variables, feed, mesh)
+        feed.check()
+    say(f"{path}: {_figures(result)}, loss {result['loss']:.4f}, over {result['count']} examples")
+    return result
+
+
+def _start_from(state: TrainState, variables: Mapping[str, Any]) -> TrainState:
+    """The state with its weights, and their averages, replaced."""
+
+    def put(new, old):
+        # A copy for each place: two leaves of a donated state must not share a buffer.
+        return jax.device_put(jnp.array(new, old.dtype, copy=True), old.sharding)
+
+    ema = state.ema and jax.tree.map(put, dict(variables), state.ema)
+    params = jax.tree.map(put, variables["params"], state.params)
+    return state.replace(
+        params=params, batch_stats=jax.tree.map(put, variables["batch_stats"], state.batch_stats), ema=ema
+    )
+
+
+def _report(step: int, metrics: Mapping[str, jax.Array], progress: Progress, checkpointer: Checkpointer) -> None:
+    """Passes the metrics of a step on, where its numbers are good."""
+    values = {f"train/{name}": float(value) for name, value in jax.device_get(metrics).items()}
+    if not all(map(math.isfinite, values.values())):
+        numbers = ", ".join(f"{name.removeprefix('train/')} {value}" for name, value in values.items())
+        raise UserError(
+            f"Step {step}: {numbers}. This state was not saved; {checkpointer.newest()}.\n"
+            "Try a lower --config.optim.lr, a longer warm-up (optim.warmup_epochs), clipped gradients "
+            "(optim.clip_norm=1.0) or model.dtype=float32, with --config.resume_with_changes=True to go on from there."
+        )
+    progress.update(step, values)
+
+
+def _what_runs_where(
+    data: Data, mesh: Mesh, model: FCViT, abstract: TrainState, total: int, schedule: optax.Schedule
+) -> str:
+    kind, hosts = mesh.devices.flat[0].device_kind, jax.process_count()
+    rates = [float(schedule(step)) for step in range(0, total, data.steps_per_epoch)]
+    return ", ".join(
+        [
+            f"{mesh.size} of {jax.device_count()} {kind} devices on {hosts} host{'s' * (hosts > 1)}",
+            f"mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}",
+            f"{sum(x.size for x in jax.tree.leaves(abstract.params)):,} parameters in {jnp.dtype(model.dtype)}",
+            f"{bytes_per_device(abstract) / 2**20:.1f} MiB of state per device",
+            f"batch {data.batch_size}, BatchNorm groups of {model.bn_group_size or data.batch_size}",
+            f"{data.num_train:,} training and {data.num_eval:,} validation images",
+            f"{total:,} steps, {data.steps_per_epoch:,} an epoch",
+            f"learning rate up to {max(rates):.3g}",
+        ]
+    )
+
+
+def _figures(result: Mapping[str, float]) -> str:
+    return f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}"
+
+
+def _evaluation_line(metadata: Mapping[str, Any], epoch: float) -> str:
+    result, best = metadata["evaluated"], metadata["best"]
+    return (
+        f"epoch {epoch:.4g}, step {result['step']}: {_figures(result)}, loss {result['loss']:.4f}, "
+        f"over {result['count']} examples (best top-1 {best['top1']:.2%} at step {best['step']})"
+    )
+
+
+def _last_line(metadata: Mapping[str, Any], workdir: Path) -> str:
+    result, best = metadata["evaluated"], metadata["best"]
+    return (
+        f"done: final {_figures(result)}; best {_figures(best)} at step {best['step']}; over {result['count']} "
+        f"examples. Checkpoints: {workdir / 'checkpoints' / str(result['step'])} and "
+        f"{workdir / 'best' / str(best['step'])}"
+    )

@@ -1,0 +1,46 @@
+"""Trains or evaluates FCViT: `python main.py --config=configs/digits.py --workdir=runs/digits`."""
+
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from fcvit_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "What to run, such as configs/digits.py; --config.KEY=VALUE overrides."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; a run that it holds is continued.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "eval: evaluate a checkpoint of the run.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "checkpoints", "For eval: checkpoints (newest), checkpoints/STEP or best."
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where the environment does not tell.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes take part; with --coordinator.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is; with --coordinator.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
+    if flags.FLAGS["verbosity"].using_default_value:
+        logging.set_verbosity(logging.WARNING)  # at absl's own default Orbax tells of every file
+    # Grain's workers import this file again, and need none of this.
+    from fcvit_jax.hosts import start_distributed
+    from fcvit_jax.train import evaluate_checkpoint, train_and_evaluate
+
+    try:
+        start_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        if _MODE.value == "train":
+            train_and_evaluate(_CONFIG.value, _WORKDIR.value)
+        else:
+            evaluate_checkpoint(_CONFIG.value, _WORKDIR.value, _CHECKPOINT.value)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    app.run(main)
