@@ -10,7 +10,7 @@ def get_config():
     """The ImageNet recipe, without what digits do not bear: flips, mixing, strong crops and a long warm-up."""
     config = imagenet.get_config()
     config.data.update(dataset="digits", batch_size=64, image_size=32, workers=0)
-    config.data.update(crop_scale=(0.5, 1.0), flip=0.0, rand_augment=None, crop_pct=1.0)
+    config.data.update(crop_scale=(0.5, 1.0), flip=0.0, rand_augment=(), crop_pct=1.0)
     config.mixing.update(mixup_alpha=0.0, cutmix_alpha=0.0, erase_prob=0.1)
     config.optim.update(lr=3e-3, lr_batch_size=None, warmup_epochs=2, cooldown_epochs=0)
     config.train.update(epochs=40, eval_every=5, log_every=20)

@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
     data.crop_scale = (0.08, 1.0)  # share of the image's area
     data.crop_ratio = (3 / 4, 4 / 3)  # width over height
     data.flip = 0.5
-    data.rand_augment = (2, 9.0, 0.5)  # operations, magnitude and its standard deviation; None: off
+    data.rand_augment = (2, 9.0, 0.5)  # operations, magnitude and its standard deviation; (): off
     data.crop_pct = 0.9  # in evaluation: the shorter side becomes image_size / crop_pct
 
     mixing = config.mixing = ConfigDict()

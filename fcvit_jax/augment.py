@@ -44,7 +44,7 @@ def train_transform(
       crop_scale: smallest and largest share of the image's area in the crop.
       crop_ratio: smallest and largest width / height of the crop.
       flip: probability of a horizontal flip; 0 turns it off.
-      rand_augment: (ops per image, magnitude, standard deviation of the magnitude), or None: off.
+      rand_augment: (ops per image, magnitude, standard deviation of the magnitude); empty or None: off.
 
     Returns:
       uint8 (image_size, image_size, 3), RGB, read-only.
@@ -62,7 +62,7 @@ def train_transform(
     image = image.crop(box).resize((image_size, image_size), RESAMPLE[resample])
     if rng.random() < flip:
         image = image.transpose(Image.FLIP_LEFT_RIGHT)
-    if rand_augment is not None:
+    if rand_augment:
         for op in draw_ops(rng, *rand_augment):
             image = apply_op(image, *op)
     return np.asarray(image)
