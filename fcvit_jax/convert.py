@@ -1,0 +1,437 @@
+"""Weights of the PyTorch original <-> our variables, and the files that hold either.
+
+As a tool, `python -m fcvit_jax.convert SOURCE DEST [--ema]`; see `convert`.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pickle
+import re
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import traverse_util
+
+from fcvit_jax.errors import UserError
+from fcvit_jax.model import VARIANTS, Backbone, FCViT, create_backbone, create_model
+
+# Where a .npz keeps what it says of itself, as JSON.
+METADATA = "__metadata__"
+
+# What to replace in our path, one row after the other, to get the original's name of a tensor.
+NAMES = (
+    *((rf"^stages_{s}_block_(\d+)/", rf"network.{2 * s}.\1.") for s in range(4)),
+    *((rf"^downsample_{s}/", f"network.{2 * s - 1}.") for s in range(1, 4)),
+    *((rf"^norm_{s}/", f"norm{2 * s}.") for s in range(4)),
+    (r"^stem/", "patch_embed."),
+    (r"\bconv/", "proj."),
+    (r"layer_scale(\d)", r"layer_scale_\1"),
+    (r"context(\d)/scale", r"gc\1.rescale_weight"),
+    (r"context(\d)/bias", r"gc\1.rescale_bias"),
+    (r"context(\d)/reduce/", r"gc\1.fc1."),
+    (r"context(\d)/expand/", r"gc\1.fc2."),
+    (r"depthwise(\d)/", r"dw\1."),
+    (r"reduce(\d)/", r"fc\1.0."),
+    (r"expand(\d)/", r"fc\1.2."),
+    (r"spatial_attention/depthwise/", "spatial_att.spatial_att.0."),
+    (r"spatial_attention/reduce/", "spatial_att.spatial_att.1."),
+    (r"spatial_attention/expand/", "spatial_att.spatial_att.3."),
+    (r"channel_attention/conv", "channel_att.channelConv"),
+    (r"channel_mixer/expand/", "channel_mixer.fc1."),
+    (r"channel_mixer/depthwise/", "channel_mixer.dwconv."),
+    (r"channel_mixer/reduce/", "channel_mixer.fc2."),
+    (r"(kernel|scale)$", "weight"),
+    (r"(mean|var)$", r"running_\1"),
+    (r"/", "."),
+)
+# Two options change names; these rows then follow.
+NAMES_WITHOUT_COMPETITION = ((r"(gc\d)\.fc1", r"\1.fc.0"), (r"(gc\d)\.fc2", r"\1.fc.2"))
+NAMES_WITHOUT_BOTTLENECK = ((r"(token_mixer\.fc\d)\.2", r"\1"),)
+
+# Axes of our tensor -> axes of the original's, 1 being an axis of length 1. The first row found in our path counts.
+LAYOUTS = (
+    (r"(stem|downsample_\d)/conv/kernel", "HWIO->OIHW"),
+    (r"depthwise\d?/kernel", "HWC->C1HW"),
+    (r"conv\d/kernel", "WIO->OIW"),
+    (r"(head|context\d/\w+)/kernel", "IO->OI"),
+    (r"kernel", "IO->OI11"),
+    (r"", "C->C"),
+)
+
+
+def _to_layout(x: np.ndarray, layout: str) -> np.ndarray:
+    ours, theirs = layout.split("->")
+    x = np.transpose(x, [ours.index(axis) for axis in theirs if axis != "1"])
+    return np.expand_dims(x, [i for i, axis in enumerate(theirs) if axis == "1"])
+
+
+def _from_layout(x: np.ndarray, layout: str) -> np.ndarray:
+    ours, theirs = layout.split("->")
+    x = np.squeeze(x, tuple(i for i, axis in enumerate(theirs) if axis == "1"))
+    return np.transpose(x, [theirs.replace("1", "").index(axis) for axis in ours])
+
+
+def _names(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """The original's name of every one of our paths, given their shapes (from which two options are read off)."""
+    bottleneck = any("token_mixer/reduce" in path for path in shapes)
+    competition = any(
+        re.search(r"context\d/reduce/kernel", path)
+        and shape[1:] == tuple(2 * n for n in shapes.get(path.replace("reduce", "expand"), ())[:1])
+        for path, shape in shapes.items()
+    )
+    rows = (
+        *NAMES,
+        *(() if competition else NAMES_WITHOUT_COMPETITION),
+        *(() if bottleneck else NAMES_WITHOUT_BOTTLENECK),
+    )
+    names = {}
+    for path in shapes:
+        name = path.partition("/")[2]
+        for pattern, replacement in rows:
+            name = re.sub(pattern, replacement, name)
+        names[path] = name
+    return names
+
+
+def _layout(path: str) -> str:
+    return next(layout for pattern, layout in LAYOUTS if re.search(pattern, path))
+
+
+def _torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return _to_layout(np.broadcast_to(0, shape), _layout(path)).shape
+
+
+def _abstract(model: FCViT | Backbone) -> dict[str, jax.ShapeDtypeStruct]:
+    """The model's variables without values, by path: "params/stem/conv/kernel", ..."""
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
+    return traverse_util.flatten_dict(variables, sep="/")
+
+
+def _check(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises a UserError that lists every tensor that is missing, unexpected or has another shape."""
+    problems = [f"missing: {name} {expected[name]}" for name in expected if name not in found]
+    problems += [f"unexpected: {name} {found[name]}" for name in found if name not in expected]
+    problems += [
+        f"misshaped: {name} {found[name]}, should be {expected[name]}"
+        for name in expected
+        if name in found and found[name] != expected[name]
+    ]
+    if problems:
+        raise UserError("\n  ".join([f"The weights do not fit the model ({len(problems)} tensors):", *problems]))
+
+
+def from_torch(state_dict: Mapping[str, np.ndarray], model: FCViT | Backbone) -> dict[str, Any]:
+    """Makes variables of a state dict of the original.
+
+    Example::
+
+        state_dict = torch.load("fcvit_b12.pth", weights_only=True)
+        variables = from_torch(state_dict, create_model("fcvit_s12"))
+
+    Args:
+      state_dict: tensors by the original's names, NumPy or PyTorch on the CPU. `num_batches_tracked`, on which nothing
+        depends, is ignored.
+      model: what the variables are for.
+
+    Returns:
+      {"params": ..., "batch_stats": ...} of NumPy arrays in the model's dtypes.
+
+    Raises:
+      UserError: tensors are missing, unexpected or misshaped; lists them all.
+    """
+    abstract = _abstract(model)
+    names = _names({path: x.shape for path, x in abstract.items()})
+    expected = {names[path]: _torch_shape(path, x.shape) for path, x in abstract.items()}
+    found = {name: tuple(x.shape) for name, x in state_dict.items()}
+    for name in [name for name in found if name.endswith("num_batches_tracked")]:
+        if name.replace("num_batches_tracked", "running_var") in expected:
+            del found[name]
+    _check(found, expected)
+    flat = {
+        path: np.array(_from_layout(np.asarray(state_dict[names[path]]), _layout(path)), x.dtype, order="C")
+        for path, x in abstract.items()
+    }
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def to_torch(variables: Mapping[str, Any], model: FCViT | Backbone) -> dict[str, np.ndarray]:
+    """Makes a state dict of the original, the exact inverse of `from_torch`.
+
+    Example::
+
+        state_dict = {name: torch.from_numpy(x) for name, x in to_torch(variables, model).items()}
+
+    Args:
+      variables: {"params": ..., "batch_stats": ...}.
+      model: what the variables are for.
+
+    Returns:
+      float32 arrays by the original's names, in no particular order; `num_batches_tracked` (int64), which has no
+      counterpart here, is 0.
+
+    Raises:
+      UserError: tensors are missing, unexpected or misshaped; lists them all.
+    """
+    flat = traverse_util.flatten_dict(variables, sep="/")
+    shapes = {path: x.shape for path, x in _abstract(model).items()}
+    _check({path: tuple(x.shape) for path, x in flat.items()}, shapes)
+    state_dict = {}
+    for path, name in _names(shapes).items():
+        state_dict[name] = np.array(_to_layout(np.asarray(flat[path]), _layout(path)), np.float32, order="C")
+        if name.endswith("running_var"):
+            state_dict[name.replace("running_var", "num_batches_tracked")] = np.array(0, np.int64)
+    return state_dict
+
+
+def infer_model(shapes: Mapping[str, tuple[int, ...]]) -> FCViT | Backbone:
+    """Finds the network that weights belong to; tensors that do not fit the rest are outvoted, not refused.
+
+    What shapes cannot tell keeps its default and changes no output: the heads of an unweighted context, `mix_reduction`
+    against `mix_min_dim`, and what acts in training alone.
+
+    Args:
+      shapes: by the original's names or by our paths ("params/stem/conv/kernel", ...).
+
+    Raises:
+      UserError: these are no weights of an FCViT.
+    """
+    if _is_ours(shapes):
+        kept = {path: shape for path, shape in shapes.items() if len(shape) == _layout(path).index("->")}
+        shapes = {name: _torch_shape(path, kept[path]) for path, name in _names(kept).items()}
+
+    def find(pattern: str, axis: int = 0) -> list[int]:
+        """The length of an axis in every tensor whose name starts with the pattern."""
+        return [shape[axis] for name, shape in shapes.items() if re.match(pattern, name) and len(shape) > abs(axis)]
+
+    def vote(pattern: str, axis: int = 0) -> int | None:
+        lengths = Counter(find(pattern, axis))
+        return lengths.most_common(1)[0][0] if lengths else None
+
+    blocks = [re.match(r"network\.(\d+)\.(\d+)\.", name) for name in shapes]
+    blocks = {(int(found[1]) // 2, int(found[2])) for found in blocks if found}
+    stages = range(1 + max((s for s, _ in blocks), default=-1))
+    depths = [1 + max((b for stage, b in blocks if stage == s), default=-1) for s in stages]
+    dims = [vote(rf"network\.{2 * s}\.\d+\.(norm\d|channel_mixer\.fc2\.bias)") for s in stages]
+    hidden = [vote(rf"network\.{2 * s}\.\d+\.channel_mixer\.fc1\.") for s in stages]
+    if not dims or not all(dims) or not all(hidden):
+        raise UserError("These are no weights of an FCViT: the blocks of its stages are not among the tensors.")
+
+    mixer = r"network\.\d+\.\d+\.token_mixer"
+    fields = {
+        "depths": tuple(depths),
+        "dims": tuple(dims),
+        "mlp_ratios": tuple(max(h // dim, 1) for h, dim in zip(hidden, dims, strict=True)),
+        "kernel_sizes": tuple(k for i in range(1, 10) if (k := vote(rf"{mixer}\.dw{i}\.weight", -1))),
+        "use_context": bool(find(rf"{mixer}\.gc")),
+        "mlp_kernel_size": vote(r"network\.\d+\.\d+\.channel_mixer\.dwconv\.weight", -1),
+        "spatial_attention": bool(find(rf"{mixer}\.spatial_att")),
+        "channel_attention": bool(find(r"network\.\d+\.\d+\.channel_mixer\.channel_att")),
+        "layer_scale_init": 1e-5 if find(r"network\.\d+\.\d+\.layer_scale") else None,
+    }
+    reductions = (8, *range(2, max(dims) + 1))
+    if fields["use_context"]:
+        fields["competition"] = bool(find(rf"{mixer}\.gc\d\.fc1\."))
+        fields["weighted_context"] = bool(find(rf"{mixer}\.gc\d\.rescale"))
+        fields["context_heads"] = vote(rf"{mixer}\.gc\d\.rescale") or 8
+        hidden = [vote(rf"network\.{2 * s}\.\d+\.token_mixer\.gc\d\.fc\.?2\.weight", 1) for s in stages]
+        fits = (r for r in (*reductions, 1) if [dim // r for dim in dims] == hidden)
+        fields["context_reduction"] = next(fits, 8)
+    hidden = [vote(rf"network\.{2 * s}\.\d+\.token_mixer\.fc\d\.0\.") for s in stages]
+    if any(hidden):
+        least = min(h for h in hidden if h)
+        fits = ((r, m) for r in reductions for m in (16, least) if [max(dim // r, m) for dim in dims] == hidden)
+        fields["mix_reduction"], fields["mix_min_dim"] = next(fits, (8, 16))
+    else:
+        fields["mix_reduction"] = 1
+    if find(r"norm\d\."):
+        return Backbone(**fields)
+    return FCViT(num_classes=vote(r"head\.") or 0, **fields)
+
+
+def _is_ours(names: Mapping[str, Any]) -> bool:
+    return any(name.startswith("params/") for name in names)
+
+
+def _variables(weights: Mapping[str, np.ndarray], model: FCViT | Backbone) -> dict[str, Any]:
+    """The model's variables of weights by the original's names or by our paths."""
+    if not _is_ours(weights):
+        return from_torch(weights, model)
+    abstract = _abstract(model)
+    _check({path: x.shape for path, x in weights.items()}, {path: x.shape for path, x in abstract.items()})
+    return traverse_util.unflatten_dict({path: weights[path].astype(x.dtype) for path, x in abstract.items()}, sep="/")
+
+
+def load_pretrained(path: str | Path, model: FCViT | Backbone, *, ema: bool = False) -> dict[str, Any]:
+    """Reads weights for a model from a file of ours or of the original.
+
+    If the file has another number of classes (or no head), the model gets a new head, normal with a standard deviation
+    of 0.02 and always the same, and a warning says so.
+
+    Example::
+
+        model = create_model("fcvit_s12", num_classes=10)
+        variables = load_pretrained("fcvit_b12.pth.tar", model)
+
+    Args:
+      path: a .pth or .pth.tar of the original, a .npz of ours, or the folder of a run or of one Orbax checkpoint.
+      model: what the weights are for.
+      ema: read the exponential moving averages.
+
+    Returns:
+      {"params": ..., "batch_stats": ...} of NumPy arrays in the model's dtypes.
+
+    Raises:
+      UserError: the file cannot be read, or does not fit in anything but the head; lists every tensor.
+    """
+    weights, _ = _read(Path(path), ema)
+    if not isinstance(model, FCViT):
+        return _variables(weights, model)
+    kernel, axis = ("params/head/kernel", -1) if _is_ours(weights) else ("head.weight", 0)
+    classes = weights[kernel].shape[axis] if kernel in weights and weights[kernel].ndim == 2 else 0
+    variables = _variables(weights, model.clone(num_classes=classes))
+    if classes != model.num_classes:
+        logging.warning("%s has %d classes, the model %d: the head starts afresh.", path, classes, model.num_classes)
+        variables["params"].pop("head", None)
+        if model.num_classes:
+            shape = (model.dims[-1], model.num_classes)
+            variables["params"]["head"] = {
+                "kernel": np.random.default_rng(0).normal(0, 0.02, shape).astype(model.param_dtype),
+                "bias": np.zeros(shape[1:], model.param_dtype),
+            }
+    return variables
+
+
+def convert(source: str | Path, dest: str | Path, *, ema: bool = False) -> None:
+    """Converts a file of weights; which network it holds is recognised from the shapes. Nothing is written on an error.
+
+    Args:
+      source: as in `load_pretrained`.
+      dest: the file's ending chooses its format: .pth (a state dict), .pth.tar ({"state_dict": ...}), .npz (arrays by
+        our paths, "params/stem/conv/kernel", float32); otherwise a new folder for an Orbax checkpoint. The latter two
+        carry metadata: "model", the arguments of `create_model`, and what a checkpoint of ours says of itself.
+      ema: read the exponential moving averages.
+
+    Raises:
+      UserError: the source cannot be read or holds another network, the destination cannot be written.
+    """
+    dest = Path(dest)
+    weights, metadata = _read(Path(source), ema)
+    model = infer_model({name: x.shape for name, x in weights.items()})
+    variables = _variables(weights, model)
+    metadata = {"model": _arguments(model)} | metadata
+    if dest.name.endswith((".pth", ".pth.tar")):
+        torch = _torch()
+        state_dict = {name: torch.from_numpy(x) for name, x in to_torch(variables, model).items()}
+        content = {"state_dict": state_dict} if dest.name.endswith(".tar") else state_dict
+        _write(dest, lambda file: torch.save(content, file))
+    elif dest.name.endswith(".npz"):
+        arrays = {path: x.astype(np.float32) for path, x in traverse_util.flatten_dict(variables, sep="/").items()}
+        _write(dest, lambda file: np.savez(file, **arrays, **{METADATA: json.dumps(metadata)}))
+    else:
+        from fcvit_jax import checkpoint
+
+        checkpoint.save_variables(dest, variables, metadata)
+
+
+def _arguments(model: FCViT | Backbone) -> dict[str, Any]:
+    """The arguments of `create_model` or `create_backbone` that make the model, as JSON can hold them."""
+    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    variant = next((name for name, sizes in VARIANTS.items() if sizes.items() <= fields.items()), "fcvit_tiny")
+    usual = create_model(variant) if isinstance(model, FCViT) else create_backbone(variant)
+    changed = {name: x for name, x in fields.items() if name not in ("name", "parent") and x != getattr(usual, name)}
+    return {"name": variant} | changed
+
+
+def _write(dest: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Writes a file whole or not at all."""
+    unfinished = dest.with_name(f".{dest.name}.{os.getpid()}")
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, "wb") as file:
+            write(file)
+        os.replace(unfinished, dest)
+    except OSError as error:
+        raise UserError(f"Could not write {dest}: {error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _read(path: Path, ema: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Weights, by the original's names or by our paths, and what the file says of itself."""
+    if path.is_dir():
+        from fcvit_jax import checkpoint
+
+        variables = checkpoint.load_variables(path, ema=ema)
+        return traverse_util.flatten_dict(variables, sep="/"), checkpoint.load_metadata(path)
+    if not path.is_file():
+        raise UserError(f"There is no file or folder {path}.")
+    if path.suffix != ".npz":
+        return _read_torch(path, ema), {}
+    if ema:
+        raise UserError(f"{path} is a .npz: it holds one set of weights, no moving averages.")
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"Could not read {path}, is it damaged? {error}") from error
+    return arrays, json.loads(str(arrays.pop(METADATA, "{}")))
+
+
+def _torch():
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError("Files of the original (.pth) need PyTorch: pip install torch") from error
+    return torch
+
+
+def _read_torch(path: Path, ema: bool) -> dict[str, np.ndarray]:
+    """The state dict of a file of the original, which may hold it bare or with timm's other entries around it."""
+    torch = _torch()
+    try:
+        # timm's files hold their command line, which can do no harm; nothing else may be built, let alone run.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(f"Refused to read {path}: it wants to run code when read ({code[1]}).") from error
+        raise UserError(f"Could not read {path}, is it damaged? {error}") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds no state dict, but a {type(content).__name__}.")
+    keys = ("state_dict_ema",) if ema else ("state_dict", "state_dict_ema", "model")
+    key = next((key for key in keys if isinstance(content.get(key), Mapping)), None)
+    if ema and key is None:
+        raise UserError(f"{path} holds no exponential moving averages (state_dict_ema).")
+    state_dict = content if key is None else content[key]
+    arrays = {}
+    for name, x in state_dict.items():
+        if not isinstance(x, torch.Tensor):
+            raise UserError(f"{path}: {name} is a {type(x).__name__}, not a tensor.")
+        arrays[name.removeprefix("module.")] = (x.float() if x.is_floating_point() else x).numpy()
+    return arrays
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fcvit_jax.convert", description=convert.__doc__.splitlines()[0])
+    parser.add_argument("source", help=".pth, .pth.tar, .npz, or the folder of a run or an Orbax checkpoint")
+    parser.add_argument("dest", help=".pth, .pth.tar, .npz, or a new folder for an Orbax checkpoint")
+    parser.add_argument("--ema", action="store_true", help="read the exponential moving averages")
+    args = parser.parse_args()
+    try:
+        convert(args.source, args.dest, ema=args.ema)
+    except UserError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
