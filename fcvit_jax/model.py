@@ -53,7 +53,7 @@ class BatchNorm(nn.Module):
     The running averages take the mean over the groups, and keep the biased variance (PyTorch keeps the unbiased one).
 
     Attributes:
-      group_size: images (consecutive in the batch) that share statistics; None: the whole batch.
+      group_size: images (consecutive in the batch) that share statistics; None or 0: the whole batch.
       dtype: dtype of the result; statistics are float32.
       param_dtype: dtype of scale and bias.
     """
@@ -438,7 +438,7 @@ class FCViT(_Stages):
       layer_scale_init: start of the layer scales; None: no layer scales.
       dropout_rate: in the channel mixer.
       drop_path_rate: of the last block; rises linearly from 0 at the first.
-      bn_group_size: images that share batch statistics in training; None: the whole batch.
+      bn_group_size: images that share batch statistics in training; None or 0: the whole batch.
       remat: recompute each block in the backward pass: less memory, more time, the same numbers.
       dtype: compute dtype; statistics, pooling and head are float32.
       param_dtype: dtype of the parameters.
@@ -486,11 +486,12 @@ class Backbone(_Stages):
 
 
 def _options(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a variant, by our name or by the original's (fcvit_b12, ...), with `overrides`."""
+    """The fields of a variant, by our name or by the original's (fcvit_b12, ...), with `overrides`; lists as tuples."""
     ours = name.replace("fcvit_b", "fcvit_s")
     if ours not in VARIANTS:
         raise UserError(f"Unknown model {name!r}: choose from {', '.join(VARIANTS)}.")
-    return VARIANTS[ours] | overrides
+    # JSON and command lines give lists, with which a module could not be hashed.
+    return VARIANTS[ours] | {key: tuple(x) if isinstance(x, list) else x for key, x in overrides.items()}
 
 
 def create_model(name: str, num_classes: int = 1000, **overrides) -> FCViT:
