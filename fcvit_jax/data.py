@@ -7,8 +7,10 @@ state, and the number of workers and hosts changes nothing.
 
 import dataclasses
 import functools
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 
 import grain
@@ -236,12 +238,22 @@ def _stream(data, load, start, stop):
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads * data.prefetch))
         .mp_prefetch(grain.MultiprocessingOptions(data.workers, data.prefetch), worker_init_fn=_start_worker)
     )
-    return iter(batches)
+    iterator = iter(batches)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
 
 
 def _start_worker(index, count):
     del index, count
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends its workers itself
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers itself
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent():
+    multiprocessing.parent_process().join()  # returns when it is gone, killed too; Grain's workers would stay for ever
+    os._exit(1)
 
 
 def _noise(data, batch_size):

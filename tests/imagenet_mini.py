@@ -1,55 +1,61 @@
-"""A miniature ImageNet: generated tar files of a few JPEGs, prepared by TFDS's own `imagenet2012` builder.
-
-python tests/imagenet_mini.py DATA_DIR FILE_FORMAT  # array_record or tfrecord; needs tensorflow-cpu
-"""
+"""A miniature ImageNet: generated tar files of a few JPEGs, prepared by TFDS's own `imagenet2012` builder."""
 
 import io
-import os
+import subprocess
 import sys
 import tarfile
 
 import numpy as np
 from PIL import Image
 
-WNIDS = ("n01440764", "n01443537", "n02119022", "n15075141")  # labels 0, 1, 277, 999
-TRAIN_IMAGES = 10  # of each class
-EVAL_IMAGES = 21
+WNIDS = {"n01440764": 0, "n01443537": 1, "n02119022": 277, "n15075141": 999}
+NUM_TRAIN, NUM_EVAL, NUM_TEST = 40, 21, 2
 
 
-def jpeg(rng, size=None):
-    """A smooth random colour image of `size` (width, height; None: random), as JPEG bytes."""
-    width, height = size or rng.integers(40, 80, 2).tolist()
+def jpeg(rng, width=None, height=None):
+    """A smooth random image, of random size where none is given, as JPEG bytes."""
     coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
+    size = width or int(rng.integers(40, 80)), height or int(rng.integers(40, 80))
     file = io.BytesIO()
-    coarse.resize((width, height), Image.Resampling.BICUBIC).save(file, "jpeg", quality=90)
+    coarse.resize(size, Image.Resampling.BICUBIC).save(file, "jpeg", quality=90)
     return file.getvalue()
 
 
-def write_tars(folder):
-    """Writes ILSVRC2012_img_train.tar (a tar file for each class in it) and ILSVRC2012_img_val.tar into `folder`."""
+def prepare_code(data_dir, file_format):
+    """Python code that prepares imagenet2012 from the tar files in DATA_DIR/downloads/manual; it needs TensorFlow."""
+    return (
+        "import tensorflow_datasets as tfds; tfds.builder('imagenet2012',"
+        f" data_dir='{data_dir}', file_format='{file_format}').download_and_prepare()"
+    )
+
+
+def build(folder):
+    """Prepares it as array_record in `folder`/array_record and as tfrecord in `folder`/tfrecord, in a process apart."""
     rng = np.random.default_rng(0)
-    os.makedirs(folder, exist_ok=True)
-    with tarfile.open(os.path.join(folder, "ILSVRC2012_img_train.tar"), "w") as train:
-        for wnid in WNIDS:
-            images = io.BytesIO()
-            with tarfile.open(fileobj=images, mode="w") as tar:
-                for number in range(TRAIN_IMAGES):
-                    _add(tar, f"{wnid}_{number}.JPEG", jpeg(rng))
-            _add(train, f"{wnid}.tar", images.getvalue())
-    with tarfile.open(os.path.join(folder, "ILSVRC2012_img_val.tar"), "w") as validation:
-        for number in range(1, EVAL_IMAGES + 1):
-            _add(validation, f"ILSVRC2012_val_{number:08}.JPEG", jpeg(rng))
+    train = {
+        f"{wnid}.tar": _tar({f"{wnid}_{i}.JPEG": jpeg(rng) for i in range(NUM_TRAIN // len(WNIDS))}) for wnid in WNIDS
+    }
+    tars = {
+        "train": _tar(train),
+        "val": _tar({f"ILSVRC2012_val_{i + 1:08}.JPEG": jpeg(rng) for i in range(NUM_EVAL)}),
+        "test": _tar({f"ILSVRC2012_test_{i + 1:08}.JPEG": jpeg(rng) for i in range(NUM_TEST)}),
+    }
+    code = []
+    for file_format in ("array_record", "tfrecord"):
+        manual = folder / file_format / "downloads" / "manual"
+        manual.mkdir(parents=True)
+        for name, content in tars.items():
+            (manual / f"ILSVRC2012_img_{name}.tar").write_bytes(content)
+        code.append(prepare_code(folder / file_format, file_format))
+    done = subprocess.run([sys.executable, "-c", "\n".join(code)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
-def _add(tar, name, content):
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
-
-
-if __name__ == "__main__":
-    import tensorflow_datasets as tfds
-
-    data_dir, file_format = sys.argv[1:]
-    write_tars(os.path.join(data_dir, "downloads", "manual"))
-    tfds.builder("imagenet2012", data_dir=data_dir, file_format=file_format).download_and_prepare()
+def _tar(files):
+    tar_file = io.BytesIO()
+    with tarfile.open(fileobj=tar_file, mode="w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return tar_file.getvalue()

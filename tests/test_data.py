@@ -1,0 +1,369 @@
+"""Batches: order, sharding and evaluation; what a user is told about bad data; workers that fail or are killed."""
+
+import dataclasses
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from imagenet_mini import jpeg, prepare_code
+from PIL import Image
+
+from fcvit_jax import augment, data
+from fcvit_jax.errors import UserError
+
+
+def collect(batches):
+    """Stacks what batches hold: {"image": (batches, b, ...), ...}."""
+    batches = list(batches)
+    return {key: np.stack([batch[key] for batch in batches]) for key in batches[0]}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_workers_hosts_and_restarts_change_nothing(digits_dir):
+    def opened(workers):
+        return data.open_dataset(
+            dataset="digits", data_dir=digits_dir, batch_size=400, image_size=12, workers=workers, rand_augment=None
+        )
+
+    dataset = opened(workers=0)
+    assert dataset.steps_per_epoch == 3
+    reference = collect(data.train_batches(dataset, seed=3, start_step=0, num_steps=7))  # into the third epoch
+    evaluation = collect(data.eval_batches(dataset))
+    assert reference["image"].dtype == np.uint8 and evaluation["mask"].sum() == 299
+
+    hosts = [collect(data.train_batches(dataset, 3, 0, 7, process_index=p, process_count=2)) for p in range(2)]
+    assert_same({key: np.concatenate([host[key] for host in hosts], axis=1) for key in reference}, reference)
+    for workers, start in ((0, 2), (1, 2), (2, 1)):
+        restarted = collect(data.train_batches(opened(workers), 3, start, 7 - start))
+        assert_same(restarted, {key: value[start:] for key, value in reference.items()})
+    assert_same(collect(data.eval_batches(opened(workers=2))), evaluation)
+
+
+def test_seed_and_epoch_change_order_and_augmentation(digits_dir):
+    dataset = data.open_dataset(dataset="digits", data_dir=digits_dir, batch_size=1498, image_size=8)
+
+    def by_first_pixels(batch):
+        return sorted(image.tobytes() for image in batch["image"])
+
+    first, second = data.train_batches(dataset, seed=0, start_step=0, num_steps=2)
+    (other,) = data.train_batches(dataset, seed=1, start_step=0, num_steps=1)
+    for batch in (second, other):
+        assert (batch["label"] != first["label"]).mean() > 0.8
+        assert len(set(by_first_pixels(batch)) & set(by_first_pixels(first))) < 500
+
+
+@dataclasses.dataclass
+class Numbers:
+    """A source whose labels are the indices."""
+
+    size: int
+
+    def __len__(self):
+        return self.size
+
+    def read(self, indices):
+        return [(b"", index) for index in indices]
+
+
+@pytest.mark.parametrize("size, batch_size, hosts", [(23, 4, 1), (23, 6, 3), (7, 6, 2), (5, 5, 5), (24, 6, 2)])
+def test_every_example_exactly_once(digits_dir, monkeypatch, size, batch_size, hosts):
+    ones = np.ones((2, 2, 3), np.uint8)
+    monkeypatch.setattr(augment, "train_transform", lambda *args, **kwargs: ones)
+    monkeypatch.setattr(augment, "eval_transform", lambda *args, **kwargs: ones)
+    dataset = dataclasses.replace(
+        data.open_dataset(dataset="digits", data_dir=digits_dir, batch_size=batch_size, image_size=2),
+        train=Numbers(size),
+        eval=Numbers(size),
+        num_train=size,
+        num_eval=size,
+    )
+    steps = dataset.steps_per_epoch
+    epochs = np.concatenate(
+        [collect(data.train_batches(dataset, 0, 0, 3 * steps, host, hosts))["label"] for host in range(hosts)], axis=1
+    ).reshape(3, steps * batch_size)
+    assert steps == size // batch_size
+    assert all(len(set(epoch)) == len(epoch) for epoch in epochs.tolist())
+    assert size < 6 or len({tuple(epoch) for epoch in epochs.tolist()}) == 3
+
+    evaluated = [collect(data.eval_batches(dataset, host, hosts)) for host in range(hosts)]
+    assert {host["mask"].shape for host in evaluated} == {(-(-size // batch_size), batch_size // hosts)}
+    assert sorted(np.concatenate([host["label"][host["mask"]] for host in evaluated])) == list(range(size))
+    for host in evaluated:
+        np.testing.assert_array_equal(host["image"].any(axis=(2, 3, 4)), host["mask"])
+        assert not host["label"][~host["mask"]].any()
+
+
+def test_imagenet_is_read_without_tensorflow(imagenet_mini_dirs):
+    data_dir = imagenet_mini_dirs / "array_record"
+    code = f"""
+import sys
+from fcvit_jax import data
+if __name__ == "__main__":
+    dataset = data.open_dataset(dataset="imagenet2012", data_dir={str(data_dir)!r}, batch_size=8, image_size=32)
+    labels = {{int(label) for batch in data.train_batches(dataset, 0, 0, 5) for label in batch["label"]}}
+    (batch,) = list(data.eval_batches(dataset))[:1]
+    print(dataset.num_train, dataset.num_eval, dataset.num_classes, dataset.class_names[277], sorted(labels))
+    assert not [name for name in sys.modules if name.split(".")[0] == "tensorflow"]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == "40 21 1000 n02119022 [0, 1, 277, 999]".split()
+
+
+def test_imagenet_pixels_are_those_of_the_files(imagenet_mini):
+    dataset = data.open_dataset(dataset="imagenet2012", data_dir=imagenet_mini, batch_size=21, image_size=32)
+    (batch,) = data.eval_batches(dataset)
+    with tarfile.open(os.path.join(imagenet_mini, "downloads", "manual", "ILSVRC2012_img_val.tar")) as tar:
+        files = [tar.extractfile(name).read() for name in tar.getnames()]
+    expected = [augment.eval_transform(file, 32, 0.9).tobytes() for file in files]
+    assert sorted(expected) == sorted(image.tobytes() for image in batch["image"])
+
+
+def test_a_dataset_that_is_not_prepared_gets_the_commands(imagenet_mini, tmp_path):
+    with pytest.raises(UserError) as error:
+        data.open_dataset(dataset="imagenet2012", data_dir=str(tmp_path), batch_size=8)
+    message = str(error.value)
+    assert f'python -c "{prepare_code(tmp_path, "array_record")}"' in message  # what the fixture ran
+    assert f"mkdir -p {tmp_path}/downloads/manual" in message and "ILSVRC2012_img_train.tar" in message
+    assert "pip install tensorflow-cpu importlib_resources" in message
+
+
+def test_tfrecord_gets_the_conversion_and_its_result_is_read(imagenet_mini_dirs, tmp_path):
+    with pytest.raises(UserError, match="stored as tfrecord") as error:
+        data.open_dataset(dataset="imagenet2012", data_dir=str(imagenet_mini_dirs / "tfrecord"), batch_size=8)
+    folder = imagenet_mini_dirs / "tfrecord" / "imagenet2012" / "5.1.0"
+    assert "-m tensorflow_datasets.scripts.convert_format --out_file_format=array_record" in str(error.value)
+    assert f"--dataset_version_dir={folder}" in str(error.value)
+
+    # What that command does: it adds files, and their format to the description.
+    converted = tmp_path / "imagenet2012" / "5.1.0"
+    shutil.copytree(folder, converted)
+    shutil.copytree(imagenet_mini_dirs / "array_record" / "imagenet2012" / "5.1.0", tmp_path / "new")
+    for path in (tmp_path / "new").glob("*.array_record*"):
+        path.rename(converted / path.name)
+    info = json.loads((converted / "dataset_info.json").read_text())
+    (converted / "dataset_info.json").write_text(json.dumps(info | {"alternativeFileFormats": ["array_record"]}))
+    assert data.open_dataset(dataset="imagenet2012", data_dir=str(tmp_path), batch_size=8).num_train == 40
+
+
+class Texts(tfds.core.GeneratorBasedBuilder):
+    """A dataset without images."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "label": tfds.features.ClassLabel(num_classes=1)})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {"train": [(0, {"text": "x", "label": 0})]}
+
+    def _generate_examples(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(dataset="imagnet2012"), r"Dataset imagnet2012 not found.*similar: imagenet2012.*in .*: .*imagenet2012"),
+        (dict(dataset="imagenet2012:1.2.3"), "imagenet2012 cannot be loaded at version 1.2.3"),
+        (
+            dict(eval_split="val"),
+            r"data.eval_split=val: Unknown split 'val'.* imagenet2012 has train, validation, test",
+        ),
+        (dict(train_split="train[:x]"), r"data.train_split=train\[:x\]"),
+        (dict(eval_split="test"), "data.eval_split=test of imagenet2012 has no labels"),
+        (dict(dataset="folder:/nowhere"), "/nowhere must have a folder train"),
+        (dict(batch_size=41), "40 training images, less than one batch: data.batch_size is 41"),
+        (dict(batch_size=0), "data.batch_size is 0"),
+        (dict(workers=-1), "data.workers is -1"),
+        (dict(crop_pct=1.5), "crop_pct"),
+    ],
+)
+def test_bad_config(imagenet_mini, change, message):
+    with pytest.raises(UserError, match=message):
+        data.open_dataset(**dict(dataset="imagenet2012", data_dir=imagenet_mini, batch_size=8) | change)
+
+
+def test_a_dataset_without_images(tmp_path):
+    Texts(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    with pytest.raises(UserError, match="texts lacks the features image .* it has text, label"):
+        data.open_dataset(dataset="texts", data_dir=str(tmp_path), batch_size=8)
+
+
+def test_batches_that_cannot_be(digits_dir):
+    dataset = data.open_dataset(dataset="digits", data_dir=digits_dir, batch_size=9, image_size=8)
+    with pytest.raises(UserError, match="data.batch_size is 9: it must be a multiple of the 2 processes"):
+        data.train_batches(dataset, 0, 0, 1, process_index=0, process_count=2)
+    with pytest.raises(UserError, match="seed is -1"):
+        data.train_batches(dataset, -1, 0, 1)
+
+
+def test_a_broken_record_is_named(imagenet_mini, tmp_path, monkeypatch):
+    shutil.copytree(imagenet_mini, tmp_path, dirs_exist_ok=True)
+    arguments = dict(dataset="imagenet2012", data_dir=str(tmp_path), batch_size=40, image_size=32)
+    path = tmp_path / "imagenet2012" / "5.1.0" / "imagenet2012-train.array_record-00000-of-00001"
+    content = bytearray(path.read_bytes())
+    content[20000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"record \d+ of imagenet2012 train cannot be read: Corrupted"):
+        next(data.train_batches(data.open_dataset(**arguments), 0, 0, 1))
+
+    def refuse(*args):
+        raise UserError("broken JPEG")
+
+    monkeypatch.setattr(augment, "eval_transform", refuse)
+    with pytest.raises(
+        UserError, match=r"record 0 of imagenet2012 validation \(ILSVRC2012_val_\d+.JPEG\): broken JPEG"
+    ):
+        next(data.eval_batches(data.open_dataset(**arguments)))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of two images in train and val, with a file name of each suffix."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name, files in {"dog": ("b.jpg", "a.JPEG"), "cat": ("d.png", "c.WebP")}.items():
+            (tmp_path / split / name).mkdir(parents=True)
+            for file in files:
+                image = Image.fromarray(rng.integers(0, 256, (10, 12, 3), np.uint8))
+                image.save(tmp_path / split / name / file, file.split(".")[1].lower().replace("jpg", "jpeg"))
+            (tmp_path / split / name / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+def open_folder(folder, **options):
+    return data.open_dataset(**dict(dataset=f"folder:{folder}", batch_size=2, image_size=8) | options)
+
+
+def test_folder(folder):
+    (folder / "val").rename(folder / "validation")
+    dataset = open_folder(folder, batch_size=4)
+    assert dataset.class_names == ("cat", "dog") and (dataset.num_train, dataset.num_eval) == (4, 4)
+    (batch,) = data.eval_batches(dataset)
+    files = [folder / "validation" / name for name in ("cat/c.WebP", "cat/d.png", "dog/a.JPEG", "dog/b.jpg")]
+    np.testing.assert_array_equal(batch["label"], [0, 0, 1, 1])
+    np.testing.assert_array_equal(batch["image"], [augment.eval_transform(file.read_bytes(), 8) for file in files])
+
+
+def test_bad_folders(folder):
+    (folder / "train" / "empty").mkdir()
+    with pytest.raises(UserError, match="train has class folders without any image .*: empty$"):
+        open_folder(folder)
+    (folder / "train" / "empty").rename(folder / "train" / "bird")
+    shutil.copy(folder / "val" / "cat" / "d.png", folder / "train" / "bird")
+    (folder / "val" / "cat").rename(folder / "val" / "cats")
+    with pytest.raises(UserError, match="different classes: only the first has bird, cat, only the second has cats"):
+        open_folder(folder)
+    shutil.rmtree(folder / "train")
+    (folder / "train").mkdir()
+    with pytest.raises(UserError, match="train has no class folders"):
+        open_folder(folder)
+
+
+def huge_png():
+    """The first bytes of a 20,000 x 20,000 PNG."""
+    file = io.BytesIO()
+    Image.new("L", (1, 1)).save(file, "png")
+    content = bytearray(file.getvalue())
+    content[16:24] = (20_000).to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
+@pytest.mark.parametrize("content", [b"some text", b"", jpeg(np.random.default_rng(0))[:600], huge_png()])
+def test_a_broken_file_is_named(folder, content):
+    (folder / "val" / "dog" / "b.jpg").write_bytes(content)
+    (folder / "train" / "dog" / "b.jpg").write_bytes(content)
+    dataset = open_folder(folder, batch_size=4)
+    with pytest.raises(UserError, match=f"^{folder}/val/dog/b.jpg: "):
+        list(data.eval_batches(dataset))
+    with pytest.raises(UserError, match=f"^{folder}/train/dog/b.jpg: "):
+        list(data.train_batches(dataset, 0, 0, 1))
+
+
+def test_a_tiny_image_works_and_a_missing_one_is_named(folder):
+    Image.new("L", (1, 1), 7).save(folder / "train" / "dog" / "b.jpg")
+    dataset = open_folder(folder, batch_size=4)
+    (batch,) = data.train_batches(dataset, 0, 0, 1)
+    assert batch["image"].shape == (4, 8, 8, 3)
+    (folder / "val" / "dog" / "b.jpg").unlink()
+    with pytest.raises(UserError, match=f"{folder}/val/dog/b.jpg cannot be read: No such file"):
+        list(data.eval_batches(dataset))
+
+
+def test_synthetic():
+    dataset = data.open_dataset(dataset="synthetic", batch_size=4, image_size=8)
+    assert (dataset.num_train, dataset.num_classes, dataset.steps_per_epoch) == (1_281_167, 1000, 320_291)
+    train = collect(data.train_batches(dataset, 0, 100, 3, process_index=1, process_count=2))
+    assert train.keys() == {"image", "label"} and train["image"].shape == (3, 2, 8, 8, 3)
+    assert collect(data.eval_batches(dataset))["mask"].all()
+
+
+def test_a_worker_that_fails_or_dies_ends_the_run(folder):
+    dataset = open_folder(folder, workers=2, prefetch=1)
+    batches = data.train_batches(dataset, 0, 0, 100_000)
+    next(batches)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="terminated unexpectedly"):
+        for _ in batches:
+            pass
+    assert not multiprocessing.active_children()
+
+    (folder / "train" / "dog" / "b.jpg").write_bytes(b"some text")
+    with pytest.raises(UserError, match="dog/b.jpg"):
+        list(data.train_batches(dataset, 0, 0, 100))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_workers_end_with_their_parent(folder, number):
+    script = folder / "script.py"
+    script.write_text(f"""
+import contextlib, multiprocessing, time
+from fcvit_jax import data
+if __name__ == "__main__":
+    dataset = data.open_dataset(dataset="folder:{folder}", batch_size=2, image_size=8, workers=1)
+    with contextlib.closing(data.train_batches(dataset, 0, 0, 1_000_000)) as batches:
+        next(batches)
+        print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            for _ in batches:
+                time.sleep(0.01)
+""")
+    process = subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+    )
+    (worker,) = process.stdout.readline().split()
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as Ctrl-C does
+    else:
+        process.kill()
+    _, stderr = process.communicate(timeout=60)  # the pipes close when the worker ends too
+    assert "Traceback" not in stderr
+    deadline = time.monotonic() + 20
+    while os.path.exists(f"/proc/{worker}") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not os.path.exists(f"/proc/{worker}")
