@@ -1,7 +1,7 @@
 """The depthwise convolution: one op, several implementations, chosen by platform and size.
 
 Forward, input gradient and weight gradient are bilinear maps, each the derivative of another, so the two rules below
-give derivatives of every order in reverse mode. The choices in `_cpu_impls` come from `benchmarks/depthwise.py`; the
+give derivatives of every order in reverse mode. The choice in `_cpu_impl` comes from `benchmarks/depthwise.py`; the
 figures, and the analysis for accelerators, are in docs/performance.md.
 """
 
@@ -49,18 +49,16 @@ def depthwise_conv(x, kernel, impl=None):
     return _conv(x, kernel[rows : kernel.shape[0] - rows, cols : kernel.shape[1] - cols], impl)
 
 
-def _cpu_impls(shape, window):
-    """What is fastest on a CPU for the forward pass and input gradient, and for the weight gradient."""
-    positions, taps = shape[1] * shape[2], window[0] * window[1]
-    forward = "banded" if positions < taps else "shift"
-    return forward, "banded" if positions <= 16 and positions < taps else "shift"
+def _cpu_impl(shape, window):
+    """The fastest on a CPU, in all passes: the one whose loop is shorter, over positions or over taps."""
+    return "banded" if shape[1] * shape[2] <= window[0] * window[1] else "shift"
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv(x, kernel, impl):
     if impl is not None:
         return _FORWARD[impl](x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=_FORWARD[_cpu_impls(x.shape, kernel.shape)[0]], default=_lax)
+    return lax.platform_dependent(x, kernel, cpu=_FORWARD[_cpu_impl(x.shape, kernel.shape)], default=_lax)
 
 
 def _conv_fwd(x, kernel, impl):
@@ -80,7 +78,7 @@ def _weight_grad(x, g, window, impl):
     """Sum x[n, h + i - p, w + j - p, c] * g[n, h, w, c] over n, h, w: (*window, C) in float32."""
     if impl is not None:
         return _WEIGHT_GRAD[impl](x, g, window)
-    cpu = partial(_WEIGHT_GRAD[_cpu_impls(x.shape, window)[1]], window=window)
+    cpu = partial(_WEIGHT_GRAD[_cpu_impl(x.shape, window)], window=window)
     return lax.platform_dependent(x, g, cpu=cpu, default=partial(_lax_weight_grad, window=window))
 
 
