@@ -168,8 +168,8 @@ class Texts(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-        features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "label": tfds.features.ClassLabel(num_classes=1)})
-        return tfds.core.DatasetInfo(builder=self, features=features)
+        features = {"text": tfds.features.Text(), "label": tfds.features.ClassLabel(num_classes=1)}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
         return {"train": [(0, {"text": "x", "label": 0})]}
@@ -203,7 +203,7 @@ def test_bad_config(imagenet_mini, change, message):
 
 def test_a_dataset_without_images(tmp_path):
     Texts(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    with pytest.raises(UserError, match="texts lacks the features image .* it has text, label"):
+    with pytest.raises(UserError, match="texts lacks the features image .* it has label, text"):
         data.open_dataset(dataset="texts", data_dir=str(tmp_path), batch_size=8)
 
 
