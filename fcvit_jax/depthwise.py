@@ -110,6 +110,7 @@ def _lax_weight_grad(x, g, window):
     return jax.linear_transpose(partial(_lax, x), kernel)(g)[0].astype(jnp.float32)
 
 
+@jax.jit
 def _correlate(a, b):
     """Sum a[n, s + t, c] * b[n, t, c] over the positions t of b, for every s that fits; a batch of one is shared.
 
