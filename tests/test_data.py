@@ -339,14 +339,18 @@ def test_workers_end_with_their_parent(folder, number):
     script.write_text(f"""
 import contextlib, multiprocessing, time
 from fcvit_jax import data
-if __name__ == "__main__":
+
+def main():
     dataset = data.open_dataset(dataset="folder:{folder}", batch_size=2, image_size=8, workers=1)
-    with contextlib.closing(data.train_batches(dataset, 0, 0, 1_000_000)) as batches:
+    batches = data.train_batches(dataset, 0, 0, 1_000_000)
+    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(batches):
         next(batches)
         print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            for _ in batches:
-                time.sleep(0.01)
+        for batch in batches:
+            time.sleep(0.01)
+
+if __name__ == "__main__":
+    main()
 """)
     process = subprocess.Popen(
         [sys.executable, script],
@@ -362,7 +366,7 @@ if __name__ == "__main__":
     else:
         process.kill()
     _, stderr = process.communicate(timeout=60)  # the pipes close when the worker ends too
-    assert "Traceback" not in stderr
+    assert "Traceback" not in stderr, stderr
     deadline = time.monotonic() + 20
     while os.path.exists(f"/proc/{worker}") and time.monotonic() < deadline:
         time.sleep(0.1)
