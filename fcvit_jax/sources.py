@@ -106,7 +106,7 @@ def open_tfds(name, data_dir, train_split, eval_split) -> tuple[Records, Records
     image, label = features.get("image"), features.get("label")
     if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
         raise UserError(
-            f"{name} lacks the features image (one image) and label (a class): it has {', '.join(features)}"
+            f"{name} lacks the features image (one image) and label (a class): it has {', '.join(sorted(features))}"
         )
 
     def open_split(key, split):
