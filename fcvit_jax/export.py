@@ -1,0 +1,92 @@
+"""Writes a network as a program that JAX alone runs: `python -m fcvit_jax.export --checkpoint runs/digits exported`.
+
+To run it, without this package, Flax or anything else but JAX::
+
+    program = jax.export.deserialize(open("exported/model.jax_export", "rb").read())
+    logits = program.call(images)                   # images (N, S, S, 3) uint8, any N; logits (N, num_classes) float32
+    names = json.load(open("exported/model.json"))["class_names"]
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from fcvit_jax.errors import UserError
+from fcvit_jax.mixing import normalize
+from fcvit_jax.predict import CHECKPOINT_HELP, load
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def export(checkpoint: str | Path, dest: str | Path) -> None:
+    """Writes three files that hold what evaluation uses of a checkpoint.
+
+    - `model.jax_export`: a serialised `jax.export` program with weights and normalisation in it, for CPU, CUDA and TPU:
+      uint8 (N, S, S, 3) -> logits float32 (N, num_classes), or the pooled features of a network without a head.
+    - `model.json`: "class_names", "image_size" (S), "crop_pct" (an image is resized, bicubic, to a
+      shorter side of floor(S / crop_pct), and its centre cropped) and "model", the arguments of `create_model`.
+    - `model.safetensors`: the variables by path, "params/stem/conv/kernel", ...
+
+    Args:
+      checkpoint: as in `checkpoint.find_step`.
+      dest: a new or empty folder.
+
+    Raises:
+      UserError: the checkpoint cannot be read, the folder is not empty or cannot be written, safetensors is missing.
+    """
+    try:
+        from safetensors.numpy import save
+    except ImportError as error:
+        raise UserError("Exporting needs safetensors: pip install safetensors") from error
+    dest = Path(dest).expanduser()
+    if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
+        raise UserError(f"{dest} is not an empty folder: choose another.")
+    model, variables, metadata = load(checkpoint)
+    about = {key: metadata[key] for key in ("class_names", "image_size", "crop_pct", "model")}
+
+    def logits(image):
+        return model.apply(variables, normalize(image[None]))[0]
+
+    # The images are mapped over, since the depthwise convolution looks at the batch's size, here a symbol.
+    images = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), *[metadata["image_size"]] * 2, 3), jnp.uint8)
+    program = jax.export.export(jax.jit(jax.vmap(logits)), platforms=PLATFORMS)(images)
+    weights = {path: np.asarray(x) for path, x in traverse_util.flatten_dict(variables, sep="/").items()}
+    files = {
+        "model.jax_export": program.serialize(),
+        "model.json": json.dumps(about, indent=2).encode() + b"\n",
+        "model.safetensors": save(weights, {"about": json.dumps(about)}),
+    }
+    try:
+        dest.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (dest / name).write_bytes(content)
+            print(f"{dest / name}: {len(content):,} bytes")
+    except OSError as error:
+        raise UserError(f"{error.filename or dest} cannot be written: {error.strerror}.") from error
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m fcvit_jax.export",
+        description="Write a network as a jax.export program for any batch size on CPU, CUDA and TPU, with weights "
+        "and normalisation in it, and its labels (JSON) and weights (safetensors) beside it.",
+        epilog="example: python -m fcvit_jax.export --checkpoint runs/digits exported/digits",
+    )
+    parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
+    parser.add_argument("dest", type=Path, metavar="DEST", help="a new or empty folder")
+    args = parser.parse_args(argv)
+    try:
+        export(args.checkpoint, args.dest)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

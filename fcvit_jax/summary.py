@@ -1,0 +1,158 @@
+"""Tells the shapes and costs of a network: `python -m fcvit_jax.summary fcvit_s12 --image-size 224`."""
+
+import argparse
+import dataclasses
+import functools
+import math
+import sys
+from pathlib import Path
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+from flax import linen as nn
+
+from fcvit_jax.errors import UserError
+from fcvit_jax.model import VARIANTS, Block, DepthwiseConv, FCViT, GlobalContext, create_model
+from fcvit_jax.predict import CHECKPOINT_HELP, load
+
+
+@dataclasses.dataclass
+class Part:
+    """What a part of the network costs, for one image.
+
+    Attributes:
+      shape: of its output, without the batch.
+      parameters: how many values are trained.
+      multiply_adds: of convolutions and matrix products, as the paper has them rather than as a platform computes them.
+      activations: bytes that the backward pass needs of the forward pass, before the compiler optimises either.
+    """
+
+    shape: tuple[int, ...] = ()
+    parameters: int = 0
+    multiply_adds: int = 0
+    activations: int = 0
+
+
+def summarize(model: FCViT, image_size: int = 224) -> dict[str, Part]:
+    """Counts what the parts of a network cost, by tracing it: nothing is compiled or computed.
+
+    Example::
+
+        summarize(create_model("fcvit_s12"))["total"].multiply_adds      # 2645471232
+
+    Args:
+      model: the network.
+      image_size: side of the images in pixels.
+
+    Returns:
+      Parts by name, in their order: "stem", "stage 1", "downsample 1", ..., "norm", "head", and "total".
+
+    Raises:
+      UserError: the images are too small.
+    """
+    if image_size < 32:
+        raise UserError(f"--image-size={image_size}: the network needs at least 32 pixels a side.")
+    parts: dict[str, Part] = {}
+    calls = []
+
+    def count(call, args, kwargs, context):
+        module, out = context.module, call(*args, **kwargs)
+        if context.method_name != "__call__" or not module.path:
+            return out
+        part = parts.setdefault(_part_name(module.path[0]), Part())
+        if len(module.path) == 1:
+            part.shape = out.shape[1:]
+            part.parameters += sum(x.size for x in jax.tree.leaves(module.variables["params"]))
+            calls.append((part, module.clone(parent=None, name=None), args))
+        if isinstance(module, nn.Conv | nn.Dense | DepthwiseConv):
+            # Each weight meets one input per output position.
+            part.multiply_adds += module.variables["params"]["kernel"].size * math.prod(out.shape[:-1])
+        elif isinstance(module, GlobalContext) and module.weighted:
+            part.multiply_adds += args[0].size  # the similarity: every value times its head's query
+        return out
+
+    model = model.clone(bn_group_size=None)  # one image is the whole batch
+    with nn.intercept_methods(count):
+        jax.eval_shape(lambda: model.init(_rngs(), jnp.zeros((1, image_size, image_size, 3)), train=True))
+    for part, module, (x, *train) in calls:
+        if model.remat and isinstance(module, Block):  # from its input alone
+            part.activations += x.size * x.dtype.itemsize
+        else:
+            part.activations += _saved_bytes(module, jax.ShapeDtypeStruct(x.shape, x.dtype), *train)
+    sums = [
+        sum(getattr(part, field) for part in parts.values()) for field in Part.__dataclass_fields__ if field != "shape"
+    ]
+    return parts | {"total": Part((), *sums)}
+
+
+def _rngs() -> dict[str, jax.Array]:
+    return {"params": jax.random.key(0), "dropout": jax.random.key(0)}
+
+
+@functools.cache  # the blocks of a stage are alike
+def _saved_bytes(module: nn.Module, x: jax.ShapeDtypeStruct, *train: bool) -> int:
+    """Bytes that the backward pass of a module needs: its input and what it computed, but not its variables."""
+
+    def saved(variables, x):
+        def forward(params, x):
+            return module.apply(variables | {"params": params}, x, *train, rngs=_rngs(), mutable=["batch_stats"])[0]
+
+        return jax.tree.leaves(jax.vjp(forward, variables["params"], x)[1])
+
+    variables = jax.eval_shape(lambda x: module.init(_rngs(), x, *train), x)
+    jaxpr = jax.make_jaxpr(saved)(variables, x).jaxpr
+    found = {var for var in jaxpr.outvars if isinstance(var, jax.extend.core.Var)} - set(jaxpr.invars[:-1])
+    return sum(var.aval.size * var.aval.dtype.itemsize for var in found)
+
+
+def _part_name(module_name: str) -> str:
+    """ "stages_0_block_1" -> "stage 1", as people count."""
+    if module_name.startswith("stages"):
+        return f"stage {int(module_name.split('_')[1]) + 1}"
+    return module_name.replace("_", " ")
+
+
+def _summary(args: argparse.Namespace) -> None:
+    size = args.image_size
+    if args.name or args.checkpoint:
+        model = create_model(args.name) if args.name else load(args.checkpoint)[0]
+        what = f"{args.name or args.checkpoint}, {model.num_classes} classes, {jnp.dtype(model.dtype)}"
+        header = ["part", "output"]
+        rows = [(name, " x ".join(map(str, part.shape)), part) for name, part in summarize(model, size).items()]
+    else:
+        what, header, rows = "all variants, 1000 classes, float32", ["name", "blocks x channels"], []
+        for name, sizes in VARIANTS.items():
+            stages = " ".join(f"{depth}x{dim}" for depth, dim in zip(sizes["depths"], sizes["dims"], strict=True))
+            rows.append((name, stages, summarize(create_model(name), size)["total"]))
+    print(f"{what}, one image of {size} x {size}\n")
+    first, second = (max(len(row[i]) for row in [header, *rows]) for i in range(2))
+    print(f"{header[0]:{first}}  {header[1]:{second}}  parameters   multiply-adds  activations")
+    for name, shape, part in rows:
+        costs = f"{part.parameters:10,}  {part.multiply_adds:14,}  {part.activations / 2**20:7.2f} MiB"
+        print(f"{name:{first}}  {shape:{second}}  {costs}")
+    print("\nMultiply-adds: of convolutions and matrix products, forward.")
+    print("Activations: what training keeps for the backward pass, before the compiler optimises either pass.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m fcvit_jax.summary",
+        description="Show the shapes, parameters, multiply-adds and activations of a network, without running it.",
+        epilog="example: python -m fcvit_jax.summary fcvit_s12 --image-size 384",
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("name", nargs="?", metavar="NAME", help=f"{', '.join(VARIANTS)}; none: compare them all")
+    which.add_argument("--checkpoint", type=Path, help=CHECKPOINT_HELP)
+    parser.add_argument(
+        "--image-size", type=int, default=224, metavar="PIXELS", help="side of the images (default: 224)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        _summary(args)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

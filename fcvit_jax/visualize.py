@@ -1,0 +1,221 @@
+"""Draws what a network attends to and how runs went: `python -m fcvit_jax.visualize similarity|curves ...`."""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from fcvit_jax.errors import UserError
+from fcvit_jax.mixing import normalize
+from fcvit_jax.model import FCViT
+from fcvit_jax.predict import CHECKPOINT_HELP, load, read_image
+
+# Okabe and Ito's colours, which stay apart for every kind of colour vision; without yellow, too pale for lines.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def similarity_maps(
+    model: FCViT, variables: Mapping[str, Any], images: np.ndarray, block: str | None = None
+) -> tuple[str, np.ndarray]:
+    """Computes the token-global similarity of the last context in a block, in the order of the paper's figure 3.
+
+    Args:
+      model: the network.
+      variables: its "params" and "batch_stats".
+      images: (N, H, W, 3) uint8.
+      block: its name, such as "stages_3_block_1"; None: the last one whose map is larger than a single position.
+
+    Returns:
+      The block's name, and (N, h, w, context_heads) float32: of zero mean and unit variance per image.
+
+    Raises:
+      UserError: there is no such block, its map is a single position, or the network computes no similarity.
+    """
+    if not (model.use_context and model.weighted_context):
+        raise UserError("This network weights no context (use_context, weighted_context): it computes no similarity.")
+    apply = jax.jit(lambda variables, x: model.apply(variables, normalize(x), mutable="intermediates")[1])
+    sown = apply(variables, images)["intermediates"]
+    names = [f"stages_{s}_block_{i}" for s, depth in enumerate(model.depths) for i in range(depth)]
+    context = f"context{len(model.kernel_sizes)}"
+    maps = {name: np.asarray(sown[name]["token_mixer"][context]["similarity"][0]) for name in names}
+    wide = [name for name in names if maps[name][0, ..., 0].size > 1]
+    if not wide or (block is not None and block not in wide):
+        raise UserError(f"There is no map to draw of block {block}: choose from {', '.join(wide)}.")
+    return block or wide[-1], maps[block or wide[-1]]
+
+
+def head_correlation(maps: np.ndarray) -> float:
+    """The mean Pearson correlation between the maps of every two heads.
+
+    Args:
+      maps: (h, w, heads).
+
+    Returns:
+      In [-1, 1]; NaN where no two heads have a map that varies.
+    """
+    centred = maps.reshape(-1, maps.shape[-1]) - maps.mean((0, 1))
+    norms = np.linalg.norm(centred, axis=0)
+    unit = centred[:, norms > 0] / norms[norms > 0]
+    pairs = (unit.T @ unit)[np.triu_indices(unit.shape[1], 1)]
+    return float(pairs.mean()) if pairs.size else float("nan")
+
+
+def draw_similarity(images: Sequence[np.ndarray], maps: np.ndarray, names: Sequence[str], title: str) -> Figure:
+    """Draws one row an image: the image, then the map of each head laid over it.
+
+    Args:
+      images: (H, W, 3) uint8 each.
+      maps: (N, h, w, heads), as `similarity_maps` gives them.
+      names: of the images.
+      title: of the figure.
+    """
+    heads = maps.shape[-1]
+    size = max(6.0, 1.35 * (heads + 1) + 1.0), 1.7 * len(images) + 1.0
+    figure = Figure(figsize=size, dpi=150, layout="compressed")
+    axes = figure.subplots(len(images), heads + 1, squeeze=False)
+    norm = Normalize(*np.percentile(maps, (1, 99)))
+    for row, image, image_maps, name in zip(axes, images, maps, names, strict=True):
+        grey = image.mean(-1)
+        for axis in row:
+            axis.set(xticks=[], yticks=[])
+        row[0].imshow(image)
+        row[0].set_xlabel(
+            f"{name if len(name) <= 20 else '…' + name[-19:]}\nr = {head_correlation(image_maps):.2f}", fontsize=9
+        )
+        for head, axis in enumerate(row[1:]):
+            # Grey and of weak contrast, so that light and colour mean similarity.
+            axis.imshow(grey, cmap="gray", vmin=-200, vmax=455)
+            axis.imshow(
+                image_maps[..., head],
+                cmap="viridis",
+                norm=norm,
+                alpha=0.7,
+                interpolation="bicubic",
+                extent=(-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5),
+            )
+    axes[0, 0].set_title("image", fontsize=10)
+    for head in range(heads):
+        axes[0, head + 1].set_title(f"head {head + 1}", fontsize=10)
+    opaque = ScalarMappable(norm, "viridis")
+    bar = figure.colorbar(opaque, ax=axes, extend="both", shrink=min(1.0, 2.5 / len(images)), pad=0.01)
+    bar.set_label("similarity to the mean", fontsize=9)
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def read_metrics(workdir: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl.
+
+    Raises:
+      UserError: there is no such file, it is empty, or a line cannot be read (but for the last, cut off by a kill).
+    """
+    path = workdir / "metrics.jsonl"
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give the folders of runs.") from error
+    metrics = []
+    for number, line in enumerate(lines, 1):
+        try:
+            metrics.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number} is not JSON: {error}") from error
+    if not metrics:
+        raise UserError(f"{path} is empty: the run has reported nothing yet.")
+    return metrics
+
+
+def draw_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Draws loss, learning rate and top-1 over epochs.
+
+    Args:
+      runs: lines of metrics.jsonl by the run's name.
+    """
+    figure = Figure(figsize=(12, 4.2 + 0.25 * len(runs)), dpi=120, layout="constrained")
+    loss, rate, top1 = figure.subplots(1, 3)
+    for (name, metrics), colour in zip(runs.items(), itertools.cycle(COLOURS), strict=False):
+
+        def curve(axis, key, scale=1.0, metrics=metrics, **style):
+            points = [(line["epoch"], line[key] * scale) for line in metrics if key in line]
+            axis.plot(*zip(*points, strict=True) if points else ((), ()), **style)
+            return [value for _, value in points]
+
+        curve(loss, "train/loss", color=colour, linewidth=1.2)
+        curve(loss, "eval/loss", color=colour, linestyle="--", marker="o", markersize=4)
+        curve(rate, "train/lr", color=colour)
+        values = curve(top1, "eval/top1", 100.0, color=colour, marker="o", markersize=4)
+        best = f"best top-1 {max(values):.2f} %" if values else "not evaluated yet"
+        top1.plot((), (), color=colour, label=f"{name}: {best}")
+    loss.plot((), (), color="0.4", label="training (augmented)")
+    loss.plot((), (), color="0.4", linestyle="--", marker="o", markersize=4, label="validation")
+    loss.legend(fontsize=9)
+    figure.legend(handles=top1.get_legend_handles_labels()[0], loc="outside lower center", fontsize=10)
+    for axis, title, unit in ((loss, "Loss", "cross-entropy"), (rate, "Learning rate", ""), (top1, "Top-1", "%")):
+        axis.set(title=title, xlabel="epoch", ylabel=unit)
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def _similarity(args: argparse.Namespace) -> Figure:
+    model, variables, metadata = load(args.checkpoint)
+    images = [read_image(path, metadata) for path in args.images]
+    block, maps = similarity_maps(model, variables, np.stack(images), args.block)
+    correlations = [head_correlation(image_maps) for image_maps in maps]
+    for path, value in zip(args.images, correlations, strict=True):
+        print(f"{path}: correlation between heads {value:.3f}")
+    mean = float(np.mean([value for value in correlations if not np.isnan(value)] or [np.nan]))
+    print(f"mean correlation between the maps of two heads, {block}: {mean:.3f}")
+    title = f"Token-global similarity in {block}\nmean correlation between heads r = {mean:.2f}"
+    return draw_similarity(images, maps, list(map(str, args.images)), title)
+
+
+def _curves(args: argparse.Namespace) -> Figure:
+    return draw_curves({str(workdir): read_metrics(workdir) for workdir in args.workdirs})
+
+
+def main(argv: list[str] | None = None) -> None:
+    prog = "python -m fcvit_jax.visualize"
+    parser = argparse.ArgumentParser(prog=prog, description="Draw what a network attends to, or how runs went.")
+    tools = parser.add_subparsers(required=True, metavar="similarity|curves")
+    tool = tools.add_parser(
+        "similarity",
+        description="Draw each head's similarity between every position and the image's mean, laid over the images.",
+        epilog=f"example: {prog} similarity --checkpoint runs/digits a.png b.png --output similarity.png",
+    )
+    tool.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
+    tool.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    tool.add_argument("--block", help="such as stages_2_block_0; default: the last with more than one position")
+    tool.set_defaults(draw=_similarity)
+    tool_curves = tools.add_parser(
+        "curves",
+        description="Draw loss, learning rate and top-1 of runs.",
+        epilog=f"example: {prog} curves runs/a runs/b --output curves.png",
+    )
+    tool_curves.add_argument("workdirs", nargs="+", type=Path, metavar="WORKDIR", help="a run's folder")
+    tool_curves.set_defaults(draw=_curves)
+    for subparser in (tool, tool_curves):
+        subparser.add_argument("--output", required=True, help="the picture: .png, .pdf, .svg, ...")
+    args = parser.parse_args(argv)
+    try:
+        figure = args.draw(args)
+        try:
+            figure.savefig(args.output)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{args.output} cannot be written: {error}") from error
+        print(f"wrote {args.output}")
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
