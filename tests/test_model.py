@@ -2,6 +2,8 @@
 
 import functools
 import json
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 import torch_reference
-from flax import traverse_util
+from flax import linen as nn
+from flax import nnx, traverse_util
 from hypothesis import Phase, given, settings
 
 from fcvit_jax import convert, model
@@ -384,3 +387,253 @@ def test_options_equal_the_reference(options):
     """The options that no stored file covers, as the whole network passes them on."""
     fields = {"depths": (1,), "dims": (16,), "mlp_ratios": (2,), "num_classes": 5} | options
     assert_module_equals(FCViT(**fields), torch_reference.FCViT(**fields).eval(), ("", ""), (2, 32, 39, 3), 0)
+
+
+# Numerical safety.
+
+
+def test_gradients_are_finite_for_blank_images():
+    """A blank image at initialisation, with its zero biases, is a zero feature map all the way."""
+    network, variables = small("fcvit_small")
+    variables = {
+        "params": jax.tree_util.tree_map_with_path(
+            lambda path, x: np.zeros_like(x) if path[-1].key == "bias" else x, variables["params"]
+        ),
+        "batch_stats": jax.tree.map(np.zeros_like, variables["batch_stats"]),
+    }
+    for blank in (0, 1.7):
+        step = train_step(network, variables, np.full((2, 64, 64, 3), blank, np.float32), np.array([3, 1]))
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(step)), blank
+
+
+def test_standardize_of_a_constant_is_zero_with_a_finite_gradient():
+    value, grad = jax.value_and_grad(lambda x: model.standardize(x)[0, 0, 0])(jnp.full((2, 3, 4), 5.0))
+    assert value == 0 and np.isfinite(grad).all()
+
+
+def reductions(jaxpr):
+    """The reductions in a program and in all programs within it."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("reduce_sum", "reduce_max", "reduce_min"):
+            yield equation
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")):
+            if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
+                yield from reductions(getattr(inner, "jaxpr", inner))
+
+
+def test_statistics_are_float32_under_bfloat16():
+    network, variables = small("fcvit_small", dtype=jnp.bfloat16)
+    images = nhwc(golden("fcvit_small")[0]["in0/images_nchw"])
+    for training in (False, True):
+        program = jax.make_jaxpr(lambda v, x, t=training: network.apply(v, x, t, mutable=["batch_stats"]))
+        found = list(reductions(program(variables, images).jaxpr))
+        # 11 GroupNorms and 10 contexts, the pooling; a BatchNorm's mean and variance, and their means over the groups.
+        assert len(found) == 2 * 11 + 3 * 10 + 1 + (5 * 4 if training else 0)
+        assert {equation.invars[0].aval.dtype for equation in found} == {jnp.dtype(jnp.float32)}
+    collections = ["batch_stats", "intermediates"]
+    _, state = jax.eval_shape(lambda: network.apply(variables, images, True, mutable=collections))
+    assert {x.dtype for x in jax.tree.leaves(state)} == {jnp.dtype(jnp.float32)}
+
+
+def test_bfloat16_is_close_to_float32():
+    network, variables = small("fcvit_small", dtype=jnp.bfloat16)
+    arrays, _, _ = golden("fcvit_small")
+    logits = quick_jit(network.apply)(variables, nhwc(arrays["in0/images_nchw"]))
+    assert logits.dtype == jnp.float32
+    assert_close(logits, arrays["in0/logits"], "logits", 2e-2)
+
+
+def test_batch_statistics_of_groups():
+    """Groups are normalised apart; the running averages move to the mean over the groups."""
+    x = np.random.default_rng(0).normal(3, 2, (6, 2, 2, 5)).astype(np.float32)
+    module = model.BatchNorm(group_size=2)
+    variables = {
+        "params": {"scale": np.ones(5, np.float32), "bias": np.zeros(5, np.float32)},
+        "batch_stats": {"mean": np.zeros(5, np.float32), "var": np.ones(5, np.float32)},
+    }
+    y, state = module.apply(variables, x, True, mutable=["batch_stats"])
+    groups = x.reshape(3, 2, 2, 2, 5)
+    mean, var = groups.mean((1, 2, 3), keepdims=True), groups.var((1, 2, 3), keepdims=True)
+    np.testing.assert_allclose(y, ((groups - mean) / np.sqrt(var + 1e-5)).reshape(x.shape), atol=1e-5)
+    np.testing.assert_allclose(state["batch_stats"]["mean"], 0.1 * mean.mean((0, 1, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(state["batch_stats"]["var"], 0.9 + 0.1 * var.mean((0, 1, 2, 3)), rtol=1e-5)
+    with pytest.raises(UserError, match="batch of 5 images.*bn_group_size=2"):
+        module.apply(variables, x[:5], True, mutable=["batch_stats"])
+
+
+# Drop-path and dropout.
+
+
+def test_drop_path_rates_rise_linearly():
+    rates = []
+
+    def record(call, args, kwargs, context):
+        if isinstance(context.module, model.Block):
+            rates.append(context.module.drop_path_rate)
+        return call(*args, **kwargs)
+
+    network = create_model("fcvit_tiny", drop_path_rate=0.3)
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
+    np.testing.assert_allclose(rates, [0.3 * i / 12 for i in range(13)], atol=1e-12)
+
+
+def test_drop_path_leaves_out_whole_branches_of_single_examples():
+    block = model.Block(
+        functools.partial(model.TokenMixer, kernel_sizes=(3,)),
+        functools.partial(model.ChannelMixer, ratio=1),
+        layer_scale_init=1.0,
+        drop_path_rate=0.25,
+    )
+    x = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, 4, 4, 16)), (400, 4, 4, 16))
+    variables = quick_jit(lambda: block.init(jax.random.key(1), x, False))()
+    apply = quick_jit(block.apply, static_argnums=2)
+    kept = []
+    for branch in (1, 2):
+        other = {f"layer_scale{3 - branch}": jnp.zeros(16)}  # what remains is x plus this branch
+        alone = {"params": variables["params"] | other}
+        whole = apply(alone, x, False) - x
+        dropped = apply(alone, x, True, rngs={"dropout": jax.random.key(2)}) - x
+        factor = (dropped * whole).sum((1, 2, 3)) / jnp.square(whole).sum((1, 2, 3))
+        np.testing.assert_allclose(dropped, factor[:, None, None, None] * whole, atol=1e-4)
+        kept.append(np.asarray(factor > 0.5))
+        np.testing.assert_allclose(factor, kept[-1] / 0.75, atol=1e-4)
+        assert abs(kept[-1].mean() - 0.75) < 4 * (0.25 * 0.75 / 400) ** 0.5
+    assert abs(np.corrcoef(*kept)[0, 1]) < 4 / 20
+
+
+def test_dropout_acts_twice_in_the_channel_mixer_and_in_training_alone():
+    mixer = model.ChannelMixer(ratio=2, kernel_size=None, dropout_rate=0.4)
+    x = jax.random.normal(jax.random.key(0), (8, 8, 8, 16))
+    variables = mixer.init(jax.random.key(1), x, False)
+    y, state = mixer.apply(
+        variables,
+        x,
+        True,
+        rngs={"dropout": jax.random.key(2)},
+        capture_intermediates=lambda module, _: isinstance(module, nn.Dropout),
+        mutable=["intermediates"],
+    )
+    (hidden,), (last,) = (state["intermediates"][f"Dropout_{i}"]["__call__"] for i in range(2))
+    assert hidden.shape[-1] == 32 and (last == y).all()
+    for x_dropped in (hidden, last):
+        assert abs((x_dropped == 0).mean() - 0.4) < 0.02
+    assert (mixer.apply(variables, x, False) != 0).all()
+
+
+# Initial weights.
+
+
+def test_initial_weights():
+    """64 draws of a small network: the standard deviation of each kind of tensor, and the constants."""
+    network = FCViT(
+        (1,), (16,), (2,), num_classes=9, kernel_sizes=(11,), spatial_attention=True, channel_attention=True
+    )
+    init = quick_jit(jax.vmap(lambda key: network.init(key, jnp.zeros((1, 32, 32, 3)))))
+    variables = init(jax.random.split(jax.random.key(0), 64))
+    flat = {path: np.asarray(x) for path, x in traverse_util.flatten_dict(variables, sep="/").items()}
+    mixers = "params/stages_0_block_0/token_mixer/", "params/stages_0_block_0/channel_mixer/"
+    stds = {  # sqrt(2 / (k * k * out / groups)) of convolutions, 0.02 of linear layers
+        "params/stem/conv/kernel": (2 / (49 * 16)) ** 0.5,
+        mixers[0] + "context1/reduce/kernel": 0.02,
+        mixers[0] + "context1/expand/kernel": 0.02,
+        mixers[0] + "depthwise1/kernel": (2 / 121) ** 0.5,
+        mixers[0] + "reduce1/kernel": (2 / 16) ** 0.5,
+        mixers[0] + "expand1/kernel": (2 / 16) ** 0.5,
+        mixers[0] + "spatial_attention/depthwise/kernel": (2 / 9) ** 0.5,
+        mixers[0] + "spatial_attention/reduce/kernel": (2 / 2) ** 0.5,
+        mixers[0] + "spatial_attention/expand/kernel": (2 / 16) ** 0.5,
+        mixers[1] + "expand/kernel": (2 / 32) ** 0.5,
+        mixers[1] + "depthwise/kernel": (2 / 9) ** 0.5,
+        mixers[1] + "reduce/kernel": (2 / 16) ** 0.5,
+        "params/head/kernel": 0.02,
+    }
+    for path, std in stds.items():
+        x = flat.pop(path) / std
+        assert abs(x.std() - 1) < 4 / (2 * x.size) ** 0.5, path
+        assert abs(x.mean()) < 4 / x.size**0.5, path
+        assert np.abs(x).max() > 2.5, f"{path} is truncated"
+    for conv, taps in (("conv1", 3), ("conv2", 5)):
+        for leaf in ("kernel", "bias"):
+            x = flat.pop(f"{mixers[1]}channel_attention/{conv}/{leaf}") * taps**0.5
+            assert np.abs(x).max() <= 1 and abs(x.std() * 3**0.5 - 1) < 4 / x.size**0.5, (conv, leaf)
+    for path, x in flat.items():
+        leaf = path.split("/")[-1]
+        right = 1e-5 if "layer_scale" in leaf else {"bias": 0, "mean": 0, "scale": 1, "var": 1}[leaf]
+        assert (x == np.float32(right)).all(), path
+
+
+# What one expects of a Flax module.
+
+TINY = FCViT((1, 1), (8, 16), (1, 1), num_classes=3, kernel_sizes=(3,), layer_scale_init=1.0, drop_path_rate=0.5)
+
+
+@functools.cache
+def tiny():
+    """Random weights of `TINY` and images."""
+    shapes = convert._abstract(TINY)
+    rng = np.random.default_rng(0)
+    flat = {path: rng.uniform(0.1, 1, x.shape).astype(np.float32) for path, x in shapes.items()}
+    return traverse_util.unflatten_dict(flat, sep="/"), rng.normal(0, 1, (2, 32, 40, 3)).astype(np.float32)
+
+
+def test_vmap_and_export_give_the_same_logits():
+    variables, images = tiny()
+    apply = jax.jit(TINY.apply)
+    logits = apply(variables, images)
+    one_by_one = jax.jit(jax.vmap(lambda x: TINY.apply(variables, x[None])[0]))(images)
+    assert_close(one_by_one, logits, "vmap")
+    exported = jax.export.deserialize(jax.export.export(apply)(variables, images).serialize())
+    assert_close(exported.call(variables, images), logits, "export")
+
+
+def test_nnx_users_can_wrap_it():
+    variables, images = tiny()
+    module = nnx.jit(lambda: nnx.bridge.ToNNX(TINY, rngs=nnx.Rngs(0)).lazy_init(images))()
+    flat = traverse_util.flatten_dict(variables)
+    nnx.update(module, traverse_util.unflatten_dict({path[1:]: jnp.array(x) for path, x in flat.items()}))
+    assert_close(nnx.jit(lambda module: module(images))(module), jax.jit(TINY.apply)(variables, images), "logits")
+
+
+def test_remat_changes_nothing_but_memory():
+    variables, images = tiny()
+    results, programs = [], []
+    for network in (TINY, TINY.clone(remat=True)):
+
+        def loss(params, network=network):
+            y, _ = network.apply(
+                variables | {"params": params},
+                images,
+                True,
+                rngs={"dropout": jax.random.key(0)},
+                mutable=["batch_stats"],
+            )
+            return jnp.square(y).sum()
+
+        results.append(quick_jit(jax.grad(loss))(variables["params"]))
+        programs.append(str(jax.make_jaxpr(jax.grad(loss))(variables["params"])))
+        assert jax.tree.structure(convert._abstract(network)) == jax.tree.structure(convert._abstract(TINY))
+    for path, x in traverse_util.flatten_dict(results[0], sep="/").items():
+        assert_close(traverse_util.flatten_dict(results[1], sep="/")[path], x, path)
+    assert [program.count("remat") + program.count("checkpoint[") for program in programs] == [0, 2]
+
+
+def test_features_are_the_four_stage_outputs():
+    network = create_model("fcvit_tiny")
+    variables = jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
+    maps = jax.eval_shape(lambda v: network.apply(v, jnp.zeros((2, 33, 100, 3)), method="features"), variables)
+    assert isinstance(maps, tuple)
+    assert [x.shape for x in maps] == [(2, 9, 25, 32), (2, 5, 13, 64), (2, 3, 7, 160), (2, 2, 4, 320)]
+
+
+def test_the_model_alone_imports_little_and_touches_no_device():
+    program = """
+import sys
+import fcvit_jax
+fcvit_jax.create_model("fcvit_tiny")
+heavy = {"orbax", "grain", "tensorflow_datasets", "tensorflow", "torch"} & set(sys.modules)
+assert not heavy, heavy
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=DATA.parent.parent)
