@@ -1,6 +1,7 @@
 """Draws what a network attends to and how runs went: `python -m fcvit_jax.visualize similarity|curves ...`."""
 
 import argparse
+import functools
 import itertools
 import json
 import sys
@@ -42,8 +43,7 @@ def similarity_maps(
     """
     if not (model.use_context and model.weighted_context):
         raise UserError("This network weights no context (use_context, weighted_context): it computes no similarity.")
-    apply = jax.jit(lambda variables, x: model.apply(variables, normalize(x), mutable="intermediates")[1])
-    sown = apply(variables, images)["intermediates"]
+    sown = _intermediates(model, variables, images)
     names = [f"stages_{s}_block_{i}" for s, depth in enumerate(model.depths) for i in range(depth)]
     context = f"context{len(model.kernel_sizes)}"
     maps = {name: np.asarray(sown[name]["token_mixer"][context]["similarity"][0]) for name in names}
@@ -51,6 +51,11 @@ def similarity_maps(
     if not wide or (block is not None and block not in wide):
         raise UserError(f"There is no map to draw of block {block}: choose from {', '.join(wide)}.")
     return block or wide[-1], maps[block or wide[-1]]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _intermediates(model: FCViT, variables: Mapping[str, Any], images: jax.Array) -> dict[str, Any]:
+    return model.apply(variables, normalize(images), mutable="intermediates")[1]["intermediates"]
 
 
 def head_correlation(maps: np.ndarray) -> float:

@@ -1,0 +1,69 @@
+"""The exported program in a process that has JAX and nothing of ours."""
+
+import json
+import subprocess
+import sys
+
+import jax.export
+import numpy as np
+import pytest
+from flax import traverse_util
+from safetensors.numpy import load_file
+from test_predict import METADATA, exit_of, expected_logits, save_tiny, tiny_variables
+
+from fcvit_jax import export
+
+ELSEWHERE = """
+import json, sys
+import jax, numpy
+program = jax.export.deserialize(open("out/model.jax_export", "rb").read())
+about = json.load(open("out/model.json"))
+images = numpy.load("images.npy")
+assert images.shape[1] == images.shape[2] == about["image_size"]
+numpy.savez("logits.npz", one=program.call(images[:1]), all=program.call(images))
+assert not {"fcvit_jax", "flax", "orbax"} & set(sys.modules), "not by JAX alone"
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    export.main(["--checkpoint", str(save_tiny(folder / "tiny")), str(folder / "out")])
+    return folder
+
+
+def test_a_process_with_jax_alone_gets_the_same_logits(folder):
+    images = np.random.default_rng(0).integers(0, 256, (5, 40, 40, 3), np.uint8)
+    np.save(folder / "images.npy", images)
+    subprocess.run([sys.executable, "-I", "-c", "import jax.export" + ELSEWHERE], cwd=folder, check=True, timeout=100)
+    expected = expected_logits(images)
+    found = np.load(folder / "logits.npz")
+    np.testing.assert_allclose(found["all"], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["one"], expected[:1], rtol=1e-4, atol=1e-5)
+    assert np.ptp(expected, axis=0).min() > 1e-2  # the logits tell the images apart
+
+
+def test_the_program_is_for_every_platform_and_batch_size(folder):
+    program = jax.export.deserialize((folder / "out/model.jax_export").read_bytes())
+    assert program.platforms == ("cpu", "cuda", "tpu")
+    assert str(program.in_avals[0].shape[0]) == "n" and program.in_avals[0].dtype == np.uint8
+
+
+def test_labels_and_weights_lie_beside_it(folder):
+    assert json.loads((folder / "out/model.json").read_text()) == METADATA
+    weights = load_file(folder / "out/model.safetensors")
+    expected = traverse_util.flatten_dict(tiny_variables(), sep="/")
+    assert weights.keys() == expected.keys()
+    for name, x in expected.items():
+        np.testing.assert_array_equal(weights[name], x)
+
+
+def test_nothing_is_overwritten(folder, tmp_path, monkeypatch):
+    before = (folder / "out/model.json").stat().st_mtime_ns
+    args = "--checkpoint", folder / "tiny"
+    assert "not an empty folder" in exit_of(export.main, *args, folder / "out")
+    assert (folder / "out/model.json").stat().st_mtime_ns == before
+    (tmp_path / "file").touch()
+    assert "cannot be written: Not a directory" in exit_of(export.main, *args, tmp_path / "file" / "out")
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    assert "pip install safetensors" in exit_of(export.main, *args, tmp_path / "out")

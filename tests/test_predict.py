@@ -1,0 +1,183 @@
+"""Loading checkpoints for the tools, what they say of wrong ones, and prediction."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import optax
+import pytest
+from PIL import Image
+
+from fcvit_jax import export, predict, summary, visualize
+from fcvit_jax.augment import eval_transform
+from fcvit_jax.checkpoint import Checkpointer, save_variables
+from fcvit_jax.errors import UserError
+from fcvit_jax.mixing import normalize
+from fcvit_jax.model import create_model
+from fcvit_jax.state import TrainState
+
+TINY = {
+    "name": "fcvit_tiny",
+    "num_classes": 3,
+    "depths": [1, 0, 0, 1],
+    "dims": [16, 16, 16, 32],
+    "mlp_ratios": [2, 1, 1, 1],
+    "kernel_sizes": [3, 5],
+    "bn_group_size": 64,
+}
+METADATA = {"model": TINY, "class_names": ["ant", "bee", "cat"], "image_size": 40, "crop_pct": 0.8}
+
+
+def tiny_variables(seed=0, **options):
+    """Random variables, of which scales and variances are near 1: a fresh block would change nothing."""
+    model = create_model(**TINY | options)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32)))
+    rng = np.random.default_rng(seed)
+
+    def values(path, leaf):
+        name = path[-1].key
+        x = rng.normal(0, 0.1 if name in ("bias", "mean") else 0.3, leaf.shape)
+        return (np.exp(x) if name == "var" else x + 1 if "scale" in name else x).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(values, shapes)
+
+
+def save_tiny(path):
+    """Writes a small checkpoint to a new folder."""
+    save_variables(path, tiny_variables(), METADATA)
+    return path
+
+
+def save_images(folder, count, seed=0):
+    """Writes PNG images of different sizes with smooth random content."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{i}.png" for i in range(count)]
+    for i, path in enumerate(paths):
+        small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8))
+        small.resize((60 + 9 * i, 50), Image.BICUBIC).save(path)
+    return paths
+
+
+def exit_of(main, *argv):
+    """What a tool exits with: a status, or the message that it dies with."""
+    with pytest.raises(SystemExit) as exit:
+        main([str(arg) for arg in argv])
+    return exit.value.code
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("predict") / "tiny")
+
+
+def expected_logits(images):
+    """Of the tiny checkpoint for uint8 images."""
+    return np.asarray(jax.jit(create_model(**TINY).apply)(tiny_variables(), normalize(images)))
+
+
+def test_predictions_equal_the_model_whatever_the_batches(checkpoint, tmp_path, capsys):
+    paths = save_images(tmp_path / "photos" / "deep", 3) + save_images(tmp_path / "other", 2, seed=1)
+    (tmp_path / "photos" / "README.txt").write_text("no image")
+    args = "--checkpoint", checkpoint, tmp_path / "photos", *paths[3:], "--json", "--top", 2, "--batch-size", 2
+    assert exit_of(predict.main, *args) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["image"] for line in lines] == list(map(str, paths))
+    seen = set()
+    images = np.stack([eval_transform(path.read_bytes(), image_size=40, crop_pct=0.8) for path in paths])
+    for row, line in zip(expected_logits(images), lines, strict=True):
+        expected = np.exp(row) / np.exp(row).sum()
+        assert [p["index"] for p in line["predictions"]] == np.argsort(-expected)[:2].tolist()
+        assert [p["class"] for p in line["predictions"]] == [
+            METADATA["class_names"][i] for i in np.argsort(-expected)[:2]
+        ]
+        np.testing.assert_allclose([p["probability"] for p in line["predictions"]], np.sort(expected)[:0:-1], rtol=1e-4)
+        seen.add(line["predictions"][0]["probability"])
+    assert len(seen) == 5  # or the network would be deaf to its input
+
+
+def test_bad_images_are_named_and_the_rest_go_on(checkpoint, tmp_path, capsys):
+    good = save_images(tmp_path, 2)
+    (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8 broken")
+    args = "--checkpoint", checkpoint, tmp_path / "bad.jpg", good[0], tmp_path / "missing.png", good[1], "--top", 1
+    args += "--batch-size", 2
+    assert exit_of(predict.main, *args) == 1
+    out, err = capsys.readouterr()
+    table = out.splitlines()
+    assert [line.split()[0] for line in table[1:]] == list(map(str, good))
+    assert table[1].split()[1] in METADATA["class_names"] and table[1].endswith("%")
+    errors = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 2 and "bad.jpg" in errors[0] and "missing.png: No such file" in errors[1]
+
+
+def test_load_takes_the_averages_where_the_run_kept_them(tmp_path):
+    plain, averages = tiny_variables(0), tiny_variables(1)
+    checkpointer = Checkpointer(tmp_path)
+    opt_state = optax.sgd(0.1).init(plain["params"])
+    as_jax = jax.tree.map(jax.numpy.asarray, {"plain": plain, "averages": averages})
+    state = TrainState(step=jax.numpy.int32(7), **as_jax["plain"], opt_state=opt_state, ema=as_jax["averages"])
+    checkpointer.save(state, METADATA)
+    checkpointer.wait()
+    checkpointer.close()
+    model, variables, metadata = predict.load(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, variables, averages)
+    assert model == create_model(**TINY) and metadata["class_names"] == METADATA["class_names"]
+
+
+def test_load_says_what_it_assumes(tmp_path, capsys):
+    save_variables(tmp_path / "bare", tiny_variables(), {"model": TINY, "image_size": 48})
+    _, _, metadata = predict.load(tmp_path / "bare")
+    assert metadata == {"model": TINY, "image_size": 48, "crop_pct": 0.9, "class_names": ["0", "1", "2"]}
+    assert "says nothing of class_names, crop_pct;" in capsys.readouterr().err
+
+
+TOOLS = {
+    predict: ["--checkpoint", "{}", "image.png"],
+    summary: ["--checkpoint", "{}"],
+    export: ["--checkpoint", "{}", "dest"],
+    visualize: ["similarity", "--checkpoint", "{}", "image.png", "--output", "out.png"],
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.__name__)
+def test_wrong_checkpoints_end_in_one_clear_line(tool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "weights.pth").write_bytes(b"PK")
+    save_variables(tmp_path / "other", tiny_variables(), METADATA | {"model": TINY | {"dims": [16, 16, 16, 64]}})
+    save_variables(tmp_path / "nameless", tiny_variables(), {"class_names": ["ant", "bee", "cat"]})
+    messages = {
+        "missing": "no such folder",
+        "empty": "No checkpoint in",
+        "weights.pth": "is a file",
+        "other": "weights of another network",
+        "nameless": "does not say which FCViT",
+    }
+    for name, message in messages.items():
+        code = exit_of(tool.main, *(arg.format(name) for arg in TOOLS[tool]))
+        assert code.startswith("error: ") and name in code and message in code and "\n" not in code
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.__name__)
+def test_help_shows_the_arguments_and_an_example(tool, capsys):
+    assert exit_of(tool.main, *[arg for arg in TOOLS[tool] if arg == "similarity"], "--help") == 0
+    help = capsys.readouterr().out
+    assert "--checkpoint" in help and f"example: python -m {tool.__name__}" in " ".join(help.split())
+
+
+def test_what_cannot_be_predicted_is_an_error(checkpoint, tmp_path):
+    image = save_images(tmp_path, 1)[0]
+    assert "--top" in exit_of(predict.main, "--checkpoint", checkpoint, image, "--top", 0)
+    (tmp_path / "none").mkdir()
+    assert "holds no images" in exit_of(predict.main, "--checkpoint", checkpoint, tmp_path / "none")
+    with pytest.raises(UserError, match="2.png: unknown or broken"):
+        (tmp_path / "2.png").write_bytes(b"")
+        predict.read_image(tmp_path / "2.png", METADATA)
+
+
+def test_importing_the_tools_starts_no_backend():
+    code = "import fcvit_jax.predict, fcvit_jax.summary, fcvit_jax.export, fcvit_jax.visualize, jax\n"
+    code += "assert not jax._src.xla_bridge._backends"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)

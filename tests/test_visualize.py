@@ -1,0 +1,131 @@
+"""The maps and numbers in the figures, and that nothing of a figure is cut off."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+from test_predict import TINY, exit_of, save_images, save_tiny, tiny_variables
+
+from fcvit_jax import visualize
+from fcvit_jax.errors import UserError
+from fcvit_jax.mixing import normalize
+from fcvit_jax.model import create_model
+from fcvit_jax.visualize import draw_curves, draw_similarity, head_correlation, similarity_maps
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (2, 40, 64, 3), np.uint8)
+
+
+def assert_nothing_is_cut_off(figure):
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    box = figure.get_tightbbox(canvas.get_renderer())
+    width, height = figure.get_size_inches()
+    assert min(box.x0, box.y0) >= 0 and box.x1 <= width and box.y1 <= height, box
+
+
+def test_maps_are_those_of_the_last_context_of_the_block():
+    model, variables = create_model(**TINY), tiny_variables()
+    block, maps = similarity_maps(model, variables, IMAGES, "stages_0_block_0")
+    assert block == "stages_0_block_0" and maps.shape == (2, 10, 16, 8)
+    _, sown = jax.jit(lambda x: model.apply(variables, x, mutable="intermediates"))(normalize(IMAGES))
+    sown = sown["intermediates"]["stages_0_block_0"]["token_mixer"]
+    np.testing.assert_allclose(maps, sown["context2"]["similarity"][0], atol=1e-4)
+    assert np.abs(maps - sown["context1"]["similarity"][0]).max() > 0.1
+
+
+def test_the_default_is_the_last_block_with_a_map():
+    model, variables = create_model(**TINY), tiny_variables()
+    assert similarity_maps(model, variables, IMAGES)[0] == "stages_3_block_0"
+    small = IMAGES[:, :32, :32]  # one position in the last stage
+    assert similarity_maps(model, variables, small)[0] == "stages_0_block_0"
+    with pytest.raises(UserError, match="block stages_3_block_0: choose from stages_0_block_0\\."):
+        similarity_maps(model, variables, small, "stages_3_block_0")
+    with pytest.raises(UserError, match="computes no similarity"):
+        similarity_maps(model.clone(weighted_context=False), variables, small)
+
+
+def test_blocks_are_counted_not_sorted_by_name():
+    options = {"depths": [0, 0, 0, 11], "kernel_sizes": [1], "mlp_kernel_size": None}
+    model, variables = create_model(**TINY | options), tiny_variables(**options)
+    assert similarity_maps(model, variables, IMAGES)[0] == "stages_3_block_10"
+
+
+def test_head_correlation():
+    maps = np.random.default_rng(1).normal(size=(5, 7, 4))
+    matrix = np.corrcoef(maps.reshape(35, 4).T)
+    assert head_correlation(maps) == pytest.approx((matrix.sum() - 4) / 12)
+    x = maps[..., :1]
+    assert head_correlation(np.concatenate([x, 2 * x + 3, np.ones_like(x)], -1)) == pytest.approx(1)
+    assert head_correlation(np.concatenate([x, -x], -1)) == pytest.approx(-1)
+    assert np.isnan(head_correlation(x)) and np.isnan(head_correlation(np.ones((2, 2, 3))))
+
+
+@pytest.mark.parametrize(("rows", "heads"), [(1, 1), (1, 8), (5, 2)])
+def test_similarity_figure(rows, heads):
+    maps = np.random.default_rng(2).normal(size=(rows, 4, 4, heads)).astype(np.float32)
+    images = [IMAGES[0, :, :40]] * rows
+    title = "Token-global similarity in stages_2_block_11\nmean correlation between heads r = -0.12"
+    figure = draw_similarity(images, maps, ["some/folder/a_name_that_is_long.jpeg"] * rows, title)
+    assert_nothing_is_cut_off(figure)
+    grid = np.array(figure.axes[: rows * (heads + 1)]).reshape(rows, heads + 1)
+    for row, image_maps in zip(grid, maps, strict=True):
+        np.testing.assert_array_equal(row[0].images[0].get_array(), images[0])
+        for head, axis in enumerate(row[1:]):
+            under, over = axis.images
+            np.testing.assert_array_equal(over.get_array(), image_maps[..., head])
+            assert over.get_extent() == under.get_extent() and over.norm is grid[0, 1].images[1].norm
+    assert f"r = {head_correlation(maps[0]):.2f}" in grid[0, 0].get_xlabel()
+
+
+def test_similarity_from_the_command_line(tmp_path, capsys):
+    paths = save_images(tmp_path, 2)
+    args = ["similarity", "--checkpoint", save_tiny(tmp_path / "tiny"), *paths, "--output"]
+    visualize.main([*map(str, args), str(tmp_path / "out.png")])
+    out = capsys.readouterr().out
+    assert out.count("correlation between heads") == 2 and "mean correlation" in out and "stages_3_block_0" in out
+    assert np.ptp(np.asarray(Image.open(tmp_path / "out.png").convert("L"))) > 200
+    assert "out.xyz cannot be written: Format 'xyz'" in exit_of(visualize.main, *args, tmp_path / "out.xyz")
+    assert "No such file" in exit_of(visualize.main, *args[:3], tmp_path / "no.png", "--output", tmp_path / "out.png")
+
+
+def write_run(folder, factor):
+    folder.mkdir()
+    lines = [
+        {"step": 10, "epoch": 1.0, "train/loss": 2.0 * factor, "train/lr": 0.1},
+        {"step": 15, "epoch": 1.5, "eval/loss": 1.5 * factor, "eval/top1": 0.5 * factor},
+        {"step": 20, "epoch": 2.0, "train/loss": 1.0 * factor, "train/lr": 0.2},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_curves(tmp_path):
+    for factor, name in [(1, "a"), (0.5, "b")]:
+        write_run(tmp_path / name, factor)
+    with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3')  # the run was killed
+    runs = {str(tmp_path / name): visualize.read_metrics(tmp_path / name) for name in "ab"}
+    figure = draw_curves(runs)
+    assert_nothing_is_cut_off(figure)
+    loss, rate, top1 = figure.axes
+    curves = [[line.get_xydata().tolist() for line in axis.lines if len(line.get_xydata())] for axis in figure.axes]
+    assert curves[0] == [[[1, 2], [2, 1]], [[1.5, 1.5]], [[1, 1], [2, 0.5]], [[1.5, 0.75]]]
+    assert curves[1] == [[[1, 0.1], [2, 0.2]]] * 2 and curves[2] == [[[1.5, 50]], [[1.5, 25]]]
+    assert [axis.get_title() for axis in figure.axes] == ["Loss", "Learning rate", "Top-1"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        f"{tmp_path / 'a'}: best top-1 50.00 %",
+        f"{tmp_path / 'b'}: best top-1 25.00 %",
+    ]
+    visualize.main(["curves", str(tmp_path / "a"), "--output", str(tmp_path / "curves.png")])
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_curves_of_what_is_no_run(tmp_path):
+    args = "curves", tmp_path, "--output", tmp_path / "curves.png"
+    assert "metrics.jsonl: No such file" in exit_of(visualize.main, *args)
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "reported nothing yet" in exit_of(visualize.main, *args)
+    (tmp_path / "metrics.jsonl").write_text('broken\n{"step": 1}\n')
+    assert "line 1 is not JSON" in exit_of(visualize.main, *args)
