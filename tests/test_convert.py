@@ -5,13 +5,17 @@ import logging
 import os
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import torch_reference
 from flax import traverse_util
 
-from fcvit_jax import convert
+from configs import finetune
+from fcvit_jax import convert, optim
+from fcvit_jax.config import check_config
 from fcvit_jax.errors import UserError
 from fcvit_jax.model import Backbone, FCViT, create_model
 
@@ -239,3 +243,13 @@ def test_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["convert", str(tmp_path / "a.pth"), str(tmp_path / "c.npz")])
     with pytest.raises(SystemExit, match="pip install torch"):
         convert.main()
+
+
+def test_the_config_for_finetuning_fits_the_code():
+    config = finetune.get_config()
+    check_config(config)
+    model = create_model(**config.model)
+    tx, _ = optim.make_optimizer(10, config.train.epochs, config.data.batch_size, **config.optim)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"])
+    jax.eval_shape(tx.init, params)
+    assert params["head"]["kernel"].shape == (512, 37)
