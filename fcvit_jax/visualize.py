@@ -84,7 +84,7 @@ def draw_similarity(images: Sequence[np.ndarray], maps: np.ndarray, names: Seque
       title: of the figure.
     """
     heads = maps.shape[-1]
-    size = max(6.0, 1.35 * (heads + 1) + 1.0), 1.7 * len(images) + 1.0
+    size = 1.35 * (heads + 1) + 1.5, 1.7 * len(images) + 1.0
     figure = Figure(figsize=size, dpi=150, layout="compressed")
     axes = figure.subplots(len(images), heads + 1, squeeze=False)
     norm = Normalize(*np.percentile(maps, (1, 99)))
