@@ -1,15 +1,21 @@
 """The disk format: Orbax checkpoints of a run, how damaged ones are survived, and how weights are read from them."""
 
 import contextlib
+import json
+import shutil
+import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from fcvit_jax.errors import UserError
+from fcvit_jax.hosts import say
 from fcvit_jax.state import TrainState
 
 
@@ -19,6 +25,8 @@ def _manager(directory: Path, keep: int | None = None) -> ocp.CheckpointManager:
         # Steps are sparse and saved by `force`: whether a save is due is the caller's decision.
         save_interval_steps=1,
         enable_async_checkpointing=True,
+        # Two managers may save at once: hosts must not take a barrier of one for a barrier of the other.
+        multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name),
     )
     return ocp.CheckpointManager(directory, options=options)
 
@@ -30,6 +38,38 @@ def _items(state: TrainState) -> dict[str, Any]:
         "optimizer": {"step": state.step, "opt_state": state.opt_state},
     }
     return items if state.ema is None else items | {"ema": state.ema}
+
+
+@jax.jit
+def _weighted_sum(x: jax.Array) -> jax.Array:
+    """A checksum of every bit of an array, which is the same on any mesh, since integers add up exactly."""
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    # Odd weights: a change of any one element shows, and so do moved ones.
+    weights = 2 * jax.lax.iota(jnp.uint32, x.size).reshape(x.shape) + 1
+    return (bits * weights).sum(dtype=jnp.uint32)
+
+
+def _checksums(items: dict[str, Any], metadata: dict[str, Any]) -> dict[str, int]:
+    """Checksums of what is saved; without them a flipped bit in a tensor would be read as a good one."""
+    # An array at a time: as one program, thousands of them take a minute to compile.
+    sums = {name: jax.device_get([_weighted_sum(x) for x in jax.tree.leaves(item)]) for name, item in items.items()}
+    checksums = {name: zlib.crc32(np.array(values, np.uint32)) for name, values in sums.items()}
+    return checksums | {"metadata": zlib.crc32(json.dumps(metadata, sort_keys=True).encode())}
+
+
+def _check(items: dict[str, Any], metadata: dict[str, Any], expected: dict[str, int]) -> None:
+    found = _checksums(items, metadata)
+    wrong = [name for name in found if found[name] != expected.get(name)]
+    if wrong:
+        raise ValueError(f"{' and '.join(wrong)} differ from what was saved (checksum)")
+
+
+def _save_args(items: dict[str, Any], metadata: dict[str, Any]) -> ocp.args.Composite:
+    return ocp.args.Composite(
+        **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+        metadata=ocp.args.JsonSave(metadata),
+        checksums=ocp.args.JsonSave(_checksums(items, metadata)),
+    )
 
 
 @contextlib.contextmanager
@@ -55,16 +95,21 @@ class Checkpointer:
       workdir: the run's folder.
       keep: how many of the newest checkpoints stay.
       save_every: updates between two checkpoints.
+
+    Raises:
+      UserError: a number is out of its range, or the folder cannot be written.
     """
 
     def __init__(self, workdir: str | Path, *, keep: int = 3, save_every: int = 1000):
         for name, value in {"keep": keep, "save_every": save_every}.items():
             if value < 1:
                 raise UserError(f"checkpoint.{name}={value} must be at least 1.")
+        workdir = Path(workdir).absolute()
         self.save_every = save_every
-        self.directory = Path(workdir).absolute() / "checkpoints"
-        self._latest = _manager(self.directory, keep)
-        self._best = _manager(Path(workdir).absolute() / "best", keep=1)
+        self.directory = workdir / "checkpoints"
+        with _explained(f"write in {workdir}", "Choose another --workdir, or mend this one."):
+            self._latest = _manager(self.directory, keep)
+            self._best = _manager(workdir / "best", keep=1)
 
     def save(self, state: TrainState, metadata: dict[str, Any], *, best: bool = False) -> None:
         """Starts to save a state under its step; does nothing where that step is saved already.
@@ -78,21 +123,26 @@ class Checkpointer:
           UserError: this save or the one before it failed; earlier checkpoints are intact.
         """
         manager, step = self._best if best else self._latest, int(state.step)
-        items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
         with self._saving(f"step {step}"):
-            # A resumed run meets the steps again that it saved after its starting point: they hold the same state.
+            if not best:
+                # A checkpoint speaks of the best so far, which must be there by then, whenever the run is killed.
+                self._best.wait_until_finished()
+            # A resumed run may meet a step again that it has saved: it holds the same state.
             if step not in manager.all_steps():
-                manager.save(step, args=ocp.args.Composite(**items, metadata=ocp.args.JsonSave(metadata)), force=True)
+                manager.save(step, args=_save_args(_items(state), metadata), force=True)
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any], list[str]] | None:
-        """Restores the newest checkpoint that can be read; those that cannot are moved to `<workdir>/damaged/`.
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """Restores the newest checkpoint that can be read, and says what was damaged or unfinished.
+
+        Damaged checkpoints newer than that one are moved to `<workdir>/damaged/`; what is left of unfinished saves is
+        deleted.
 
         Args:
           abstract: shapes, dtypes and shardings of the state, as `state.abstract_state` gives them; the mesh need not
             be the one that the checkpoint was written on.
 
         Returns:
-          The state, its metadata and a line about each damaged checkpoint; None where there is no checkpoint.
+          The state and its metadata; None where there is no checkpoint.
 
         Raises:
           UserError: there are checkpoints, but none can be read; nothing was touched.
@@ -101,16 +151,17 @@ class Checkpointer:
         found = []
         for step in steps:
             try:
-                state, metadata = self._restore_step(step, abstract)
+                restored = self._restore_step(step, abstract)
                 reason = None
             except Exception as error:  # whatever Orbax, TensorStore or the file system may say of a damaged one
+                restored = None
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if _agreed(reason is None):
-                self._set_aside(steps[: len(found)])
-                return state, metadata, found
+            if _agreed(restored is not None):
+                break
             found.append(f"checkpoint {self.directory / str(step)} cannot be read: {reason or 'another host failed'}")
-        if not found:
-            return None
+        if len(found) < len(steps) or not steps:
+            self._tidy(dict(zip(steps, found, strict=False)))
+            return restored if steps else None
         raise UserError(
             "\n".join(found) + "\nNone of this run's checkpoints can be read. Nothing was changed: "
             "restore them from a copy, or choose another --workdir to start afresh."
@@ -118,25 +169,32 @@ class Checkpointer:
 
     def _restore_step(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         items = {name: ocp.args.StandardRestore(item) for name, item in _items(abstract).items()}
-        restored = self._latest.restore(step, args=ocp.args.Composite(**items, metadata=ocp.args.JsonRestore()))
-        return (
-            TrainState(**restored["variables"], **restored["optimizer"], ema=restored.get("ema")),
-            restored["metadata"],
-        )
+        json_items = {name: ocp.args.JsonRestore() for name in ("metadata", "checksums")}
+        restored = self._latest.restore(step, args=ocp.args.Composite(**items, **json_items))
+        _check({name: restored[name] for name in items}, restored["metadata"], restored["checksums"])
+        state = TrainState(**restored["variables"], **restored["optimizer"], ema=restored.get("ema"))
+        return state, restored["metadata"]
 
-    def _set_aside(self, steps: list[int]) -> None:
+    def _tidy(self, damaged: dict[int, str]) -> None:
+        """Sets damaged steps aside, and deletes what is left of saves that were killed."""
         if jax.process_index() == 0:
-            for step in steps:
+            for step, reason in damaged.items():
                 aside = self.directory.parent / "damaged"
                 aside.mkdir(exist_ok=True)
-                (self.directory / str(step)).rename(aside / str(step))
-        if steps:
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("damaged checkpoints set aside")
-            self._latest.reload()
+                # Onto a new empty folder, since the same step may have been damaged before.
+                (self.directory / str(step)).rename(tempfile.mkdtemp(prefix=f"{step}-", dir=aside))
+                say(f"{reason}; moved to {aside}")
+            for unfinished in self.directory.parent.glob("*/*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished)
+                say(f"deleted {unfinished}, a save that was not finished")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoints tidied")
+        self._latest.reload()
 
     def newest(self) -> str:
-        """Says which checkpoint is the newest."""
+        """Says which checkpoint is the newest, once saves in progress are done."""
+        with contextlib.suppress(Exception):  # a failed one does not count
+            self._latest.wait_until_finished()
         step = self._latest.latest_step()
         return (
             "there is no checkpoint yet" if step is None else f"the newest checkpoint is {self.directory / str(step)}"
@@ -157,9 +215,10 @@ class Checkpointer:
         return _explained(f"save the checkpoint of {what} under {self.directory.parent}", advice)
 
     def close(self) -> None:
-        """Waits for saves in progress and releases Orbax's threads."""
-        self._latest.close()
-        self._best.close()
+        """Waits for saves in progress and releases Orbax's threads; it is `wait` that tells of failures."""
+        for manager in (self._latest, self._best):
+            with contextlib.suppress(Exception):  # must not hide the error that ends the run
+                manager.close()
 
 
 def find_step(path: str | Path) -> Path:
@@ -209,7 +268,9 @@ def load_variables(path: str | Path, *, ema: bool = False) -> dict[str, Any]:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             tree = reader.metadata(item).item_metadata.tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            return reader.restore(item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+            variables = reader.restore(item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+        _check({item.name: variables}, load_metadata(step), _load_json(step / "checksums"))
+    return variables
 
 
 def load_metadata(path: str | Path) -> dict[str, Any]:
@@ -223,8 +284,12 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
     """
     step = find_step(path)
     with _explained(f"read the metadata of {step}", "It is damaged or not one of ours; try an earlier step."):
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            return reader.restore(step / "metadata")
+        return _load_json(step / "metadata")
+
+
+def _load_json(item: Path) -> dict[str, Any]:
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(item)
 
 
 def save_variables(path: str | Path, variables: dict[str, Any], metadata: dict[str, Any]) -> None:
@@ -242,6 +307,5 @@ def save_variables(path: str | Path, variables: dict[str, Any], metadata: dict[s
     if path.is_dir() and any(path.iterdir()):
         raise UserError(f"{path} is not empty: choose another folder.")
     with _explained(f"write {path}", "Is the disk full, or the folder not yours?"), _manager(path) as manager:
-        args = {"variables": ocp.args.StandardSave(variables), "metadata": ocp.args.JsonSave(metadata)}
-        manager.save(0, args=ocp.args.Composite(**args), force=True)
+        manager.save(0, args=_save_args({"variables": variables}, metadata), force=True)
         manager.wait_until_finished()

@@ -38,7 +38,7 @@ def check_config(config: ConfigDict) -> None:
     """Compares a config with the functions that take its parts.
 
     Raises:
-      UserError: naming every key that nothing reads, and every one that is missing.
+      UserError: naming every key that nothing reads, every one that is missing, or every number out of its range.
     """
     fields = [name for name in FCViT.__dataclass_fields__ if name not in ("parent", "name")]
     known = {
@@ -66,6 +66,12 @@ def check_config(config: ConfigDict) -> None:
         close = difflib.get_close_matches(key, names, 1)
         faults.append(f"Unknown config key {key!r}" + (f": did you mean {close[0]!r}?" if close else "."))
     faults += [f"Config key {key!r} is missing." for key in sorted(needed - given)]
+    if not faults:
+        faults = [
+            f"train.{name}={value} must be at least 1."
+            for name, value in config.train.items()
+            if name in ("steps", "epochs", "log_every", "eval_every", "accumulate") and value is not None and value < 1
+        ]
     if faults:
         raise UserError("\n".join(faults))
 
@@ -108,32 +114,50 @@ def check_sizes(data: Data, mesh: Mesh, model: FCViT, accumulate: int) -> None:
         )
 
 
-def start_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Writes `<workdir>/config.json`, or compares it with the one that is there.
+def check_workdir(config: ConfigDict, workdir: str | Path) -> Path:
+    """Compares a config with the `<workdir>/config.json` of the run that the folder holds, if it does.
+
+    Returns:
+      The folder's absolute path.
 
     Raises:
-      UserError: the folder holds a run of another config, or cannot be written.
+      UserError: the folder holds a run of another config, or is no local path.
     """
+    if "://" in str(workdir):
+        raise UserError(f"--workdir={workdir} must be a path: mount the bucket, with gcsfuse say, and give its folder.")
+    workdir = Path(workdir).expanduser().absolute()
     path = workdir / "config.json"
-    new = json.loads(config.to_json())
-    if path.exists():
-        try:
-            old = _flat(json.loads(path.read_text()))
-        except ValueError as error:
-            raise UserError(f"{path} cannot be read ({error}): choose another --workdir.") from error
-        flat = _flat(new)
-        changed = sorted(key for key in old.keys() | flat.keys() if old.get(key) != flat.get(key))
-        lines = [f"  {key}: {old.get(key)} -> {flat.get(key)}" for key in changed if key != "resume_with_changes"]
-        if any(key not in _FREE_KEYS for key in changed) and not config.resume_with_changes:
-            raise UserError(
-                "\n".join([f"{workdir} holds a run of another config:", *lines])
-                + "\nChoose another --workdir, or go on with these changes: --config.resume_with_changes=True"
-            )
-        if lines:
-            say("\n".join([f"going on with changes to the config of {workdir}:", *lines]))
-    if jax.process_index() == 0:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(new, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}.") from error
+    if not path.exists():
+        return workdir
+    try:
+        old = _flat(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): choose another --workdir.") from error
+    new = _flat(json.loads(config.to_json()))
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    lines = [f"  {key}: {old.get(key)} -> {new.get(key)}" for key in changed if key != "resume_with_changes"]
+    if any(key not in _FREE_KEYS for key in changed) and not config.resume_with_changes:
+        raise UserError(
+            "\n".join([f"{workdir} holds a run of another config:", *lines])
+            + "\nChoose another --workdir, or go on with these changes: --config.resume_with_changes=True"
+        )
+    if lines:
+        say("\n".join([f"going on with changes to the config of {workdir}:", *lines]))
+    return workdir
+
+
+def write_config(config: ConfigDict, workdir: Path) -> None:
+    """Writes `<workdir>/config.json`, whole or not at all; the first host alone does.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    if jax.process_index() != 0:
+        return
+    unfinished = workdir / "config.json.tmp"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+        unfinished.replace(workdir / "config.json")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}.") from error

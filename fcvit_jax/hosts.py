@@ -65,7 +65,7 @@ class StopSignal:
 
     def __init__(self):
         self.received = False
-        self._signalled = False
+        self._signalled = self._interrupted = False
         self._polls = 0
 
     def __enter__(self) -> "StopSignal":
@@ -81,11 +81,14 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _on_signal(self, number, _) -> None:
-        self._signalled = True
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if self._interrupted:
+                os._exit(130)  # nothing is waited for: a run may be killed at any moment
+            self._interrupted = True
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")  # print is not safe in a handler
             if jax.process_count() > 1:
                 os.kill(os.getpid(), signal.SIGTERM)
+        self._signalled = True
 
     def poll(self) -> bool:
         """Whether to stop; on several hosts the same answer for all, so each must ask equally often."""
@@ -107,14 +110,16 @@ class StopSignal:
 class Feed:
     """This host's batches; on several hosts a failure is kept until `check`, which tells it to all.
 
-    Without that, one host would end while the others wait for it in a collective for ever.
+    Without that, one host would end while the others wait for it in a collective.
 
     Args:
       batches: a closable iterator of dicts of arrays, all of the same shapes.
+      num_batches: how many it yields, on every host.
     """
 
-    def __init__(self, batches: Iterator[dict[str, np.ndarray]]):
+    def __init__(self, batches: Iterator[dict[str, np.ndarray]], num_batches: int):
         self._batches = batches
+        self._left = num_batches
         self._last = None
         self._error = None
 
@@ -122,16 +127,19 @@ class Feed:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
+        if self._left == 0:
+            raise StopIteration
+        self._left -= 1
+        first = self._last is None
         if self._error is None:
             try:
                 self._last = next(self._batches)
-            except StopIteration:
-                raise
             except Exception as error:
-                # Before its first batch a host has nothing to go on with, and ends alone.
-                if jax.process_count() == 1 or self._last is None:
+                if jax.process_count() == 1:
                     raise
                 self._error = error
+        if first:  # there is nothing to go on with yet
+            self.check()
         return self._last
 
     def check(self) -> None:
@@ -142,11 +150,13 @@ class Feed:
         """
         if jax.process_count() == 1:
             return
-        message = str(self._error or "").encode()[:_MESSAGE_BYTES]
+        error = self._error
+        cause = "" if error is None else str(error) if isinstance(error, UserError) else repr(error)
+        message = cause.encode()[:_MESSAGE_BYTES]
         messages = multihost_utils.process_allgather(np.frombuffer(message.ljust(_MESSAGE_BYTES, b"\0"), np.uint8))
         causes = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in messages]
         if any(causes):
-            raise UserError("\n".join(f"Host {i}: {cause}" for i, cause in enumerate(causes) if cause))
+            raise UserError("\n".join(f"Host {i}: {cause}" for i, cause in enumerate(causes) if cause)) from error
 
     def close(self) -> None:
         """Ends the loader's workers."""

@@ -10,6 +10,7 @@ import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from fcvit_jax.errors import UserError
 from fcvit_jax.hosts import say
 
 
@@ -19,41 +20,63 @@ class MetricsWriter:
     Args:
       workdir: the run's folder.
       step: the step that the run continues from; lines beyond it are dropped, since they will be written again.
+      evaluated: the step of its last evaluation; those of later steps are dropped likewise.
       steps_per_epoch: updates in an epoch.
+
+    Raises:
+      UserError: the files cannot be written.
     """
 
-    def __init__(self, workdir: Path, step: int, steps_per_epoch: int):
+    def __init__(self, workdir: Path, step: int, evaluated: int, steps_per_epoch: int):
         self._steps_per_epoch = steps_per_epoch
         self._file = None
         if jax.process_index() != 0:
             return
-        path = workdir / "metrics.jsonl"
-        if path.exists():
-            kept = workdir / "metrics.jsonl.tmp"
-            kept.write_text("".join(line for line in path.read_text().splitlines(True) if _is_within(line, step)))
-            kept.replace(path)
-        self._file = path.open("a", buffering=1)
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._path = workdir / "metrics.jsonl"
+        with self._writing():
+            if self._path.exists():
+                kept = workdir / "metrics.jsonl.tmp"
+                lines = self._path.read_text(errors="replace").splitlines(True)
+                kept.write_text("".join(line for line in lines if _is_kept(line, step, evaluated)))
+                kept.replace(self._path)
+            self._file = self._path.open("a")
+            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes one line: the step (updates done), the epoch, and the metrics by name, such as "train/loss"."""
+        """Writes one line: the step (updates done), the epoch, and the metrics by name, such as "train/loss".
+
+        Raises:
+          UserError: the disk is full, or the like.
+        """
         if self._file is None:
             return
         epoch = round(step / self._steps_per_epoch, 4)
-        self._file.write(json.dumps({"step": step, "epoch": epoch, **metrics}) + "\n")
+        with self._writing():
+            self._file.write(json.dumps({"step": step, "epoch": epoch, **metrics}) + "\n")
+            self._file.flush()
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flushes and closes the files."""
+        """Closes the files."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # `write` has told of it
+                self._file.close()
             self._tensorboard.close()
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._path} cannot be written: {error.strerror}. Mend it, then run the same command again."
+            ) from error
 
-def _is_within(line: str, step: int) -> bool:
+
+def _is_kept(line: str, step: int, evaluated: int) -> bool:
     try:
-        return json.loads(line)["step"] <= step
+        return json.loads(line)["step"] <= (evaluated if "eval/loss" in line else step)
     except (ValueError, KeyError, TypeError):  # cut off when the run was killed
         return False
 

@@ -21,6 +21,8 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
     Raises:
       UserError: the sizes do not fit the devices.
     """
+    if fsdp < 1 or (data < 1 and data != -1):
+        raise UserError(f"mesh.data={data}, mesh.fsdp={fsdp}: give at least 1, or data=-1 for all devices.")
     # In this order the rows of a host are consecutive in the global batch, whatever the number of hosts.
     devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
     if data == -1:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from fcvit_jax import mixing, optim
 from fcvit_jax.checkpoint import Checkpointer, find_step
-from fcvit_jax.config import check_config, check_sizes, start_workdir
+from fcvit_jax.config import check_config, check_sizes, check_workdir, write_config
 from fcvit_jax.convert import load_pretrained
 from fcvit_jax.data import Data, eval_batches, open_dataset, train_batches
 from fcvit_jax.errors import UserError
@@ -71,7 +71,8 @@ def train_step(
       accumulate: parts of the batch that go through the network one after the other, to save memory.
 
     Returns:
-      The new state, and float32 scalars: "loss", "grad_norm" (before clipping) and "lr".
+      The new state, and float32 scalars: "loss", "grad_norm" (before clipping), "param_norm" (of the new state) and
+      "lr".
     """
     mix_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
     images, targets = mix(mix_key, batch["image"], batch["label"])
@@ -108,7 +109,8 @@ def train_step(
         ema = optim.update_ema(ema, {"params": params, "batch_stats": batch_stats}, ema_decay)
     state = TrainState(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema)
     state = jax.lax.with_sharding_constraint(state, state_shardings(state, mesh))
-    return state, {"loss": loss, "grad_norm": optax.global_norm(grads), "lr": schedule(state.step - 1)}
+    norms = {"grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
+    return state, {"loss": loss, **norms, "lr": schedule(state.step - 1)}
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
@@ -130,7 +132,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     Raises:
       UserError: the config, the data or the folder is not usable, or the run cannot go on; the message says why.
     """
-    workdir = Path(workdir).expanduser().absolute()
     check_config(config)
     data = open_dataset(**config.data)
     mesh = make_mesh(**config.mesh)
@@ -138,7 +139,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     tx, schedule = optim.make_optimizer(data.steps_per_epoch, config.train.epochs, data.batch_size, **config.optim)
     mix = mixing.make(model.num_classes, **config.mixing)
     check_sizes(data, mesh, model, config.train.accumulate)
-    start_workdir(config, workdir)
+    workdir = check_workdir(config, workdir)
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
     checkpointer = Checkpointer(workdir, **config.checkpoint)
@@ -147,64 +148,67 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     sizes = {"ema": ema_decay is not None, "image_size": data.image_size}
     abstract = abstract_state(model, tx, mesh, **sizes)
     epochs = config.train.epochs + config.optim.cooldown_epochs
-    total = config.train.steps or epochs * data.steps_per_epoch
+    total = epochs * data.steps_per_epoch if config.train.steps is None else config.train.steps
     eval_steps = config.train.eval_every * data.steps_per_epoch
     say(_what_runs_where(data, mesh, model, abstract, total, schedule))
 
     restored = checkpointer.restore(abstract)
+    if restored is not None and int(restored[0].step) > total:
+        raise UserError(f"{workdir} is at step {int(restored[0].step)}, beyond the {total} steps of this config.")
+    write_config(config, workdir)
+    about = {
+        "model": config.model.to_dict(),
+        "class_names": data.class_names,
+        "image_size": data.image_size,
+        "crop_pct": data.crop_pct,
+    }
     if restored is not None:
-        state, metadata, damaged = restored
-        for line in damaged:
-            say(f"{line}; moved to {workdir / 'damaged'}")
+        state, metadata = restored
+        metadata |= about
+        if metadata["best"]["step"] == int(state.step):
+            checkpointer.save(state, metadata, best=True)  # where the run was killed between the two
         say(f"resuming at step {int(state.step)} of {total}")
     else:
         state = create_state(model, tx, mesh, seed=config.seed, **sizes)
         if config.init_from:
             state = _start_from(state, load_pretrained(config.init_from, model))
-        metadata = {
-            "model": config.model.to_dict(),
-            "class_names": data.class_names,
-            "image_size": data.image_size,
-            "crop_pct": data.crop_pct,
-            "evaluated": {"step": 0},
-            "best": {"step": 0, "top1": -1.0},
-        }
+        metadata = {**about, "evaluated": {"step": 0}, "best": {"step": 0, "top1": -1.0}}
 
     step = int(state.step)
-    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     key = jax.random.key(config.seed)
     fixed = {"model": model, "tx": tx, "schedule": schedule, "mix": mix, "mesh": mesh, "ema_decay": ema_decay}
     fixed["accumulate"] = config.train.accumulate
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         stack.callback(checkpointer.close)
-        writer = stack.enter_context(closing(MetricsWriter(workdir, step, data.steps_per_epoch)))
-        feed = stack.enter_context(closing(Feed(train_batches(data, config.seed, step, total - step, **hosts))))
+        evaluated = metadata["evaluated"]["step"]
+        writer = stack.enter_context(closing(MetricsWriter(workdir, step, evaluated, data.steps_per_epoch)))
+        batches = train_batches(data, config.seed, step, total - step, jax.process_index(), jax.process_count())
+        feed = stack.enter_context(closing(Feed(batches, total - step)))
         progress = Progress(writer, step, total, data.batch_size, config.train.log_every)
         stack.enter_context(closing(progress))
 
         while True:
+            is_best = False
             is_eval = step == total or (step > 0 and step % eval_steps == 0)
             if is_eval and metadata["evaluated"]["step"] != step and not stop.received:
-                with closing(Feed(eval_batches(data, **hosts))) as eval_feed:
-                    result = evaluate(model, state.eval_variables, stop.watch(eval_feed), mesh)
-                    eval_feed.check()
+                result = _evaluate(data, model, state.eval_variables, mesh, stop.watch)
                 if not stop.received:
                     metadata["evaluated"] = {"step": step, **result}
                     writer.write(step, {f"eval/{name}": value for name, value in result.items()})
-                    if result["top1"] > metadata["best"]["top1"]:
+                    is_best = result["top1"] > metadata["best"]["top1"]
+                    if is_best:
                         metadata["best"] = metadata["evaluated"]
-                        checkpointer.save(state, metadata, best=True)
                     say(_evaluation_line(metadata, step / data.steps_per_epoch))
             if step:
                 checkpointer.save(state, metadata)
+            if is_best:
+                checkpointer.save(state, metadata, best=True)
             if step == total or stop.received:
                 break
 
             progress.resume()
-            ahead = (
-                None  # metrics are read when the next step is under way, so that the device never waits for the host
-            )
+            ahead = None  # metrics are read when the next step is under way: the device never waits for the host
             until = min(total, *(step - step % every + every for every in (eval_steps, checkpointer.save_every)))
             while step < until and not stop.received:
                 with progress.waiting():
@@ -220,7 +224,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
             feed.check()
         checkpointer.wait()
 
-    if step < total:
+    if metadata["evaluated"]["step"] < total:
         say(f"stopped at step {step} of {total}; the same command goes on from here")
     else:
         say(_last_line(metadata, workdir))
@@ -249,11 +253,18 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
     path = find_step(Path(workdir) / which)
     variables = load_pretrained(path, model, ema=config.train.ema_decay is not None)
     variables = jax.device_put(variables, state_shardings(variables, mesh))
-    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    with closing(Feed(eval_batches(data, **hosts))) as feed:
-        result = evaluate(model, variables, feed, mesh)
-        feed.check()
+    result = _evaluate(data, model, variables, mesh)
     say(f"{path}: {_figures(result)}, loss {result['loss']:.4f}, over {result['count']} examples")
+    return result
+
+
+def _evaluate(
+    data: Data, model: FCViT, variables: Mapping[str, Any], mesh: Mesh, watch: Callable = iter
+) -> dict[str, float]:
+    batches = eval_batches(data, jax.process_index(), jax.process_count())
+    with closing(Feed(batches, -(-data.num_eval // data.batch_size))) as feed:
+        result = evaluate(model, variables, watch(feed), mesh)
+        feed.check()
     return result
 
 
