@@ -94,7 +94,7 @@ def draw_similarity(images: Sequence[np.ndarray], maps: np.ndarray, names: Seque
             axis.set(xticks=[], yticks=[])
         row[0].imshow(image)
         row[0].set_xlabel(
-            f"{name if len(name) <= 20 else '…' + name[-19:]}\nr = {head_correlation(image_maps):.2f}", fontsize=9
+            f"{name if len(name) <= 18 else '…' + name[-17:]}\nr = {head_correlation(image_maps):.2f}", fontsize=9
         )
         for head, axis in enumerate(row[1:]):
             # Grey and of weak contrast, so that light and colour mean similarity.
