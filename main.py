@@ -26,11 +26,11 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # at absl's own default Orbax tells of every file
-    # Grain's workers import this file again, and need none of this.
-    from fcvit_jax.hosts import start_distributed
-    from fcvit_jax.train import evaluate_checkpoint, train_and_evaluate
-
     try:
+        # Grain's workers import this file again, and need none of this.
+        from fcvit_jax.hosts import start_distributed
+        from fcvit_jax.train import evaluate_checkpoint, train_and_evaluate
+
         start_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         if _MODE.value == "train":
             train_and_evaluate(_CONFIG.value, _WORKDIR.value)
@@ -42,5 +42,22 @@ def main(argv: list[str]) -> None:
         sys.exit(130)
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses as absl does, and turns what ml_collections raises of a --config that it cannot load or override to text.
+
+    Raises:
+      SystemExit: with a message.
+    """
+    try:
+        rest = app.parse_flags_with_usage(argv)
+        _CONFIG.value.keys()  # a file that could not be loaded is told of when it is first used
+        return rest
+    except (AttributeError, KeyError, OSError) as error:
+        while error.args and isinstance(error.args[0], Exception):
+            error = error.args[0]
+        what = "--config cannot be read" if isinstance(error, OSError) else "no such config key"
+        sys.exit(f"error: {what}: {error.args[0]}")
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)
