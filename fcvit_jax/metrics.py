@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from fcvit_jax.errors import UserError
@@ -40,7 +42,12 @@ class MetricsWriter:
                 kept.write_text("".join(line for line in lines if _is_kept(line, step, evaluated)))
                 kept.replace(self._path)
             self._file = self._path.open("a")
-            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+            # Not the usual SummaryWriter: it writes in a thread, and a full disk would stop that and then hang the run.
+            (workdir / "tensorboard").mkdir(exist_ok=True)
+            self._tensorboard = EventsWriter(str(workdir / "tensorboard" / "events"))
+            # TensorBoard then forgets what it has seen of later steps.
+            start = SessionLog(status=SessionLog.START)
+            self._tensorboard.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Writes one line: the step (updates done), the epoch, and the metrics by name, such as "train/loss".
@@ -54,15 +61,17 @@ class MetricsWriter:
         with self._writing():
             self._file.write(json.dumps({"step": step, "epoch": epoch, **metrics}) + "\n")
             self._file.flush()
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
+            for name, value in metrics.items():
+                summary = scalar(name, value)
+                self._tensorboard.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            self._tensorboard.flush()
 
     def close(self) -> None:
         """Closes the files."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # `write` has told of it
-                self._file.close()
-            self._tensorboard.close()
+            for file in (self._file, self._tensorboard):
+                with contextlib.suppress(OSError):  # `write` has told of it
+                    file.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -1,0 +1,244 @@
+"""Checkpoints: any damage is noticed, earlier ones survive, and every mesh reads what another has written."""
+
+import json
+import resource
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fcvit_jax.checkpoint import Checkpointer, find_step, load_metadata, load_variables, save_variables
+from fcvit_jax.errors import UserError
+from fcvit_jax.sharding import make_mesh, state_shardings
+from fcvit_jax.state import TrainState
+
+# Orbax leaves the further exceptions of a failed read to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+METADATA = {"best": {"step": 2, "top1": 0.1}}
+
+
+def make_state(mesh, step, seed=0):
+    rng = np.random.default_rng(seed)
+    params = {"a": {"kernel": rng.normal(size=(40, 64)), "bias": rng.normal(size=7)}}
+    params = jax.tree.map(jnp.float32, params)
+    batch_stats = {"norm": {"mean": jnp.float32(rng.normal(size=3))}}
+    state = TrainState(
+        step=jnp.int32(step),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=jax.tree.map(lambda x: x + jnp.ones_like(x), optax.adamw(1e-3).init(params)),
+        ema=jax.tree.map(lambda x: 2 * x, {"params": params, "batch_stats": batch_stats}),
+    )
+    return jax.device_put(state, state_shardings(state, mesh))
+
+
+def abstract(state, mesh):
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, state_shardings(state, mesh)
+    )
+
+
+def restore(workdir, state, mesh):
+    checkpointer = Checkpointer(workdir)
+    try:
+        return checkpointer.restore(abstract(state, mesh))
+    finally:
+        checkpointer.close()
+
+
+def assert_same(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y), strict=True), a, b)
+
+
+def contents(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(data=1)
+
+
+@pytest.fixture(scope="module")
+def states(mesh):
+    return {step: make_state(mesh, step, seed=step) for step in (2, 4)}
+
+
+@pytest.fixture(scope="module")
+def saved(states, tmp_path_factory):
+    """A run's folder with checkpoints of two steps; not to be changed."""
+    workdir = tmp_path_factory.mktemp("saved")
+    checkpointer = Checkpointer(workdir)
+    for state in states.values():
+        checkpointer.save(state, METADATA)
+    checkpointer.wait()
+    checkpointer.close()
+    return workdir
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+def damage(path, how):
+    old = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(old[: len(old) // 2])
+    else:
+        middle = len(old) // 2
+        path.write_bytes(old[:middle] + bytes([old[middle] ^ 16]) + old[middle + 1 :])
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "flipped bit"])
+def test_a_damaged_file_is_noticed_or_harmless(saved, states, mesh, tmp_path, capsys, how):
+    noticed = set()
+    files = [path.relative_to(saved) for path in (saved / "checkpoints/4").rglob("*") if path.is_file()]
+    for number, file in enumerate(files):
+        workdir = shutil.copytree(saved, tmp_path / str(number))
+        damage(workdir / file, how)
+        state, metadata = restore(workdir, states[4], mesh)
+        assert metadata == METADATA
+        step = int(state.step)
+        assert_same(state, states[step])
+        out = capsys.readouterr().out
+        if step == 2:
+            assert f"{workdir / 'checkpoints/4'} cannot be read: " in out and "moved to" in out
+            assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["2"]
+            assert len(list((workdir / "damaged").iterdir())) == 1
+            noticed.add(file.parts[2])
+        else:
+            assert out == ""
+    # Orbax keeps some files twice, or never reads them: that not all are noticed is well.
+    assert {"variables", "optimizer", "ema", "metadata", "checksums"} <= noticed
+
+
+def test_zeros_in_place_of_data_are_noticed(workdir, states, mesh):
+    """As a file system may leave them after a power cut."""
+    largest = max((workdir / "checkpoints/4/variables").rglob("d/*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-4096] + bytes(4096))
+    state, _ = restore(workdir, states[4], mesh)
+    assert_same(state, states[2])
+
+
+def test_leftovers_of_killed_saves_are_passed_over(workdir, states, mesh, capsys):
+    (workdir / "checkpoints/6").mkdir()
+    shutil.copytree(workdir / "checkpoints/4", workdir / "checkpoints/8.orbax-checkpoint-tmp-123")
+    shutil.copytree(workdir / "checkpoints/4", workdir / "best/4.orbax-checkpoint-tmp")
+    state, _ = restore(workdir, states[4], mesh)
+    assert_same(state, states[4])
+    out = capsys.readouterr().out
+    assert f"{workdir / 'checkpoints/6'} cannot be read" in out
+    assert out.count("a save that was not finished") == 2
+    assert sorted(path.name for path in workdir.glob("*/*")) == ["2", "4", *(p.name for p in workdir.glob("damaged/*"))]
+
+
+def test_a_step_can_be_damaged_twice(workdir, states, mesh):
+    for _ in range(2):
+        damage(workdir / "checkpoints/4/metadata/metadata", "truncated")
+        checkpointer = Checkpointer(workdir)
+        state, _ = checkpointer.restore(abstract(states[4], mesh))
+        assert int(state.step) == 2
+        checkpointer.save(states[4], METADATA)
+        checkpointer.wait()
+        checkpointer.close()
+    assert len(list((workdir / "damaged").iterdir())) == 2
+    assert_same(restore(workdir, states[4], mesh)[0], states[4])
+
+
+def test_with_no_good_checkpoint_nothing_is_touched(workdir, states, mesh):
+    damage(workdir / "checkpoints/2/optimizer/manifest.ocdbt", "missing")
+    damage(workdir / "checkpoints/4/metadata/metadata", "truncated")
+    (workdir / "checkpoints/8.orbax-checkpoint-tmp").mkdir()
+    before = contents(workdir)
+    with pytest.raises(UserError, match="(?s)checkpoints/4 cannot.*checkpoints/2 cannot.*None of .* choose another"):
+        restore(workdir, states[4], mesh)
+    assert contents(workdir) == before
+
+
+def test_a_full_disk_leaves_earlier_checkpoints_intact(workdir, mesh, states):
+    """The size of files is limited in place of the disk's, which takes no rights: the write fails likewise."""
+    checkpointer = Checkpointer(workdir)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(UserError, match="(?s)Could not save the checkpoint of.*Earlier checkpoints are intact"):
+            checkpointer.save(make_state(mesh, 6), METADATA)
+            checkpointer.wait()
+        assert checkpointer.newest() == f"the newest checkpoint is {workdir / 'checkpoints/4'}"
+        checkpointer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert_same(restore(workdir, states[4], mesh)[0], states[4])
+
+
+MESHES = {"one": (1, 1), "data": (8, 1), "fsdp": (1, 8), "both": (2, 4)}
+
+
+@pytest.mark.parametrize("written, read", [("data", "one"), ("one", "data"), ("data", "fsdp"), ("both", "one")])
+def test_any_mesh_reads_what_another_has_written(tmp_path, written, read):
+    old, new = (make_mesh(data=MESHES[name][0], fsdp=MESHES[name][1]) for name in (written, read))
+    state = make_state(old, 3)
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(state, METADATA)
+    checkpointer.wait()
+    checkpointer.close()
+    restored, _ = restore(tmp_path, state, new)
+    assert_same(restored, state)
+    assert jax.tree.map(lambda x: x.sharding, restored) == state_shardings(state, new)
+
+
+def test_the_newest_few_and_the_best_are_kept(tmp_path, mesh):
+    checkpointer = Checkpointer(tmp_path, keep=2)
+    for step in range(1, 6):
+        checkpointer.save(make_state(mesh, step), METADATA)
+        if step in (2, 3):
+            checkpointer.save(make_state(mesh, step), METADATA, best=True)
+    checkpointer.save(make_state(mesh, 5, seed=1), METADATA)  # there already
+    checkpointer.wait()
+    checkpointer.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "5"]
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["3"]
+    assert find_step(tmp_path).name == find_step(tmp_path / "checkpoints").name == "5"
+    assert find_step(tmp_path / "best").name == find_step(tmp_path / "best/3").name == "3"
+    for path in (tmp_path / "none", tmp_path / "best/3/variables"):
+        with pytest.raises(UserError, match="No checkpoint"):
+            find_step(path)
+
+
+def test_weights_are_read_without_the_rest(workdir, states, tmp_path):
+    variables = {"params": states[4].params, "batch_stats": states[4].batch_stats}
+    assert_same(load_variables(workdir), variables)
+    assert_same(load_variables(workdir, ema=True), states[4].ema)
+    assert load_metadata(workdir / "checkpoints/2") == METADATA
+    save_variables(tmp_path / "copy", variables, {"names": ["a"]})
+    assert_same(load_variables(tmp_path / "copy"), variables)
+    assert load_metadata(tmp_path / "copy") == {"names": ["a"]}
+    with pytest.raises(UserError, match="holds no exponential moving averages"):
+        load_variables(tmp_path / "copy", ema=True)
+    with pytest.raises(UserError, match="is not empty"):
+        save_variables(tmp_path / "copy", variables, {})
+    largest = max((workdir / "checkpoints/4/variables").rglob("d/*"), key=lambda path: path.stat().st_size)
+    damage(largest, "flipped bit")
+    with pytest.raises(UserError, match="(?s)variables differ from what was saved.*try an earlier step"):
+        load_variables(workdir)
+
+
+def test_changed_metadata_are_noticed(workdir, states, mesh):
+    path = workdir / "checkpoints/4/metadata/metadata"
+    path.write_text(json.dumps(METADATA | {"best": {"step": 2, "top1": 0.9}}))
+    assert int(restore(workdir, states[4], mesh)[0].step) == 2
+
+
+def test_numbers_out_of_range_and_unwritable_folders_are_refused(tmp_path):
+    with pytest.raises(UserError, match="checkpoint.keep=0 must be at least 1"):
+        Checkpointer(tmp_path, keep=0)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="(?s)Could not write in .*file.*another --workdir"):
+        Checkpointer(tmp_path / "file")

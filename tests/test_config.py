@@ -1,0 +1,87 @@
+"""Configs: keys that nothing reads, sizes that do not fit, and folders of another run."""
+
+import json
+
+import pytest
+import tiny_config
+
+from configs import digits, fcvit_s12, fcvit_s24, fcvit_s48, fcvit_tiny, imagenet
+from fcvit_jax.config import check_config, check_workdir, write_config
+from fcvit_jax.errors import UserError
+
+
+@pytest.mark.parametrize("module", [digits, fcvit_s12, fcvit_s24, fcvit_s48, fcvit_tiny, imagenet, tiny_config])
+def test_the_configs_hold_what_is_read_and_nothing_else(module):
+    check_config(module.get_config())
+
+
+def test_unknown_and_missing_keys_are_named():
+    config = tiny_config.get_config()
+    with config.unlocked():
+        config.optim.weigth_decay = 0.1
+        config.trian = 1
+        del config.train.epochs
+        del config.data.dataset
+    with pytest.raises(UserError) as info:
+        check_config(config)
+    assert str(info.value).splitlines() == [
+        "Unknown config key 'optim.weigth_decay': did you mean 'optim.weight_decay'?",
+        "Unknown config key 'trian'.",
+        "Config key 'data.dataset' is missing.",
+        "Config key 'train.epochs' is missing.",
+    ]
+
+
+@pytest.mark.parametrize("key", ["steps", "epochs", "log_every", "eval_every", "accumulate"])
+def test_numbers_below_one_are_refused(key):
+    config = tiny_config.get_config()
+    config.train[key] = 0
+    with pytest.raises(UserError, match=f"train.{key}=0 must be at least 1"):
+        check_config(config)
+
+
+def test_another_config_is_refused_and_its_keys_named(tmp_path, capsys):
+    config = tiny_config.get_config()
+    assert check_workdir(config, tmp_path / "run") == tmp_path / "run"
+    write_config(config, tmp_path / "run")
+    check_workdir(config, tmp_path / "run")
+    assert json.loads((tmp_path / "run/config.json").read_text())["optim"]["lr"] == config.optim.lr
+    assert capsys.readouterr().out == ""
+
+    config.optim.lr = 0.5
+    config.data.workers = 3
+    with pytest.raises(UserError) as info:
+        check_workdir(config, tmp_path / "run")
+    assert str(info.value).splitlines() == [
+        f"{tmp_path / 'run'} holds a run of another config:",
+        "  data.workers: 0 -> 3",
+        "  optim.lr: 0.001 -> 0.5",
+        "Choose another --workdir, or go on with these changes: --config.resume_with_changes=True",
+    ]
+    config.resume_with_changes = True
+    check_workdir(config, tmp_path / "run")
+    assert "optim.lr: 0.001 -> 0.5" in capsys.readouterr().out
+
+
+def test_what_changes_no_result_may_change(tmp_path, capsys):
+    config = tiny_config.get_config()
+    write_config(config, tmp_path)
+    config.mesh.update(data=2, fsdp=4)
+    config.data.update(workers=2, prefetch=3, data_dir="elsewhere")
+    config.checkpoint.update(keep=1, save_every=7)
+    config.train.log_every = 3
+    config.compilation_cache = True
+    check_workdir(config, tmp_path)
+    assert "mesh.fsdp: 1 -> 4" in capsys.readouterr().out
+
+
+def test_folders_that_are_no_good_are_refused(tmp_path):
+    config = tiny_config.get_config()
+    with pytest.raises(UserError, match="mount the bucket"):
+        check_workdir(config, "gs://bucket/run")
+    (tmp_path / "config.json").write_text('{"seed": ')
+    with pytest.raises(UserError, match="config.json cannot be read"):
+        check_workdir(config, tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file cannot be written: File exists"):
+        write_config(config, tmp_path / "file")

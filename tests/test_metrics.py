@@ -1,0 +1,65 @@
+"""The record of a run that was killed, and went on."""
+
+import json
+import math
+import resource
+
+import pytest
+
+from fcvit_jax.errors import UserError
+from fcvit_jax.metrics import MetricsWriter, Progress
+
+
+def steps(workdir):
+    return [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def open_writer(workdir, step=0, evaluated=0):
+    return MetricsWriter(workdir, step, evaluated, steps_per_epoch=4)
+
+
+def test_what_will_be_written_again_is_dropped(tmp_path):
+    writer = open_writer(tmp_path)
+    for step in (1, 2, 3):
+        writer.write(step, {"train/loss": math.pi})
+        writer.write(step, {"eval/loss": math.e})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "train/lo')  # killed while writing
+    open_writer(tmp_path, step=2, evaluated=1).close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"step": 1, "epoch": 0.25, "train/loss": math.pi},
+        {"step": 1, "epoch": 0.25, "eval/loss": math.e},
+        {"step": 2, "epoch": 0.5, "train/loss": math.pi},
+    ]
+
+
+def test_a_full_disk_is_told_of(tmp_path):
+    writer = open_writer(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(UserError, match="metrics.* cannot be written: File too large"):
+            for step in range(9):
+                writer.write(step, {"train/loss": 1.0})
+        writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_progress_writes_every_few_steps_and_the_last(tmp_path, capsys):
+    writer = open_writer(tmp_path)
+    progress = Progress(writer, step=0, total=7, batch_size=8, log_every=3)
+    for step in range(1, 8):
+        with progress.waiting():
+            pass
+        progress.update(step, {"train/loss": 0.5})
+    progress.close()
+    writer.close()
+    assert steps(tmp_path) == [3, 6, 7]
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"train/images_per_second") == 3
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["train/images_per_second"] > 0 and 0 <= last["train/data_wait"] <= 1
+    assert "step 6/7  loss 0.500" in capsys.readouterr().out
