@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     data.eval_split = "validation"
     data.batch_size = 1024  # per update, over all devices and hosts
     data.image_size = 224
-    data.workers = 8  # decoding processes on each host; 0: decode in the training process
+    data.workers = -1  # decoding processes on each host; -1: one per core less one; 0: decode in the training process
     data.prefetch = 2  # batches that each of them keeps ready
     data.crop_scale = (0.08, 1.0)  # share of the image's area
     data.crop_ratio = (3 / 4, 4 / 3)  # width over height

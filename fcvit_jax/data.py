@@ -82,7 +82,8 @@ def open_dataset(
       batch_size: images per step over all hosts (int).
       data_dir: where TFDS keeps its data (str).
       image_size: height and width of the images in pixels (int).
-      workers: decoding processes on this host (int); 0 decodes in a thread of this process.
+      workers: decoding processes on this host (int); 0 decodes in a thread of this process; -1 takes one for every core
+        that this process may use, less one for the training, and at least one.
       prefetch: finished batches that each worker keeps ready (int).
       train_split, eval_split: TFDS splits (str), slices such as "train[:1%]" included.
       crop_pct: share of the resized image that evaluation crops (float).
@@ -99,7 +100,7 @@ def open_dataset(
     for name, value, least in (
         ("batch_size", batch_size, 1),
         ("image_size", image_size, 1),
-        ("workers", workers, 0),
+        ("workers", workers, -1),
         ("prefetch", prefetch, 1),
     ):
         if value < least:
@@ -129,11 +130,18 @@ def open_dataset(
         class_names=class_names,
         batch_size=batch_size,
         image_size=image_size,
-        workers=workers,
+        workers=max(1, available_cores() - 1) if workers == -1 else workers,
         prefetch=prefetch,
         crop_pct=crop_pct,
         augmentation=dict(crop_scale=crop_scale, crop_ratio=crop_ratio, flip=flip, rand_augment=rand_augment),
     )
+
+
+def available_cores() -> int:
+    """The number of cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def train_batches(data, seed, start_step, num_steps, process_index=0, process_count=1) -> Iterator[dict]:
@@ -223,7 +231,7 @@ def _load(split, indices, transform, batch_size, image_size):
         try:
             images[row] = transform(encoded, index)
         except UserError as error:
-            raise UserError(f"{split.describe(index)}: {error}") from error
+            raise UserError(f"{split.describe(index)} is not a readable image: {error}") from error
         labels[row] = label
     return {"image": images, "label": labels}
 

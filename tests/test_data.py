@@ -192,13 +192,19 @@ class Texts(tfds.core.GeneratorBasedBuilder):
         (dict(dataset="folder:/nowhere"), "/nowhere must have a folder train"),
         (dict(batch_size=41), "40 training images, less than one batch: data.batch_size is 41"),
         (dict(batch_size=0), "data.batch_size is 0"),
-        (dict(workers=-1), "data.workers is -1"),
+        (dict(workers=-2), "data.workers is -2: it must be at least -1"),
         (dict(crop_pct=1.5), "crop_pct"),
     ],
 )
 def test_bad_config(imagenet_mini, change, message):
     with pytest.raises(UserError, match=message):
         data.open_dataset(**dict(dataset="imagenet2012", data_dir=imagenet_mini, batch_size=8) | change)
+
+
+@pytest.mark.parametrize("cores, workers", [(1, 1), (2, 1), (6, 5)])
+def test_workers_for_all_cores_but_one(monkeypatch, cores, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores), raising=False)
+    assert data.open_dataset(dataset="synthetic", batch_size=4, workers=-1).workers == workers
 
 
 def test_a_dataset_without_images(tmp_path):
@@ -229,10 +235,19 @@ def test_a_broken_record_is_named(imagenet_mini, tmp_path, monkeypatch):
         raise UserError("broken JPEG")
 
     monkeypatch.setattr(augment, "eval_transform", refuse)
-    with pytest.raises(
-        UserError, match=r"record 0 of imagenet2012 validation \(ILSVRC2012_val_\d+.JPEG\): broken JPEG"
-    ):
+    name = r"record 0 of imagenet2012 validation \(ILSVRC2012_val_\d+.JPEG\)"
+    with pytest.raises(UserError, match=f"{name} is not a readable image: broken JPEG"):
         next(data.eval_batches(data.open_dataset(**arguments)))
+
+
+def test_a_bug_is_not_taken_for_a_broken_image(folder, monkeypatch):
+    def fail(*args):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(augment, "eval_transform", fail)
+    with pytest.raises(ValueError, match="^a bug") as error:
+        list(data.eval_batches(open_folder(folder)))
+    assert not isinstance(error.value, UserError)
 
 
 @pytest.fixture
@@ -293,9 +308,9 @@ def test_a_broken_file_is_named(folder, content):
     (folder / "val" / "dog" / "b.jpg").write_bytes(content)
     (folder / "train" / "dog" / "b.jpg").write_bytes(content)
     dataset = open_folder(folder, batch_size=4)
-    with pytest.raises(UserError, match=f"^{folder}/val/dog/b.jpg: "):
+    with pytest.raises(UserError, match=f"^{folder}/val/dog/b.jpg is not a readable image: "):
         list(data.eval_batches(dataset))
-    with pytest.raises(UserError, match=f"^{folder}/train/dog/b.jpg: "):
+    with pytest.raises(UserError, match=f"^{folder}/train/dog/b.jpg is not a readable image: "):
         list(data.train_batches(dataset, 0, 0, 1))
 
 

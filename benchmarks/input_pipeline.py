@@ -1,0 +1,232 @@
+"""Time the input pipeline with one and two workers, beside PyTorch's DataLoader and tf.data where they are installed.
+
+Example:
+  python -m benchmarks.input_pipeline --quick --json input_pipeline.json
+  python -m benchmarks.input_pipeline imagenet2012 --data-dir /data/tensorflow_datasets
+
+fcvit_jax is `data.train_batches`. torch is the plain way in PyTorch: a DataLoader that calls the same transform for
+every image; its batches hold the same pixels, which is checked. tf.data does less: it decodes and crops in one op,
+resizes (bicubic with antialiasing) and flips, without RandAugment; its files lie in memory and its workers are threads.
+
+The contestants take turns, so that a busy machine slows all of them alike; each turn starts its workers anew and is
+timed once all of them deliver. The table gives the best turn; the JSON has all of them. Per core means per worker.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import tempfile
+import time
+
+import numpy as np
+from PIL import Image
+
+from fcvit_jax import augment, data
+
+SEED = 0
+WORKERS = (1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchDataset:
+    """PyTorch's view of the training split; a key is (epoch, index), so that an image is augmented as in our loader."""
+
+    opened: data.Data
+
+    def __getitem__(self, key):
+        epoch, index = key
+        ((encoded, label),) = self.opened.train.read([index])
+        rng = np.random.default_rng([SEED, epoch, index])
+        pixels = augment.train_transform(encoded, rng, self.opened.image_size, **self.opened.augmentation)
+        return np.array(pixels), label  # a copy, since PyTorch warns of arrays that are read-only
+
+
+def batch_keys(opened):
+    """The keys of every batch, in the order of our loader."""
+    for epoch in itertools.count():
+        order = data._epoch_order(SEED, epoch, opened.num_train).tolist()
+        for step in range(opened.steps_per_epoch):
+            rows = order[step * opened.batch_size : (step + 1) * opened.batch_size]
+            yield [(epoch, index) for index in rows]
+
+
+def torch_batches(opened, workers):
+    from torch.utils.data import DataLoader  # not at the top: Grain's workers import this file, and need no torch
+
+    return iter(DataLoader(TorchDataset(opened), batch_sampler=batch_keys(opened), num_workers=workers))
+
+
+def time_fcvit_jax(opened, workers, images):
+    opened = dataclasses.replace(opened, workers=workers)
+    with contextlib.closing(data.train_batches(opened, SEED, 0, 1_000_000_000)) as batches:
+        return images_per_second(batches, opened, workers, images)
+
+
+def time_torch(opened, workers, images):
+    return images_per_second(torch_batches(opened, workers), opened, workers, images)
+
+
+def time_tf_data(opened, threads, images):
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
+
+    def load(encoded):
+        begin, size, _ = tf.image.sample_distorted_bounding_box(
+            tf.image.extract_jpeg_shape(encoded),
+            tf.zeros((1, 0, 4)),
+            aspect_ratio_range=opened.augmentation["crop_ratio"],
+            area_range=opened.augmentation["crop_scale"],
+            max_attempts=10,
+            use_image_if_no_bounding_boxes=True,
+        )
+        image = tf.image.decode_and_crop_jpeg(encoded, tf.concat([begin[:2], size[:2]], 0), channels=3)
+        image = tf.image.resize(image, [opened.image_size] * 2, "bicubic", antialias=True)
+        return tf.image.random_flip_left_right(tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8))
+
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = threads
+    options.threading.max_intra_op_parallelism = 1
+    batches = (
+        tf.data.Dataset.from_tensor_slices(read_jpegs(opened, images))
+        .repeat()
+        .map(load, num_parallel_calls=threads)
+        .batch(opened.batch_size, drop_remainder=True)
+        .prefetch(2)
+        .with_options(options)
+    )
+    return images_per_second(batches.as_numpy_iterator(), opened, threads, images)
+
+
+def read_jpegs(opened, count):
+    """The first images of the epoch, without the few of another format that ImageNet has."""
+    indices = data._epoch_order(SEED, 0, opened.num_train)[:count].tolist()
+    return [encoded for encoded, _ in opened.train.read(indices) if encoded.startswith(b"\xff\xd8")]
+
+
+def images_per_second(batches, opened, workers, images):
+    """The rate after two batches of each worker: all of them have started by then, and their queues are even."""
+    for _ in range(2 * workers):
+        next(batches)
+    steps = -(-images // opened.batch_size)
+    start = time.perf_counter()
+    for _ in range(steps):
+        next(batches)
+    return steps * opened.batch_size / (time.perf_counter() - start)
+
+
+def check_pixels(opened):
+    """PyTorch's first batch must be ours."""
+    (ours,) = data.train_batches(opened, SEED, 0, 1)
+    images, labels = next(torch_batches(opened, 0))
+    np.testing.assert_array_equal(images, ours["image"])
+    np.testing.assert_array_equal(labels, ours["label"])
+
+
+def write_images(folder, count):
+    """Writes a folder dataset of 500 x 375 JPEGs of 100 kB: noise with a photograph's spectrum, contrast and colour."""
+    rng = np.random.default_rng(SEED)
+    width, height = 500, 375
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    frequency[0, 0] = np.inf  # no mean
+    for number in range(count + 1):
+        spectrum = np.fft.rfft2(rng.standard_normal((height, width, 3)), axes=(0, 1)) / frequency[..., None] ** 1.2
+        noise = np.fft.irfft2(spectrum, (height, width), axes=(0, 1))
+        noise = 5 * noise[..., :1] + noise  # the channels share most of it
+        pixels = (120 + noise / noise.std() * 55).clip(0, 255).astype(np.uint8)
+        path = os.path.join(folder, "train" if number < count else "val", "noise", f"{number}.jpg")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        Image.fromarray(pixels).save(path, quality=92)
+
+
+def version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def take_turns(contestants, opened, images, turns):
+    """Images per second of every turn, by contestant and number of workers."""
+    rates = {(name, workers): [] for name in contestants for workers in WORKERS}
+    for _, workers, (name, run) in itertools.product(range(turns), WORKERS, contestants.items()):
+        rates[name, workers].append(run(opened, workers, images))
+    return rates
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "dataset",
+        nargs="?",
+        metavar="DATASET",
+        help="folder:PATH or a TFDS name; none: 256 JPEGs of 500 x 375 and 100 kB are made",
+    )
+    parser.add_argument("--data-dir", default="~/tensorflow_datasets", metavar="PATH", help="where TFDS keeps its data")
+    parser.add_argument("--eval-split", default="validation", metavar="SPLIT", help="of a TFDS dataset; is not read")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: 32")
+    parser.add_argument("--images", type=int, metavar="N", help="timed in each turn; default: 2048, or 128 if quick")
+    parser.add_argument("--turns", type=int, metavar="N", help="of each contestant; default: 3, or 1 if quick")
+    parser.add_argument("--quick", action="store_true", help="one turn of few images: shows that all works, not rates")
+    parser.add_argument("--json", metavar="PATH", help="write the figures, versions and machine here as well")
+    args = parser.parse_args()
+    images = args.images or (128 if args.quick else 2048)
+    turns = args.turns or (1 if args.quick else 3)
+
+    with contextlib.ExitStack() as stack:
+        dataset = args.dataset
+        if dataset is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            write_images(folder, 32 if args.quick else 256)
+            dataset = f"folder:{folder}"
+        opened = data.open_dataset(
+            dataset=dataset, data_dir=args.data_dir, eval_split=args.eval_split, batch_size=args.batch_size
+        )
+        contestants = {"fcvit_jax": time_fcvit_jax}
+        if importlib.util.find_spec("torch"):
+            check_pixels(opened)
+            contestants["torch"] = time_torch
+        else:
+            print("Without torch, which is not installed: see requirements-dev.txt")
+        if not importlib.util.find_spec("tensorflow"):
+            print("Without tf.data, since tensorflow is not installed: see requirements-dev.txt")
+        elif not read_jpegs(opened, args.batch_size):
+            print("Without tf.data: the images are no JPEGs, the only ones that decode_and_crop_jpeg reads")
+        else:
+            # In a process of its own: PyTorch forks its workers, and TensorFlow's threads do not bear that.
+            pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
+            contestants["tf.data"] = lambda *arguments: pool.submit(time_tf_data, *arguments).result()
+        rates = take_turns(contestants, opened, images, turns)
+
+    best = {key: max(values) for key, values in rates.items()}
+    print(f"{'':12}{'workers':>8}{'images/s':>10}{'per core':>10}{'/ 1 worker':>12}{'fcvit_jax / it':>16}")
+    for (name, workers), rate in best.items():
+        scaling, ratio = rate / best[name, 1], best["fcvit_jax", workers] / rate
+        print(f"{name:12}{workers:8}{rate:10.1f}{rate / workers:10.1f}{scaling:12.2f}{ratio:16.2f}")
+    if args.json:
+        about = {
+            "machine": platform.processor() or platform.machine(),
+            "cores": data.available_cores(),
+            **{name: version(name) for name in ("grain", "pillow", "torch", "tensorflow-cpu")},
+            "dataset": args.dataset,
+            "batch_size": args.batch_size,
+            "images": images,
+        }
+        rows = [
+            {"loader": name, "workers": workers, "images_per_second": values}
+            for (name, workers), values in rates.items()
+        ]
+        with open(args.json, "w") as file:
+            json.dump({**about, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
