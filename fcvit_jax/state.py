@@ -72,4 +72,7 @@ def create_state(
     """
     abstract = abstract_state(model, tx, mesh, ema=ema, image_size=image_size)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(lambda: _init(model, tx, ema, image_size, seed), out_shardings=shardings)()
+    # It runs once: on a CPU, optimising hundreds of random draws takes longer than making them.
+    options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
+    init = jax.jit(lambda: _init(model, tx, ema, image_size, seed), out_shardings=shardings, compiler_options=options)
+    return init()
