@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     data.batch_size = 1024  # per update, over all devices and hosts
     data.image_size = 224
     data.workers = -1  # decoding processes on each host; -1: one per core less one; 0: decode in the training process
-    data.prefetch = 2  # batches that each of them keeps ready
+    data.prefetch = 1  # finished batches that each of them keeps ready, in shared memory
     data.crop_scale = (0.08, 1.0)  # share of the image's area
     data.crop_ratio = (3 / 4, 4 / 3)  # width over height
     data.flip = 0.5

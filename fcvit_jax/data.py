@@ -64,7 +64,7 @@ def open_dataset(
     data_dir="~/tensorflow_datasets",
     image_size=224,
     workers=0,
-    prefetch=2,
+    prefetch=1,
     train_split="train",
     eval_split="validation",
     crop_pct=0.9,
