@@ -11,12 +11,11 @@ from math import gcd
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 
 IMPLS = ("lax", "shift", "banded")
 
-_TERMS = (
-    14  # products per fused loop body: more spill registers, fewer pass over the sums too often; 56, 28 and 14 divide
-)
+_TERMS = 14  # products in a loop's body: more spill registers, fewer pass over the sums too often
 _CACHED = 2**20  # float32 values that two CPU cores keep close; larger batches go through in groups of eight images
 
 
@@ -134,7 +133,8 @@ def _correlate(a, b):
         at = [(top + row, left + col) for row in range(rows) for col in range(cols)]
         return total + sum(window(a, *t, *sizes) * window(b, *t, 1, 1) for t in at)
 
-    total = jnp.zeros((max(a.shape[0], b.shape[0]), *sizes, a.shape[3]), jnp.float32)
+    images = a.shape[0] if b.shape[0] == 1 else b.shape[0]
+    total = jnp.zeros((images, *sizes, a.shape[3]), jnp.float32)
     return lax.fori_loop(0, row_blocks * col_blocks, add_block, total)
 
 
@@ -144,7 +144,8 @@ def _pad(x, rows, cols):
 
 def _in_groups(x, values):
     """Split the batch into (groups, images) if that many float32 values would not stay in cache."""
-    images = x.shape[0] if values <= _CACHED else gcd(x.shape[0], 8)
+    # An export may leave the batch open.
+    images = x.shape[0] if is_symbolic_dim(x.shape[0]) or values <= _CACHED else gcd(x.shape[0], 8)
     return x.reshape(images, -1, *x.shape[1:]).swapaxes(0, 1)
 
 

@@ -51,12 +51,11 @@ def export(checkpoint: str | Path, dest: str | Path) -> None:
     model, variables, metadata = load(checkpoint)
     about = {key: metadata[key] for key in ("class_names", "image_size", "crop_pct", "model")}
 
-    def logits(image):
-        return model.apply(variables, normalize(image[None]))[0]
+    def logits(images):
+        return model.apply(variables, normalize(images))
 
-    # The images are mapped over, since the depthwise convolution looks at the batch's size, here a symbol.
     images = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), *[metadata["image_size"]] * 2, 3), jnp.uint8)
-    program = jax.export.export(jax.jit(jax.vmap(logits)), platforms=PLATFORMS)(images)
+    program = jax.export.export(jax.jit(logits), platforms=PLATFORMS)(images)
     weights = {path: np.asarray(x) for path, x in traverse_util.flatten_dict(variables, sep="/").items()}
     files = {
         "model.jax_export": program.serialize(),

@@ -154,6 +154,15 @@ def test_one_export_serves_every_platform_with_its_own_implementation():
     assert {p: "stablehlo.convolution" in text for p, text in only.items()} == {"cpu": False, "cuda": True, "tpu": True}
 
 
+@pytest.mark.parametrize("size", [9, 4])  # by shift and by banded
+def test_an_export_may_leave_the_batch_open(size):
+    x, kernel, _ = draw((3, size, size, 3, 5))
+    n = jax.export.symbolic_shape("n")[0]
+    spec = jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype)
+    exported = jax.export.export(jax.jit(depthwise_conv), platforms=("cpu", "cuda"))(spec, kernel)
+    assert_close(exported.call(x, kernel), depthwise_conv(x, kernel))
+
+
 @pytest.mark.parametrize("size", [(32, 14, 14, 4, 11), (32, 4, 4, 4, 11)], ids=str)
 @pytest.mark.parametrize("impl", ALL)
 def test_a_sharded_batch_needs_one_reduction_and_no_more(monkeypatch, impl, size):
