@@ -109,7 +109,7 @@ def train_step(
         ema = optim.update_ema(ema, {"params": params, "batch_stats": batch_stats}, ema_decay)
     state = TrainState(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema)
     state = jax.lax.with_sharding_constraint(state, state_shardings(state, mesh))
-    norms = {"grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
+    norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
     return state, {"loss": loss, **norms, "lr": schedule(state.step - 1)}
 
 
@@ -139,6 +139,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     tx, schedule = optim.make_optimizer(data.steps_per_epoch, config.train.epochs, data.batch_size, **config.optim)
     mix = mixing.make(model.num_classes, **config.mixing)
     check_sizes(data, mesh, model, config.train.accumulate)
+    images = jax.ShapeDtypeStruct((data.batch_size, data.image_size, data.image_size, 3), jnp.uint8)
+    labels = jax.ShapeDtypeStruct((data.batch_size,), jnp.int32)
+    jax.eval_shape(mix, jax.random.key(0), images, labels)  # raises where the batch is no whole number of groups
     workdir = check_workdir(config, workdir)
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
@@ -155,7 +158,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     restored = checkpointer.restore(abstract)
     if restored is not None and int(restored[0].step) > total:
         raise UserError(f"{workdir} is at step {int(restored[0].step)}, beyond the {total} steps of this config.")
-    write_config(config, workdir)
     about = {
         "model": config.model.to_dict(),
         "class_names": data.class_names,
@@ -169,11 +171,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
             checkpointer.save(state, metadata, best=True)  # where the run was killed between the two
         say(f"resuming at step {int(state.step)} of {total}")
     else:
+        weights = load_pretrained(config.init_from, model) if config.init_from else None
         state = create_state(model, tx, mesh, seed=config.seed, **sizes)
-        if config.init_from:
-            state = _start_from(state, load_pretrained(config.init_from, model))
+        if weights is not None:
+            state = _start_from(state, weights)
         metadata = {**about, "evaluated": {"step": 0}, "best": {"step": 0, "top1": -1.0}}
 
+    write_config(config, workdir)
     step = int(state.step)
     key = jax.random.key(config.seed)
     fixed = {"model": model, "tx": tx, "schedule": schedule, "mix": mix, "mesh": mesh, "ema_decay": ema_decay}

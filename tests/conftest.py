@@ -9,8 +9,10 @@ from absl import flags  # noqa: E402
 
 flags.FLAGS.mark_as_parsed()
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 from imagenet_mini import build  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 from fcvit_jax import digits  # noqa: E402
 
@@ -35,3 +37,23 @@ def imagenet_mini_dirs(tmp_path_factory):
 def imagenet_mini(imagenet_mini_dirs):
     """A TFDS data_dir with a miniature imagenet2012 as array_record: 40 training and 21 validation images."""
     return str(imagenet_mini_dirs / "array_record")
+
+
+@pytest.fixture(scope="module")
+def quick_compilation(tmp_path_factory):
+    """Programs are compiled quickly rather than well, and kept for other tests and for processes that they start."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_disable_most_optimizations": True,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+        del os.environ[name.upper()]
+    compilation_cache.reset_cache()

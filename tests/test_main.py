@@ -1,0 +1,86 @@
+"""What a user reads who gives main.py something that it cannot use: one message, and exit code 1."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_config
+from absl import flags, logging
+from absl.testing import flagsaver
+
+import main
+from fcvit_jax import train  # its imports define flags, which flagsaver would forget otherwise
+from fcvit_jax.config import write_config
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def run(digits_dir, tmp_path, monkeypatch):
+    """Runs main.py in this process, on the smallest config; returns what it exits with, None at the end of a run."""
+    monkeypatch.chdir(ROOT)
+
+    def run(*arguments, workdir=tmp_path / "run"):
+        fixed = ["--config=tests/tiny_config.py", f"--workdir={workdir}", f"--config.data.data_dir={digits_dir}"]
+        argv = ["main.py", *fixed, *arguments]
+        monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for what to override
+        verbosity = logging.get_verbosity()
+        with flagsaver.flagsaver():
+            try:
+                main.main(main.parse_flags(argv))
+            except SystemExit as error:
+                return error.code
+            finally:
+                logging.set_verbosity(verbosity)
+                flags.FLAGS.mark_as_parsed()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config.optim.lrr=1"], "no such config key: 'lrr'\nDid you mean \"lr\""),
+        (["--config.optm.lr=1"], "no such config key: 'optm'\nDid you mean \"optim\""),
+        (["--config=configs/fcvit_s13.py"], "--config cannot be read: .*No such file"),
+        (["--config.train.log_every=0"], "train.log_every=0 must be at least 1"),
+        (["--config.data.batch_size=12", "--config.mesh.data=8"], "data.batch_size=12 cannot be split evenly .*8 dev"),
+        (["--config.mesh.data=16"], "mesh.data=16 x mesh.fsdp=1 needs 16 devices, but there are 8"),
+        (["--config.data.batch_size=20"], "A batch of 20 images .*multiple of model.bn_group_size=8"),
+        (["--config.train.accumulate=3"], "cannot be split evenly over train.accumulate=3 parts"),
+        (["--config.model.num_classes=9"], "10 classes, the model 9: set --config.model.num_classes=10"),
+        (["--config.model.name=fcvit_s13"], "fcvit_s13"),
+        (["--config.data.dataset=imagenet2012"], "not prepared in .*\n.*pip install tensorflow-cpu"),
+        (["--config.data.dataset=imagenet2021"], "imagenet2021 not found.*similar: "),
+        (["--config.data.train_split=trian"], "data.train_split=trian: .*digits has train, validation"),
+        (["--config.data.image_size=0"], "data.image_size is 0"),
+        (["--config.optim.min_lr=1"], "min_lr=1.0 is above lr"),
+        (["--config.mixing.group_size=3"], "16 images are not a whole number of groups of mixing.group_size=3"),
+        (["--config.init_from=nothing.npz"], "There is no file or folder nothing.npz"),
+        (["--config.checkpoint.keep=0"], "checkpoint.keep=0 must be at least 1"),
+        (["--workdir=gs://bucket/run"], "must be a path"),
+        (["--workdir=/proc/run"], "Could not write in /proc/run"),
+        (["--coordinator=localhost:1"], "Give all of --coordinator=HOST:PORT, --num_processes=N and --process_id=I"),
+        (["--mode=eval"], "No checkpoint at .*run/checkpoints"),
+    ],
+)
+def test_bad_input_ends_with_one_message_before_anything_compiles(run, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(train, "create_state", None)  # the first to compile
+    error = run(*arguments)
+    assert isinstance(error, str) and error.startswith("error: ")
+    assert re.search(f"(?s){message}", error), error
+    assert not (tmp_path / "run/config.json").exists()
+
+
+def test_a_folder_with_another_run_is_refused(run, tmp_path):
+    write_config(tiny_config.get_config(), tmp_path / "run")
+    assert "optim.lr: 0.001 -> 2.0\nChoose another --workdir" in run("--config.optim.lr=2")
+
+
+def test_the_exit_code_is_1_and_there_is_no_traceback(tmp_path):
+    command = [sys.executable, "main.py", "--config=configs/digits.py", f"--workdir={tmp_path}"]
+    done = subprocess.run([*command, "--config.optim.lrr=2"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == 'error: no such config key: \'lrr\'\nDid you mean "lr" instead of "lrr"?\n'

@@ -1,0 +1,279 @@
+"""The loop: the same run on any layout, and the same run whatever stops it."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+from contextlib import closing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_config
+
+from benchmarks.kill_resume import arrays, assert_same_end, kill_and_resume, record
+from fcvit_jax import train
+from fcvit_jax.checkpoint import Checkpointer, load_metadata
+from fcvit_jax.errors import UserError
+from fcvit_jax.train import evaluate_checkpoint, train_and_evaluate
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture
+def config(digits_dir):
+    config = tiny_config.get_config()
+    config.data.data_dir = digits_dir
+    return config
+
+
+def losses(workdir):
+    return [line["train/loss"] for line in record(workdir) if "train/loss" in line]
+
+
+def evaluations(workdir):
+    return [line for line in record(workdir) if "eval/loss" in line]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(quick_compilation, digits_dir, tmp_path_factory):
+    """A run on one device that nothing stops; with what it did, in order, and at which steps XLA compiled."""
+    config = tiny_config.get_config()
+    config.data.data_dir = digits_dir
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    events, compiled = [], set()
+
+    def step(*args, _original=train.train_step, **kwargs):
+        events.append("step")
+        return _original(*args, **kwargs)
+
+    def report(step, *args, _original=train._report):
+        events.append(f"report {step}")
+        return _original(step, *args)
+
+    def listen(name, duration, **_):
+        if name.endswith("backend_compile_duration"):
+            compiled.add(events.count("step"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", step)
+        patch.setattr(train, "_report", report)
+        result = train_and_evaluate(config, workdir)
+    jax.monitoring.unregister_event_duration_listener(listen)
+    return {"workdir": workdir, "result": result, "events": events, "compiled": compiled}
+
+
+def test_a_run_leaves_what_the_readme_says(undisturbed):
+    workdir, result = undisturbed["workdir"], undisturbed["result"]
+    lines = record(workdir)
+    assert [line["step"] for line in lines] == [*range(1, 11), 10, *range(11, 21), 20]
+    assert lines[6]["epoch"] == 1.4
+    assert set(lines[6]) == {"step", "epoch", *(f"train/{name}" for name in ("loss", "grad_norm", "param_norm", "lr"))}
+    assert evaluations(workdir)[-1] == {"step": 20, "epoch": 4.0, **{f"eval/{k}": v for k, v in result.items()}}
+    assert result["count"] == 40
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["12", "16", "20"]
+    best = max(evaluations(workdir), key=lambda line: line["eval/top1"])
+    assert [path.name for path in (workdir / "best").iterdir()] == [str(best["step"])]
+    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 20
+
+
+def test_nothing_is_compiled_after_the_first_step_evaluation_and_save(undisturbed):
+    assert undisturbed["compiled"] <= {0, 1, 4, 10}
+    assert 1 in undisturbed["compiled"]
+
+
+def test_the_host_is_one_step_ahead_and_no_more(undisturbed):
+    events = undisturbed["events"]
+    # After four steps there is a checkpoint to write, for which their numbers are read.
+    assert events[:8] == ["step", "step", "report 1", "step", "report 2", "step", "report 3", "report 4"]
+    assert [event for event in events if event != "step"] == [f"report {i}" for i in range(1, 21)]
+
+
+@pytest.mark.parametrize("data, fsdp", [(2, 1), (8, 1), (2, 2)])
+def test_same_losses_on_any_mesh(undisturbed, config, tmp_path, data, fsdp):
+    config.mesh.update(data=data, fsdp=fsdp)
+    train_and_evaluate(config, tmp_path)
+    np.testing.assert_allclose(losses(tmp_path), losses(undisturbed["workdir"]), rtol=1e-5)
+    for name in ("count", "top1", "top5"):
+        ours, theirs = ([line[f"eval/{name}"] for line in evaluations(w)] for w in (tmp_path, undisturbed["workdir"]))
+        assert ours == theirs
+
+
+def signal_before_batch(monkeypatch, number, name, batch):
+    """Sends this process a signal while it waits for a batch of train_batches or eval_batches."""
+    original = getattr(train, name)
+
+    def batches(*args):
+        first = args[2] if name == "train_batches" else 0
+        with closing(original(*args)) as items:
+            for i, item in enumerate(items, first):
+                if i == batch:
+                    monkeypatch.setattr(train, name, original)
+                    os.kill(os.getpid(), number)
+                yield item
+
+    monkeypatch.setattr(train, name, batches)
+
+
+def test_a_run_that_is_stopped_again_and_again_is_the_same_run(undisturbed, config, tmp_path, monkeypatch, capsys):
+    stops = [
+        (signal.SIGTERM, "train_batches", 6, 7),
+        (signal.SIGINT, "train_batches", 9, 10),  # an evaluation would follow
+        (signal.SIGTERM, "eval_batches", 1, 10),  # in the middle of it
+        (signal.SIGTERM, "train_batches", 10, 11),
+        (signal.SIGINT, "eval_batches", 2, 20),  # in the last evaluation
+    ]
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    for number, name, batch, step in stops:
+        signal_before_batch(monkeypatch, number, name, batch)
+        train_and_evaluate(config, tmp_path)
+        assert f"stopped at step {step} of 20; the same command goes on from here" in capsys.readouterr().out
+        assert (tmp_path / "checkpoints" / str(step)).is_dir()
+    assert train_and_evaluate(config, tmp_path) == undisturbed["result"]
+    out = capsys.readouterr().out
+    assert "resuming at step 20 of 20" in out and "done: final top-1" in out
+    assert_same_end(tmp_path, undisturbed["workdir"])
+    assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+def test_a_run_that_is_killed_again_and_again_is_the_same_run(config, tmp_path):
+    config.train.steps = 60
+    config.checkpoint.save_every = 3
+    train_and_evaluate(config, tmp_path / "undisturbed")
+    flags = ["--config=tests/tiny_config.py", f"--config.data.data_dir={config.data.data_dir}"]
+    flags += ["--config.train.steps=60", "--config.checkpoint.save_every=3"]
+    kill_and_resume(tmp_path / "killed", flags, steps=60, kills=2)
+    assert_same_end(tmp_path / "killed", tmp_path / "undisturbed")
+
+
+def test_a_run_goes_on_on_another_mesh(undisturbed, config, tmp_path, monkeypatch):
+    signal_before_batch(monkeypatch, signal.SIGTERM, "train_batches", 11)
+    train_and_evaluate(config, tmp_path)
+    config.mesh.update(data=2, fsdp=2)
+    train_and_evaluate(config, tmp_path)
+    np.testing.assert_allclose(losses(tmp_path), losses(undisturbed["workdir"]), rtol=1e-5)
+    assert losses(tmp_path)[:12] == losses(undisturbed["workdir"])[:12]
+
+
+def test_a_run_goes_on_from_before_the_damage(undisturbed, config, tmp_path, capsys):
+    workdir = shutil.copytree(undisturbed["workdir"], tmp_path / "run")
+    (workdir / "checkpoints/20/optimizer/manifest.ocdbt").unlink()
+    (workdir / "checkpoints/24").mkdir()
+    train_and_evaluate(config, workdir)
+    out = capsys.readouterr().out
+    assert "checkpoints/24 cannot be read" in out and "checkpoints/20 cannot be read" in out
+    assert "resuming at step 16 of 20" in out
+    shutil.rmtree(workdir / "damaged")
+    assert_same_end(workdir, undisturbed["workdir"])
+
+
+def test_with_no_good_checkpoint_the_run_stops_and_touches_nothing(undisturbed, config, tmp_path):
+    workdir = shutil.copytree(undisturbed["workdir"], tmp_path / "run")
+    for path in workdir.glob("checkpoints/*/metadata/metadata"):
+        path.write_bytes(path.read_bytes()[:-9])
+    before = {path: path.read_bytes() if path.is_file() else None for path in workdir.rglob("*")}
+    config.optim.lr = 0.5
+    config.resume_with_changes = True
+    with pytest.raises(UserError, match="None of this run's checkpoints can be read. Nothing was changed"):
+        train_and_evaluate(config, workdir)
+    assert before == {path: path.read_bytes() if path.is_file() else None for path in workdir.rglob("*")}
+
+
+def test_a_bad_step_stops_the_run_and_is_never_saved(undisturbed, config, tmp_path, monkeypatch):
+    """Poison just before a checkpoint is due."""
+    original = train.train_step
+
+    def poisoned(state, *args, **kwargs):
+        if int(state.step) == 7:
+            state = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+        return original(state, *args, **kwargs)
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    with pytest.raises(UserError) as info:
+        train_and_evaluate(config, tmp_path)
+    for part in (
+        "Step 8: grad_norm nan, loss nan",
+        f"the newest checkpoint is {tmp_path / 'checkpoints/4'}",
+        "lower --config.optim.lr",
+    ):
+        assert part in str(info.value)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
+    assert max(line["step"] for line in record(tmp_path)) == 7
+
+    monkeypatch.undo()
+    train_and_evaluate(config, tmp_path)
+    assert_same_end(tmp_path, undisturbed["workdir"])
+
+
+def test_a_bad_update_is_noticed_before_the_next_loss():
+    class Nowhere:
+        def newest(self):
+            return "there is no checkpoint yet"
+
+    metrics = {"loss": jnp.float32(1), "grad_norm": jnp.float32(1), "param_norm": jnp.float32(jnp.inf)}
+    with pytest.raises(UserError, match="Step 3: grad_norm 1.0, loss 1.0, param_norm inf. This state was not saved"):
+        train._report(3, metrics, None, Nowhere())
+
+
+def test_a_disk_that_is_full_at_the_very_end(undisturbed, config, tmp_path, monkeypatch):
+    original = train.train_batches
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def batches(*args):
+        with closing(original(*args)) as items:
+            for i, item in enumerate(items):
+                if i == 19:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (16384, hard))
+                yield item
+
+    monkeypatch.setattr(train, "train_batches", batches)
+    try:
+        with pytest.raises(UserError, match="(?s)Could not save the checkpoint of.*Earlier checkpoints are intact"):
+            train_and_evaluate(config, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    monkeypatch.undo()
+    train_and_evaluate(config, tmp_path)
+    assert_same_end(tmp_path, undisturbed["workdir"])
+
+
+def test_the_best_is_the_earlier_of_equals_and_survives_a_kill_before_it_is_written(config, tmp_path, monkeypatch):
+    config.train.eval_every = 1
+    top1 = iter([0.5, 0.5, 0.4, 0.7])
+    best = []
+
+    def evaluate(*_):
+        return {"loss": 1.0, "top1": next(top1), "top5": 1.0, "count": 40}
+
+    def save(self, state, metadata, *, best_only=best, _original=Checkpointer.save, **kwargs):
+        best_only += [int(state.step)] * kwargs.get("best", False)
+        _original(self, state, metadata, **kwargs)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(Checkpointer, "save", save)
+    train_and_evaluate(config, tmp_path)
+    assert best == [5, 20]
+    shutil.rmtree(tmp_path / "best/20")
+    train_and_evaluate(config, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / "best/20"), arrays(tmp_path / "checkpoints/20"))
+
+
+def test_evaluating_a_checkpoint_gives_the_numbers_of_the_run(undisturbed, config):
+    workdir = undisturbed["workdir"]
+    assert evaluate_checkpoint(config, workdir) == undisturbed["result"]
+    best = load_metadata(workdir / "best")["evaluated"]
+    assert evaluate_checkpoint(config, workdir, "best") == {k: v for k, v in best.items() if k != "step"}
+    with pytest.raises(UserError, match="No checkpoint at .*/checkpoints/3"):
+        evaluate_checkpoint(config, workdir, "checkpoints/3")
+
+
+def test_a_run_that_is_beyond_its_last_step_is_refused(undisturbed, config, tmp_path):
+    workdir = shutil.copytree(undisturbed["workdir"], tmp_path / "run")
+    config.train.steps = 10
+    config.resume_with_changes = True
+    with pytest.raises(UserError, match="is at step 20, beyond the 10 steps"):
+        train_and_evaluate(config, workdir)
+    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 20
