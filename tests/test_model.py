@@ -141,7 +141,7 @@ def step_of(name):
     return step, convert.to_torch({"params": step.grads, "batch_stats": step.batch_stats}, model)
 
 
-@pytest.mark.parametrize("name", GOLDENS)
+@pytest.mark.parametrize("name", ["fcvit_small", "fcvit_small_attention"])
 def test_training_step_equals_the_originals(name):
     arrays, _, state_dict = golden(name)
     step, converted = step_of(name)
@@ -206,7 +206,7 @@ def test_full_size_equals_the_originals(name):
     images = np.random.default_rng([meta["seed"], 77, 0]).normal(0, 1, arrays["in0/shape"])
     images = nhwc(images.astype(np.float16).astype(np.float32))
 
-    @jax.jit
+    @quick_jit
     def outputs(variables, images):
         captured = {"capture_intermediates": lambda _, method: method == "features", "mutable": ["intermediates"]}
         return model.apply(variables, images, **captured)
@@ -288,7 +288,6 @@ def test_every_variant_is_pinned():
 
 kernels = st.sampled_from([1, 3, 5, 7, 11])
 contexts = {"heads": st.sampled_from([2, 4, 8]), "reduction": st.sampled_from([2, 4, 8])}
-contexts |= {"weighted": st.booleans(), "competition": st.booleans()}
 mixers = {
     "kernel_sizes": st.lists(kernels, min_size=1, max_size=2).map(tuple),
     "use_context": st.booleans(),
@@ -310,7 +309,7 @@ def at_random(**options):
     """
     shapes = st.tuples(st.integers(1, 3), st.integers(2, 9), st.integers(2, 9), st.sampled_from([8, 24, 40]))
     drawn = given(shape=shapes, seed=st.integers(0, 999), options=st.fixed_dictionaries(options))
-    few = settings(max_examples=5, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+    few = settings(max_examples=3, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
     return lambda test: few(drawn(test))
 
 
@@ -368,12 +367,15 @@ def assert_module_equals(ours, theirs, place, shape, seed, *args):
     return sown, theirs_x
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("competition", [True, False])
 @at_random(**contexts)
-def test_global_context_equals_the_reference(shape, seed, options):
+def test_global_context_equals_the_reference(weighted, competition, shape, seed, options):
+    options |= {"weighted": weighted, "competition": competition}
     ours, theirs = model.GlobalContext(**options), torch_reference.GlobalContext(shape[-1], **options)
     place = "stages_0_block_0/token_mixer/context1", "network.0.0.token_mixer.gc1"
     sown, x = assert_module_equals(ours, theirs, place, shape, seed)
-    if options["weighted"]:
+    if weighted:
         similarity = theirs.similarity(x, x.mean((2, 3))).detach()
         assert_close(sown["similarity"][0], nhwc(similarity), "similarity")
     else:
@@ -398,13 +400,13 @@ def test_channel_mixer_equals_the_reference(shape, seed, options):
 def test_block_equals_the_reference(shape, seed, options):
     channels, mixer = shape[-1], options["mixer"]
     ours = model.Block(
-        functools.partial(model.TokenMixer, kernel_sizes=(5, 3)),
+        functools.partial(model.TokenMixer, kernel_sizes=(5,)),
         functools.partial(model.ChannelMixer, **mixer),
         layer_scale_init=1e-5 if options["layer_scale"] else None,
     )
     theirs = torch_reference.Block(
         channels,
-        torch_reference.TokenMixer(channels, kernel_sizes=(5, 3)),
+        torch_reference.TokenMixer(channels, kernel_sizes=(5,)),
         torch_reference.ChannelMixer(channels, **mixer),
         options["layer_scale"],
     )
@@ -553,20 +555,22 @@ def test_drop_path_leaves_out_whole_branches_of_single_examples():
 def test_dropout_acts_twice_in_the_channel_mixer_and_in_training_alone():
     mixer = model.ChannelMixer(ratio=2, kernel_size=None, dropout_rate=0.4)
     x = jax.random.normal(jax.random.key(0), (8, 8, 8, 16))
-    variables = mixer.init(jax.random.key(1), x, False)
-    y, state = mixer.apply(
-        variables,
-        x,
-        True,
-        rngs={"dropout": jax.random.key(2)},
-        capture_intermediates=lambda module, _: isinstance(module, nn.Dropout),
-        mutable=["intermediates"],
-    )
+    variables = quick_jit(lambda: mixer.init(jax.random.key(1), x, False))()
+
+    @quick_jit
+    def in_training(key):
+        def is_dropout(module, _):
+            return isinstance(module, nn.Dropout)
+
+        rngs = {"dropout": key}
+        return mixer.apply(variables, x, True, rngs=rngs, capture_intermediates=is_dropout, mutable=["intermediates"])
+
+    y, state = in_training(jax.random.key(2))
     (hidden,), (last,) = (state["intermediates"][f"Dropout_{i}"]["__call__"] for i in range(2))
     assert hidden.shape[-1] == 32 and (last == y).all()
     for x_dropped in (hidden, last):
         assert abs((x_dropped == 0).mean() - 0.4) < 0.02
-    assert (mixer.apply(variables, x, False) != 0).all()
+    assert (quick_jit(lambda: mixer.apply(variables, x, False))() != 0).all()
 
 
 # Initial weights.
@@ -613,7 +617,7 @@ def test_initial_weights():
 
 # What one expects of a Flax module.
 
-TINY = FCViT((1, 1), (8, 16), (1, 1), num_classes=3, kernel_sizes=(3,), layer_scale_init=1.0, drop_path_rate=0.5)
+TINY = FCViT((1,), (8,), (1,), num_classes=3, kernel_sizes=(3,), layer_scale_init=1.0, dropout_rate=0.5)
 
 
 @functools.cache
@@ -637,7 +641,8 @@ def test_vmap_and_export_give_the_same_logits():
 
 def test_nnx_users_can_wrap_it():
     variables, images = tiny()
-    module = nnx.jit(lambda: nnx.bridge.ToNNX(TINY, rngs=nnx.Rngs(0)).lazy_init(images))()
+    module = nnx.eval_shape(lambda: nnx.bridge.ToNNX(TINY, rngs=nnx.Rngs(0)).lazy_init(images))
+    module.to_nnx__rngs = nnx.Rngs(0)
     flat = traverse_util.flatten_dict(variables)
     nnx.update(module, traverse_util.unflatten_dict({path[1:]: jnp.array(x) for path, x in flat.items()}))
     assert_close(nnx.jit(lambda module: module(images))(module), jax.jit(TINY.apply)(variables, images), "logits")
@@ -664,7 +669,7 @@ def test_remat_changes_nothing_but_memory():
     largest = max(np.abs(x).max() for x in jax.tree.leaves(results[0]))
     for x, y in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * largest)
-    assert [program.count("remat") + program.count("checkpoint[") for program in programs] == [0, 2]
+    assert [program.count("remat") + program.count("checkpoint[") for program in programs] == [0, 1]
 
 
 def test_features_are_the_four_stage_outputs():
