@@ -176,6 +176,8 @@ def test_a_sharded_batch_needs_one_reduction_and_no_more(monkeypatch, impl, size
     collective = r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
     assert mesh.size == 8
     assert (re.findall(collective, loops), re.findall(collective, entry)) == ([], ["all-reduce"])
+    reduced = re.search(r"= f32\[([\d,]+)\]\S* all-reduce\(", entry)[1]
+    assert np.prod([int(dim) for dim in reduced.split(",")]) <= args[1].size  # of the kernel's gradient alone
     assert_close(sharded(*args), jax.jit(run)(*args))
 
 
