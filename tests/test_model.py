@@ -669,7 +669,8 @@ def test_remat_changes_nothing_but_memory():
     largest = max(np.abs(x).max() for x in jax.tree.leaves(results[0]))
     for x, y in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * largest)
-    assert [program.count("remat") + program.count("checkpoint[") for program in programs] == [0, 1]
+    plain, remat = (program.count("remat") + program.count("checkpoint[") for program in programs)
+    assert remat > plain  # where GELU has its own
 
 
 def test_features_are_the_four_stage_outputs():

@@ -57,7 +57,7 @@ def residual_bytes(model, images):
 def test_activations_are_what_a_further_image_adds_to_the_residuals(options):
     model = create_model(**TINY | options | {"bn_group_size": None, "depths": [2, 0, 0, 1]})
     expected = residual_bytes(model, 2) - residual_bytes(model, 1)
-    assert summarize(model, 96)["total"].activations == pytest.approx(expected, rel=0.03)
+    assert summarize(model, 96)["total"].activations == pytest.approx(expected, rel=0.04)
 
 
 def test_a_checkpoint_is_summarised_without_being_run(tmp_path, capsys, monkeypatch):
