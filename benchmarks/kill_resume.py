@@ -76,14 +76,14 @@ def kill_and_resume(workdir: Path, flags: list[str], steps: int, kills: int, see
       workdir: its folder, new.
       flags: of main.py, the number of steps among them.
       steps: that number.
-      kills: how often; every fourth time while it starts, otherwise up to 0.3 s after a random step.
+      kills: how often; every fourth time while it starts, otherwise up to 0.1 s after a random step.
       seed: of the moments.
 
     Returns:
       The step that the record was at, kill by kill.
     """
     rng = np.random.default_rng(seed)
-    targets = np.linspace(1, steps - 1, kills + 1)
+    targets = np.linspace(1, 0.75 * steps, kills + 1)  # well before the end
     killed = []
     for number in range(kills):
         process = start(workdir, flags)
@@ -93,7 +93,7 @@ def kill_and_resume(workdir: Path, flags: list[str], steps: int, kills: int, see
             target = rng.integers(targets[number], targets[number + 1], endpoint=True)
             while last_step(workdir) < target and process.poll() is None:
                 time.sleep(0.005)
-            time.sleep(rng.uniform(0, 0.3))
+            time.sleep(rng.uniform(0, 0.1))
         killed.append(last_step(workdir))
         process.kill()
         assert process.wait() < 0, Path(f"{workdir}.log").read_text()

@@ -265,8 +265,9 @@ def load_variables(path: str | Path, *, ema: bool = False) -> dict[str, Any]:
     if not item.is_dir():
         raise UserError(f"{step} holds no exponential moving averages: the run did not keep them.")
     with _explained(f"read the checkpoint {step}", "It is damaged or not one of ours; try an earlier step."):
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            tree = reader.metadata(item).item_metadata.tree
+        # Without a Checkpointer around it, which would warn that a part of a checkpoint is not a whole one.
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+            tree = reader.metadata(item).tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             variables = reader.restore(item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
         _check({item.name: variables}, load_metadata(step), _load_json(step / "checksums"))
@@ -288,8 +289,7 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def _load_json(item: Path) -> dict[str, Any]:
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return reader.restore(item)
+    return json.loads((item / "metadata").read_text())
 
 
 def save_variables(path: str | Path, variables: dict[str, Any], metadata: dict[str, Any]) -> None:
