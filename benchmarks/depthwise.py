@@ -9,13 +9,12 @@ milliseconds, and PyTorch's divided by the default's (above 1: we are faster); t
 
 import argparse
 import json
-import platform
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.measure import about, milliseconds
 from fcvit_jax.depthwise import IMPLS, depthwise_conv
 
 try:
@@ -80,20 +79,6 @@ def torch_contestant(which, x, kernel, g):
     return run
 
 
-def milliseconds(contestants, seconds, rounds=200):
-    """[best, median] of each contestant over rounds in turn, which it leaves after three once it used its time."""
-    times = {name: [] for name in contestants}
-    for run in contestants.values():
-        run()
-    for _ in range(rounds):
-        for name, run in contestants.items():
-            if len(times[name]) < 3 or sum(times[name]) < 1e3 * seconds:
-                start = time.perf_counter()
-                run()
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: [min(values), float(np.median(values))] for name, values in times.items()}
-
-
 def measure(size, dtype, seconds):
     n, height, width, channels, k = size
     keys = jax.random.split(jax.random.key(0), 3)
@@ -127,11 +112,8 @@ def main():
             ratio = f"{row['ms']['torch'][0] / row['ms']['default'][0]:17.2f}" if torch is not None else ""
             print(f"{str(size):24}{row['pass']:16}{cells}{ratio}", flush=True)
     if args.json:
-        device = jax.devices()[0]
-        versions = {"jax": jax.__version__, "torch": torch.__version__ if torch is not None else None}
-        about = {"device": device.device_kind, "machine": platform.processor() or platform.machine(), **versions}
         with open(args.json, "w") as file:
-            json.dump({**about, "dtype": args.dtype, "rows": rows}, file, indent=1)
+            json.dump({**about(), "dtype": args.dtype, "rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":

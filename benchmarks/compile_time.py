@@ -1,0 +1,72 @@
+"""Time how long the training step takes to trace and lower, and to compile: each variant in a process of its own.
+
+Example:
+  python -m benchmarks.compile_time --batch-size 8 --json compile_time.json
+
+Without the persistent compilation cache, before anything runs. Seconds are of the clock, in brackets of the processor,
+which on a busy machine says more; XLA compiles with several threads.
+"""
+
+import argparse
+import json
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+from fcvit_jax.model import VARIANTS
+
+
+def measure(name, args):
+    """Figures of one variant, and the machine they are from."""
+    import jax
+
+    from benchmarks.measure import Step, about
+    from fcvit_jax.sharding import make_mesh
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    step = Step(name, args.batch_size, args.image_size, args.dtype, make_mesh(data=1))
+    jax.devices()
+
+    def seconds(run):
+        clock, processor = time.perf_counter(), time.process_time()
+        result = run()
+        return result, [time.perf_counter() - clock, time.process_time() - processor]
+
+    lowered, lower = seconds(step.lower)
+    compiled, compile_ = seconds(lowered.compile)
+    lines = len(compiled.as_text().splitlines())
+    return {"model": name, "lower": lower, "compile": compile_, "program_lines": lines}, about()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--batch-size", type=int, default=8, help="even (default: 8)")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rounds", type=int, default=1, help="compile every variant so often, in turns")
+    parser.add_argument("--quick", action="store_true", help="fcvit_tiny at 64 x 64 only")
+    parser.add_argument("--json", metavar="PATH", help="write the figures, versions and machine here as well")
+    args = parser.parse_args()
+    if args.quick:
+        args.models, args.image_size = ["fcvit_tiny"], 64
+
+    print(f"{args.batch_size} images of {args.image_size} x {args.image_size}, {args.dtype}")
+    print(f"{'model':12}{'trace and lower, s':>20}{'compile, s':>20}{'lines':>10}")
+    rows = []
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
+        for name in args.models * args.rounds:
+            row, machine = processes.submit(measure, name, args).result()
+            rows.append(row)
+            cells = "".join(
+                f"{f'{clock:.1f} ({processor:.1f})':>20}" for clock, processor in (row["lower"], row["compile"])
+            )
+            print(f"{name:12}{cells}{row['program_lines']:10}", flush=True)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({**machine, **vars(args), "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""What the benchmarks of the step share: the step itself, timing in turns, and what figures were measured with."""
+
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fcvit_jax import mixing, optim
+from fcvit_jax.model import create_model
+from fcvit_jax.sharding import batch_sharding
+from fcvit_jax.state import abstract_state, create_state
+from fcvit_jax.train import train_step
+
+
+def milliseconds(contestants, seconds, rounds=200):
+    """[best, median] of each contestant over rounds in turn, which it leaves after three once it used its time."""
+    times = {name: [] for name in contestants}
+    for run in contestants.values():
+        run()
+    for _ in range(rounds):
+        for name, run in contestants.items():
+            if len(times[name]) < 3 or sum(times[name]) < 1e3 * seconds:
+                start = time.perf_counter()
+                run()
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: [min(values), float(np.median(values))] for name, values in times.items()}
+
+
+class Step:
+    """The training step of the recipe, with drop-path, mixing, erasing and AdamW, for a variant, a batch and a mesh."""
+
+    def __init__(self, name, batch_size, image_size, dtype, mesh, group_size=None):
+        self.model = create_model(name, drop_path_rate=0.1, bn_group_size=group_size, dtype=jnp.dtype(dtype))
+        self.tx, schedule = optim.make_optimizer(1251, 300, batch_size)
+        mix = mixing.make(1000, group_size=group_size or batch_size)
+        self.mesh, self.image_size = mesh, image_size
+        self.static = {"model": self.model, "tx": self.tx, "schedule": schedule, "mix": mix, "mesh": mesh}
+        self.batch_shapes = {
+            "image": ((batch_size, image_size, image_size, 3), np.uint8),
+            "label": ((batch_size,), np.int32),
+        }
+
+    def abstract_state(self):
+        return abstract_state(self.model, self.tx, self.mesh, ema=False, image_size=self.image_size)
+
+    def lower(self):
+        rows = batch_sharding(self.mesh)
+        batch = {name: jax.ShapeDtypeStruct(*shape, sharding=rows) for name, shape in self.batch_shapes.items()}
+        return train_step.lower(self.abstract_state(), batch, jax.random.key(0), **self.static)
+
+    def runner(self, compiled):
+        """A function that takes one step, from a state of its own, and waits for it."""
+        state = create_state(self.model, self.tx, self.mesh, ema=False, image_size=self.image_size, seed=0)
+        rng, key = np.random.default_rng(0), jax.random.key(0)
+        batch = {name: rng.integers(0, 256, shape, dtype) for name, (shape, dtype) in self.batch_shapes.items()}
+        batch = jax.device_put(batch, batch_sharding(self.mesh))
+
+        def run():
+            nonlocal state
+            state, _ = jax.block_until_ready(compiled(state, batch, key))
+
+        return run
+
+
+def about():
+    """The machine and the versions that figures were measured with."""
+    versions = {}
+    for package in ("jax", "torch", "timm"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {"device": jax.devices()[0].device_kind, "machine": platform.processor() or platform.machine(), **versions}

@@ -1,0 +1,181 @@
+"""Time the forward pass and the training step of every variant, beside PyTorch's where it is installed.
+
+Example:
+  python -m benchmarks.train_step --models fcvit_tiny fcvit_s12 --batch-size 8 --json train_step.json
+  python -m benchmarks.train_step --batch-size 128 --dtype bfloat16 --peak-tflops 989 --json train_step.json
+
+All contestants take turns, so that a busy machine slows them alike: FCViT here and in PyTorch (the tests' reference),
+and timm's convnext_tiny and poolformer_s12 where timm is installed. Our step is `fcvit_jax.train.train_step`, which
+takes uint8 images and includes mixing, erasing, drop-path and AdamW; PyTorch's takes normalised images and includes
+AdamW alone. With bfloat16 PyTorch runs under autocast; on a GPU it also gets channels_last and torch.compile.
+
+Utilisation is useful operations a second over those of a large matrix product in the same dtype (measured, or
+--peak-tflops): two for each multiply-add of the forward pass as `fcvit_jax.summary` counts them (XLA's own count takes
+a loop's body once), three times that for a step. MiB: arguments, results and temporaries of the compiled program, or
+the most that PyTorch allocated (on a GPU).
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+# PyTorch shares the GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.measure import Step, about, milliseconds
+from fcvit_jax.model import VARIANTS, create_model
+from fcvit_jax.sharding import make_mesh
+from fcvit_jax.summary import summarize
+
+try:
+    import torch
+except ImportError:
+    torch = None
+else:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    import torch_reference
+
+
+def program_mib(compiled):
+    """What a program holds at most: results that take the place of arguments count once."""
+    memory = compiled.memory_analysis()
+    size = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return (size + memory.temp_size_in_bytes) / 2**20
+
+
+def jax_contestants(name, args):
+    """{pass: (run, MiB)} of FCViT."""
+    step = Step(name, args.batch_size, args.image_size, args.dtype, make_mesh(data=1))
+    compiled_step = step.lower().compile()
+    images = jnp.asarray(normal_images(args))
+    variables = jax.jit(lambda: step.model.init(jax.random.key(0), images[:1]))()
+    forward = jax.jit(step.model.apply).lower(variables, images).compile()
+    return {
+        "forward": (lambda: jax.block_until_ready(forward(variables, images)), program_mib(forward)),
+        "step": (step.runner(compiled_step), program_mib(compiled_step)),
+    }
+
+
+def torch_contestants(network, args):
+    """{pass: (run, MiB)} of a PyTorch network; its memory is known on a GPU only."""
+    device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+    network = network.to(device)
+    images = torch.tensor(normal_images(args).transpose(0, 3, 1, 2).copy(), device=device)
+    targets = torch.softmax(torch.randn(args.batch_size, 1000, device=device), 1)
+    if device == "cuda":
+        network = network.to(memory_format=torch.channels_last)
+        images = images.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=0.05, fused=device == "cuda")
+    apply = torch.compile(network) if device == "cuda" else network
+
+    def autocast():
+        return torch.autocast(device, torch.bfloat16) if args.dtype == "bfloat16" else contextlib.nullcontext()
+
+    def wait():
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def forward():
+        network.eval()
+        with torch.inference_mode(), autocast():
+            apply(images)
+        wait()
+
+    def step():
+        network.train()
+        optimizer.zero_grad()
+        with autocast():
+            logits = apply(images)
+        torch.nn.functional.cross_entropy(logits.float(), targets).backward()
+        optimizer.step()
+        wait()
+
+    def with_memory(run):
+        if device == "cpu":
+            return run, None
+        run()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return run, torch.cuda.max_memory_allocated() / 2**20
+
+    return {"forward": with_memory(forward), "step": with_memory(step)}
+
+
+def normal_images(args):
+    shape = (args.batch_size, args.image_size, args.image_size, 3)
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def matmul_contestant(dtype):
+    """A product of two square matrices, and its floating-point operations."""
+    n = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((n, n), dtype)
+    multiply = jax.jit(jnp.matmul).lower(a, a).compile()
+    return lambda: jax.block_until_ready(multiply(a, a)), 2 * n**3
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--batch-size", type=int, default=8, help="even (default: 8)")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--seconds", type=float, default=20, help="for each contestant, at least three turns")
+    parser.add_argument("--peak-tflops", type=float, help="of the device in this dtype; default: a matrix product's")
+    parser.add_argument("--quick", action="store_true", help="fcvit_tiny with 4 images of 64 x 64, three turns")
+    parser.add_argument("--json", metavar="PATH", help="write the figures, versions and machine here as well")
+    args = parser.parse_args()
+    if args.quick:
+        args.models, args.batch_size, args.image_size, args.seconds = ["fcvit_tiny"], 4, 64, 0
+
+    contestants, multiply_adds = {}, {}
+    for name in args.models:
+        contestants[name, "fcvit_jax"] = jax_contestants(name, args)
+        multiply_adds[name] = args.batch_size * summarize(create_model(name), args.image_size)["total"].multiply_adds
+        if torch is not None:
+            contestants[name, "torch"] = torch_contestants(torch_reference.FCViT(**VARIANTS[name]), args)
+    if torch is not None and importlib.util.find_spec("timm"):
+        import timm
+
+        for name in ("convnext_tiny", "poolformer_s12"):
+            contestants[name, "timm"] = torch_contestants(timm.create_model(name), args)
+
+    matmul, matmul_flops = matmul_contestant(args.dtype)
+    runs = {(*key, which): run for key, passes in contestants.items() for which, (run, _) in passes.items()}
+    times = milliseconds({"matmul": matmul, **runs}, args.seconds)
+    peak = 1e12 * args.peak_tflops if args.peak_tflops else matmul_flops / (1e-3 * times["matmul"][0])
+
+    batch = f"{args.batch_size} images of {args.image_size} x {args.image_size}"
+    print(f"{batch}, {args.dtype}, peak {peak / 1e12:.3f} TFLOP/s")
+    print(f"{'model':15}{'by':11}{'pass':9}images/s, best  median{'MiB':>9}  utilisation  torch / ours")
+    rows = []
+    for (name, by, which), run_ms in ((key, times[key]) for key in runs):
+        mib = contestants[name, by][which][1]
+        row = {"model": name, "by": by, "pass": which, "ms": run_ms, "mib": mib, "utilisation": None}
+        if name in multiply_adds:
+            flops = 2 * multiply_adds[name] * (3 if which == "step" else 1)
+            row["utilisation"] = flops / (1e-3 * run_ms[0]) / peak
+        rows.append(row)
+        best, median = (1e3 * args.batch_size / ms for ms in run_ms)
+        theirs = times.get((name, "torch", which)) if by == "fcvit_jax" else None
+        print(
+            f"{name:15}{by:11}{which:9}{best:14.2f}{median:8.2f}"
+            f"{f'{mib:.0f}' if mib else '-':>9}"
+            f"{format(row['utilisation'], '13.1%') if row['utilisation'] else '-':>13}"
+            f"{f'{theirs[0] / run_ms[0]:.2f}' if theirs else '-':>14}"
+        )
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({**about(), **vars(args), "peak_flops": peak, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
