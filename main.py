@@ -24,13 +24,15 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # at absl's own default Orbax tells of every file
     try:
         # Grain's workers import this file again, and need none of this.
+        from fcvit_jax.checkpoint import quieten
         from fcvit_jax.hosts import start_distributed
         from fcvit_jax.train import evaluate_checkpoint, train_and_evaluate
 
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # at absl's own default Orbax tells of every file
+            quieten()
         start_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         if _MODE.value == "train":
             train_and_evaluate(_CONFIG.value, _WORKDIR.value)

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import logging
 import shutil
+import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -17,6 +19,14 @@ from jax.experimental import multihost_utils
 from fcvit_jax.errors import UserError
 from fcvit_jax.hosts import say
 from fcvit_jax.state import TrainState
+
+
+def quieten() -> None:
+    """Stops Orbax, asyncio and TensorStore from printing, thread by thread and at length, what they also raise."""
+    logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.msg)
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda it: None if str(it.exc_value) == "Event loop is closed" else hook(it)
 
 
 def _manager(directory: Path, keep: int | None = None) -> ocp.CheckpointManager:
@@ -123,7 +133,7 @@ class Checkpointer:
           UserError: this save or the one before it failed; earlier checkpoints are intact.
         """
         manager, step = self._best if best else self._latest, int(state.step)
-        with self._saving(f"step {step}"):
+        with self._saving():
             if not best:
                 # A checkpoint speaks of the best so far, which must be there by then, whenever the run is killed.
                 self._best.wait_until_finished()
@@ -206,13 +216,13 @@ class Checkpointer:
         Raises:
           UserError: a save failed.
         """
-        with self._saving("the last step"):
+        with self._saving():
             self._latest.wait_until_finished()
             self._best.wait_until_finished()
 
-    def _saving(self, what: str):
+    def _saving(self):
         advice = "Earlier checkpoints are intact. Make room or mend the disk, then run the same command again."
-        return _explained(f"save the checkpoint of {what} under {self.directory.parent}", advice)
+        return _explained(f"save a checkpoint under {self.directory.parent}", advice)
 
     def close(self) -> None:
         """Waits for saves in progress and releases Orbax's threads; it is `wait` that tells of failures."""

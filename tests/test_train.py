@@ -292,25 +292,18 @@ def test_a_bad_update_is_noticed_before_the_next_loss():
         train._report(3, metrics, None, Nowhere())
 
 
-def test_a_disk_that_is_full_at_the_very_end(undisturbed, config, at_16, monkeypatch):
+def test_a_disk_that_is_full_at_the_very_end(undisturbed, config, at_16, digits_dir):
     """The size of files is limited in place of the disk's."""
-    original = train.train_batches
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def batches(*args):
-        with closing(original(*args)) as items:
-            for step, item in enumerate(items, 17):
-                if step == 20:
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (16384, hard))
-                yield item
-
-    monkeypatch.setattr(train, "train_batches", batches)
-    try:
-        with pytest.raises(UserError, match="(?s)Could not save the checkpoint of.*Earlier checkpoints are intact"):
-            train_and_evaluate(config, at_16)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    monkeypatch.undo()
+    command = [sys.executable, "main.py", "--config=tests/tiny_config.py", f"--workdir={at_16}"]
+    command.append(f"--config.data.data_dir={digits_dir}")
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (16384, 16384))
+    _, stderr = process.communicate()
+    assert process.returncode == 1
+    error, advice = stderr.splitlines()
+    assert error.startswith(f"error: Could not save a checkpoint under {at_16}: ") and "File too large" in error
+    assert advice.startswith("Earlier checkpoints are intact.")
+    assert evaluations(at_16)[-1]["step"] == 20
     train_and_evaluate(config, at_16)
     assert_same_end(at_16, undisturbed["workdir"])
 
