@@ -23,7 +23,9 @@ finally:
 
 def run(*args, code=None, devices=2):
     command = [sys.executable, *(["-c", code] if code else ["main.py"]), *args]
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    # Without LLVM's optimiser, which takes longer than these few steps.
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
 
 
