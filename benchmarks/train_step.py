@@ -7,7 +7,8 @@ Example:
 All contestants take turns, so that a busy machine slows them alike: FCViT here and in PyTorch (the tests' reference),
 and timm's convnext_tiny and poolformer_s12 where timm is installed. Our step is `fcvit_jax.train.train_step`, which
 takes uint8 images and includes mixing, erasing, drop-path and AdamW; PyTorch's takes normalised images and includes
-AdamW alone. With bfloat16 PyTorch runs under autocast; on a GPU it also gets channels_last and torch.compile.
+AdamW alone. With bfloat16 PyTorch runs under autocast, on a GPU with torch.compile and channels last (NHWC); on a CPU
+FCViT runs in both layouts, and the last column takes the faster.
 
 Utilisation is useful operations a second over those of a large matrix product in the same dtype (measured, or
 --peak-tflops): two for each multiply-add of the forward pass as `fcvit_jax.summary` counts them (XLA's own count takes
@@ -64,15 +65,16 @@ def jax_contestants(name, args):
     }
 
 
-def torch_contestants(network, args):
+def torch_device():
+    return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+
+
+def torch_contestants(network, args, channels_last=True):
     """{pass: (run, MiB)} of a PyTorch network; its memory is known on a GPU only."""
-    device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
-    network = network.to(device)
-    images = torch.tensor(normal_images(args).transpose(0, 3, 1, 2).copy(), device=device)
+    device, layout = torch_device(), torch.channels_last if channels_last else torch.contiguous_format
+    network = network.to(device, memory_format=layout)
+    images = torch.tensor(normal_images(args), device=device).permute(0, 3, 1, 2).contiguous(memory_format=layout)
     targets = torch.softmax(torch.randn(args.batch_size, 1000, device=device), 1)
-    if device == "cuda":
-        network = network.to(memory_format=torch.channels_last)
-        images = images.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=0.05, fused=device == "cuda")
     apply = torch.compile(network) if device == "cuda" else network
 
@@ -141,12 +143,15 @@ def main():
         contestants[name, "fcvit_jax"] = jax_contestants(name, args)
         multiply_adds[name] = args.batch_size * summarize(create_model(name), args.image_size)["total"].multiply_adds
         if torch is not None:
-            contestants[name, "torch"] = torch_contestants(torch_reference.FCViT(**VARIANTS[name]), args)
+            contestants[name, "torch NHWC"] = torch_contestants(torch_reference.FCViT(**VARIANTS[name]), args)
+            if torch_device() == "cpu":
+                network = torch_reference.FCViT(**VARIANTS[name])
+                contestants[name, "torch NCHW"] = torch_contestants(network, args, channels_last=False)
     if torch is not None and importlib.util.find_spec("timm"):
         import timm
 
         for name in ("convnext_tiny", "poolformer_s12"):
-            contestants[name, "timm"] = torch_contestants(timm.create_model(name), args)
+            contestants[name, "timm NHWC"] = torch_contestants(timm.create_model(name), args)
 
     matmul, matmul_flops = matmul_contestant(args.dtype)
     runs = {(*key, which): run for key, passes in contestants.items() for which, (run, _) in passes.items()}
@@ -165,12 +170,12 @@ def main():
             row["utilisation"] = flops / (1e-3 * run_ms[0]) / peak
         rows.append(row)
         best, median = (1e3 * args.batch_size / ms for ms in run_ms)
-        theirs = times.get((name, "torch", which)) if by == "fcvit_jax" else None
+        theirs = [times[key][0] for key in runs if key[::2] == (name, which) and key[1].startswith("torch")]
         print(
             f"{name:15}{by:11}{which:9}{best:14.2f}{median:8.2f}"
             f"{f'{mib:.0f}' if mib else '-':>9}"
             f"{format(row['utilisation'], '13.1%') if row['utilisation'] else '-':>13}"
-            f"{f'{theirs[0] / run_ms[0]:.2f}' if theirs else '-':>14}"
+            f"{f'{min(theirs) / run_ms[0]:.2f}' if theirs and by == 'fcvit_jax' else '-':>14}"
         )
     if args.json:
         with open(args.json, "w") as file:

@@ -127,7 +127,7 @@ def open_tfds(name, data_dir, train_split, eval_split) -> tuple[Records, Records
 def _how_to_prepare(builder, name, data_dir):
     lines = [
         f"{name} is not prepared in {data_dir}. Prepare it, once (TensorFlow is needed for this alone):",
-        "  pip install tensorflow-cpu importlib_resources",
+        "  pip install tensorflow-cpu",
     ]
     if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
         lines += [
@@ -144,7 +144,7 @@ def _how_to_prepare(builder, name, data_dir):
 def _how_to_convert(builder):
     return f"""{builder.data_path} is stored as {builder.info.file_format.value}, which has no random access.
 Add array_record files to it (TensorFlow and Beam are needed for this alone; Beam goes to a folder of its own):
-  pip install tensorflow-cpu importlib_resources && pip install --target=beam apache-beam
+  pip install tensorflow-cpu && pip install --target=beam apache-beam
   PYTHONPATH=beam python -m tensorflow_datasets.scripts.convert_format --out_file_format=array_record \\
     --dataset_version_dir={builder.data_path}"""
 
