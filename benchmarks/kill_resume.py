@@ -25,7 +25,8 @@ ROOT = Path(__file__).parent.parent
 CLOCKS = ("train/images_per_second", "train/data_wait")
 FLAGS = """--config=configs/digits.py --config.data.workers=2 --config.train.log_every=1 --config.train.eval_every=1
 --config.model.dims=(8,8,16,16) --config.model.bn_group_size=16 --config.data.batch_size=16
---config.data.train_split=train[:400] --config.data.eval_split=validation[:100] --config.checkpoint.save_every=4 --config.train.ema_decay=0.99 --config.model.drop_path_rate=0.1
+--config.data.train_split=train[:400] --config.data.eval_split=validation[:100]
+--config.checkpoint.save_every=4 --config.train.ema_decay=0.99 --config.model.drop_path_rate=0.1
 --config.mixing.mixup_alpha=0.8 --config.mixing.cutmix_alpha=1.0""".split()
 
 
