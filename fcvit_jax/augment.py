@@ -187,9 +187,10 @@ def _open(encoded):
 
 
 # Markers of the JPEG segments before the frame header (Huffman and quantisation tables, restart interval, comment,
-# application data), and of the frame headers of baseline, extended and progressive files.
+# application data), and of the frame headers of baseline and extended files. Progressive ones are decoded whole: where
+# their last scans are missing, libjpeg smooths a block with those two rows of blocks below.
 JPEG_TABLES = {bytes((0xFF, marker)) for marker in (0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0))}
-JPEG_FRAMES = {b"\xff\xc0", b"\xff\xc1", b"\xff\xc2"}
+JPEG_FRAMES = {b"\xff\xc0", b"\xff\xc1"}
 
 
 def _keep_rows(encoded, rows):

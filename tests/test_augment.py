@@ -101,6 +101,14 @@ def test_randaugment_draws_are_distributed_as_in_the_recipe():
     assert fits([*below_ten, at_ten], expected)
     joint = counts(zip(signs, resamples, strict=True), [(s, r) for s in (1, -1) for r in ("bilinear", "bicubic")])
     assert fits(joint, [0.25] * 4)
+    # Nothing is shared by the ops of an image: all combinations of these six decisions are equally frequent.
+    halves = [
+        [(level > 9.0, sign > 0, resample == "bicubic") for _, level, sign, resample in image]
+        for image in images
+        if len(image) == 2
+    ]
+    cells = np.reshape(halves, (-1, 6)) @ 2 ** np.arange(6)
+    assert fits(np.bincount(cells, minlength=64), [1 / 64] * 64)
 
 
 def test_magnitude_and_number_of_ops_are_arguments():
@@ -188,7 +196,6 @@ JPEGS = {
     "4:2:2": dict(subsampling=1),
     "4:4:4": dict(subsampling=0),
     "4:1:1": dict(subsampling="4:1:1"),
-    "progressive": dict(progressive=True),
     "restart markers": dict(restart_marker_blocks=3),
     "metadata": dict(exif=b"Exif\0\0" + bytes(range(256)) * 8, comment=b"\xff\xc0 not a frame"),
 }
@@ -203,6 +210,13 @@ def test_decoding_only_the_rows_of_the_crop_changes_no_pixel(options):
         assert len(top) == min(rows + 8, 70)  # it does end early
         np.testing.assert_array_equal(top[:rows], whole[:rows])
     assert augment._keep_rows(encoded, 62) is encoded
+
+
+def test_a_progressive_jpeg_without_its_last_scans_gives_the_pixels_of_the_whole():
+    encoded = encode(picture(200, 300), subsampling=2, progressive=True)
+    encoded = encoded[: encoded.index(b"\xff\xda", encoded.index(b"\xff\xda") + 2)] + b"\xff\xd9"  # the first scan
+    top = augment.decode(augment._keep_rows(encoded, 100)).crop((0, 0, 200, 100))
+    np.testing.assert_array_equal(top, augment.decode(encoded).crop((0, 0, 200, 100)))
 
 
 def test_training_is_the_composition_of_its_draws():
@@ -294,6 +308,8 @@ def test_cmyk_jpegs_keep_their_colours():
 
 
 JPEG = encode(picture(90, 70))
+SIZE = JPEG.index(b"\xff\xc0") + 5
+HUGE_JPEG = JPEG[:SIZE] + struct.pack(">HH", 20_000, 20_000) + JPEG[SIZE + 4 :]
 BAD = {
     "truncated": (JPEG[:-20], "broken JPEG of .* truncated"),
     "cut in the header": (JPEG[:100], "Truncated"),
@@ -301,6 +317,7 @@ BAD = {
     "text": (b"not a picture", "format: 13 bytes beginning with b'not a picture'"),
     "empty": (b"", "no bytes"),
     "bomb": (png(20_000, 20_000), "400000000 pixels"),
+    "JPEG bomb": (HUGE_JPEG, "400000000 pixels"),
 }
 
 
