@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 
 from fcvit_jax.errors import UserError
 
@@ -142,10 +141,7 @@ def make_optimizer(
         if value > lr:
             raise UserError(f"optim: {name}={value} is above lr={lr}; lower it.")
 
-    base_lr = lr if lr_batch_size is None else lr * batch_size / lr_batch_size
-    logging.info(
-        "Learning rate %.4g, for %d images an update (lr=%g, lr_batch_size=%s)", base_lr, batch_size, lr, lr_batch_size
-    )
+    base_lr = scale_lr(lr, lr_batch_size, batch_size)
     schedule = make_schedule(
         base_lr, steps_per_epoch, epochs, warmup_epochs, warmup_lr, min_lr, cooldown_epochs, per_step
     )
@@ -155,6 +151,11 @@ def make_optimizer(
     if head_lr_multiplier != 1:
         parts.append(optax.masked(optax.scale(head_lr_multiplier), _in_head))
     return optax.chain(*parts), schedule
+
+
+def scale_lr(lr: float, lr_batch_size: int | None, batch_size: int) -> float:
+    """The rate `lr`, given for `lr_batch_size` images an update (None: for any number), for `batch_size` images."""
+    return lr if lr_batch_size is None else lr * batch_size / lr_batch_size
 
 
 def decay_mask(params: Any) -> Any:

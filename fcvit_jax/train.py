@@ -153,7 +153,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     epochs = config.train.epochs + config.optim.cooldown_epochs
     total = epochs * data.steps_per_epoch if config.train.steps is None else config.train.steps
     eval_steps = config.train.eval_every * data.steps_per_epoch
-    say(_what_runs_where(data, mesh, model, abstract, total, schedule))
+    say(
+        f"{_what_runs_where(data, mesh, model, abstract, total)}, "
+        f"{_learning_rate(data, schedule, total, config.optim.lr, config.optim.lr_batch_size)}"
+    )
 
     restored = checkpointer.restore(abstract)
     if restored is not None and int(restored[0].step) > total:
@@ -299,11 +302,8 @@ def _report(step: int, metrics: Mapping[str, jax.Array], progress: Progress, che
     progress.update(step, values)
 
 
-def _what_runs_where(
-    data: Data, mesh: Mesh, model: FCViT, abstract: TrainState, total: int, schedule: optax.Schedule
-) -> str:
+def _what_runs_where(data: Data, mesh: Mesh, model: FCViT, abstract: TrainState, total: int) -> str:
     kind, hosts = mesh.devices.flat[0].device_kind, jax.process_count()
-    rates = [float(schedule(step)) for step in range(0, total, data.steps_per_epoch)]
     return ", ".join(
         [
             f"{mesh.size} of {jax.device_count()} {kind} devices on {hosts} host{'s' * (hosts > 1)}",
@@ -313,9 +313,15 @@ def _what_runs_where(
             f"batch {data.batch_size}, BatchNorm groups of {model.bn_group_size or data.batch_size}",
             f"{data.num_train:,} training and {data.num_eval:,} validation images",
             f"{total:,} steps, {data.steps_per_epoch:,} an epoch",
-            f"learning rate up to {max(rates):.3g}",
         ]
     )
+
+
+def _learning_rate(data: Data, schedule: optax.Schedule, total: int, lr: float, lr_batch_size: int | None) -> str:
+    base = optim.scale_lr(lr, lr_batch_size, data.batch_size)
+    scaled = "" if lr_batch_size is None else f" (optim.lr {lr:.3g} x batch {data.batch_size} / {lr_batch_size})"
+    highest = max(float(schedule(step)) for step in range(0, total, data.steps_per_epoch))
+    return f"learning rate {base:.3g}{scaled}, at most {highest:.3g} in this run"
 
 
 def _figures(result: Mapping[str, float]) -> str:

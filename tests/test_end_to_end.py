@@ -43,6 +43,7 @@ def test_the_imagenet_config_trains_on_miniature_imagenet_without_tensorflow(ima
     assert done.returncode == 0, done.stdout + done.stderr
     assert "14,701,832 parameters in bfloat16" in done.stdout
     assert "over 21 examples" in done.stdout
+    assert "learning rate 7.81e-06 (optim.lr 0.001 x batch 8 / 1024), at most 1e-06 in this run" in done.stdout
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 3]
     assert lines[1]["eval/count"] == 21
