@@ -270,6 +270,8 @@ def open_folder(folder, **options):
 
 def test_folder(folder):
     (folder / "val").rename(folder / "validation")
+    (folder / "validation" / ".cache").mkdir()
+    (folder / "validation" / "cat" / "._c.jpg").write_bytes(b"what macOS leaves on other file systems")
     dataset = open_folder(folder, batch_size=4)
     assert dataset.class_names == ("cat", "dog") and (dataset.num_train, dataset.num_eval) == (4, 4)
     (batch,) = data.eval_batches(dataset)
@@ -279,6 +281,10 @@ def test_folder(folder):
 
 
 def test_bad_folders(folder):
+    (folder / "validation").mkdir()
+    with pytest.raises(UserError, match=f"^{folder} must have a folder train, and one of val and validation"):
+        open_folder(folder)
+    (folder / "validation").rmdir()
     (folder / "train" / "empty").mkdir()
     with pytest.raises(UserError, match="train has class folders without any image .*: empty$"):
         open_folder(folder)
