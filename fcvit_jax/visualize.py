@@ -75,7 +75,7 @@ def head_correlation(maps: np.ndarray) -> float:
 
 
 def draw_similarity(images: Sequence[np.ndarray], maps: np.ndarray, names: Sequence[str], title: str) -> Figure:
-    """Draws one row an image: the image, then the map of each head laid over it.
+    """Draws one row an image: the image, then the map of each head laid over it, each on a scale of its own.
 
     Args:
       images: (H, W, 3) uint8 each.
@@ -84,11 +84,13 @@ def draw_similarity(images: Sequence[np.ndarray], maps: np.ndarray, names: Seque
       title: of the figure.
     """
     heads = maps.shape[-1]
-    size = 1.35 * (heads + 1) + 1.5, 1.7 * len(images) + 1.0
+    size = 1.35 * (heads + 1) + 1.5, 1.7 * len(images) + 0.8
     figure = Figure(figsize=size, dpi=150, layout="compressed")
     axes = figure.subplots(len(images), heads + 1, squeeze=False)
-    norm = Normalize(*np.percentile(maps, (1, 99)))
-    for row, image, image_maps, name in zip(axes, images, maps, names, strict=True):
+    # As the correlation sees them: heads differ so much in strength that on one scale most would be of one colour.
+    deviations = (maps - maps.mean((1, 2), keepdims=True)) / np.maximum(maps.std((1, 2), keepdims=True), 1e-6)
+    norm = Normalize(*np.percentile(deviations, (1, 99)))
+    for row, image, image_maps, drawn, name in zip(axes, images, maps, deviations, names, strict=True):
         grey = image.mean(-1)
         for axis in row:
             axis.set(xticks=[], yticks=[])
@@ -100,7 +102,7 @@ def draw_similarity(images: Sequence[np.ndarray], maps: np.ndarray, names: Seque
             # Grey and of weak contrast, so that light and colour mean similarity.
             axis.imshow(grey, cmap="gray", vmin=-200, vmax=455)
             axis.imshow(
-                image_maps[..., head],
+                drawn[..., head],
                 cmap="viridis",
                 norm=norm,
                 alpha=0.7,
@@ -112,7 +114,7 @@ def draw_similarity(images: Sequence[np.ndarray], maps: np.ndarray, names: Seque
         axes[0, head + 1].set_title(f"head {head + 1}", fontsize=10)
     opaque = ScalarMappable(norm, "viridis")
     bar = figure.colorbar(opaque, ax=axes, extend="both", shrink=min(1.0, 2.5 / len(images)), pad=0.01)
-    bar.set_label("similarity to the mean", fontsize=9)
+    bar.set_label("similarity to the mean\n(each map standardised)", fontsize=9)
     figure.suptitle(title, fontsize=12)
     return figure
 
@@ -181,7 +183,7 @@ def _similarity(args: argparse.Namespace) -> Figure:
     mean = float(np.mean([value for value in correlations if not np.isnan(value)] or [np.nan]))
     print(f"mean correlation between the maps of two heads, {block}: {mean:.3f}")
     title = f"Token-global similarity in {block}\nmean correlation between heads r = {mean:.2f}"
-    return draw_similarity(images, maps, list(map(str, args.images)), title)
+    return draw_similarity(images, maps, [path.name for path in args.images], title)
 
 
 def _curves(args: argparse.Namespace) -> Figure:
