@@ -421,16 +421,20 @@ def _read_torch(path: Path, ema: bool) -> dict[str, np.ndarray]:
     return arrays
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m fcvit_jax.convert", description=convert.__doc__.splitlines()[0])
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m fcvit_jax.convert",
+        description=convert.__doc__.splitlines()[0],
+        epilog="example: python -m fcvit_jax.convert fcvit_b12.pth.tar converted.npz",
+    )
     parser.add_argument("source", help=".pth, .pth.tar, .npz, or the folder of a run or an Orbax checkpoint")
     parser.add_argument("dest", help=".pth, .pth.tar, .npz, or a new folder for an Orbax checkpoint")
     parser.add_argument("--ema", action="store_true", help="read the exponential moving averages")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         convert(args.source, args.dest, ema=args.ema)
     except UserError as error:
-        sys.exit(str(error))
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

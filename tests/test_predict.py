@@ -10,7 +10,7 @@ import optax
 import pytest
 from PIL import Image
 
-from fcvit_jax import export, predict, summary, visualize
+from fcvit_jax import convert, export, predict, summary, visualize
 from fcvit_jax.augment import eval_transform
 from fcvit_jax.checkpoint import Checkpointer, save_variables
 from fcvit_jax.errors import UserError
@@ -160,11 +160,14 @@ def test_wrong_checkpoints_end_in_one_clear_line(tool, tmp_path, monkeypatch):
         assert code.startswith("error: ") and name in code and message in code and "\n" not in code
 
 
-@pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.__name__)
+ARGUMENTS = {tool: "--checkpoint" for tool in TOOLS} | {convert: "source"}
+
+
+@pytest.mark.parametrize("tool", ARGUMENTS, ids=lambda tool: tool.__name__)
 def test_help_shows_the_arguments_and_an_example(tool, capsys):
-    assert exit_of(tool.main, *[arg for arg in TOOLS[tool] if arg == "similarity"], "--help") == 0
+    assert exit_of(tool.main, *[arg for arg in TOOLS.get(tool, ()) if arg == "similarity"], "--help") == 0
     help = capsys.readouterr().out
-    assert "--checkpoint" in help and f"example: python -m {tool.__name__}" in " ".join(help.split())
+    assert ARGUMENTS[tool] in help and f"example: python -m {tool.__name__}" in " ".join(help.split())
 
 
 def test_what_cannot_be_predicted_is_an_error(checkpoint, tmp_path):
