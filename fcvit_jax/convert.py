@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 import json
 import os
-import pickle
 import re
 import sys
 import zipfile
@@ -271,6 +270,23 @@ def _variables(weights: Mapping[str, np.ndarray], model: FCViT | Backbone) -> di
     return traverse_util.unflatten_dict({path: weights[path].astype(x.dtype) for path, x in abstract.items()}, sep="/")
 
 
+def _fit(path: str | Path, weights: Mapping[str, np.ndarray], model: FCViT | Backbone) -> dict[str, Any]:
+    """As `_variables`, but a network of another size gets one line, not one a tensor."""
+    try:
+        return _variables(weights, model)
+    except UserError as error:
+        if 0 in model.depths:  # infer_model does not know such
+            raise
+        found = infer_model({name: x.shape for name, x in weights.items()})
+        theirs, ours = ((tuple(m.depths), tuple(m.dims)) for m in (found, model))
+        if theirs == ours:
+            raise
+        raise UserError(
+            f"{path} holds another network than the model: depths {theirs[0]} and dims {theirs[1]}, "
+            f"the model has {ours[0]} and {ours[1]}."
+        ) from error
+
+
 def load_pretrained(path: str | Path, model: FCViT | Backbone, *, ema: bool = False) -> dict[str, Any]:
     """Reads weights for a model from a file of ours or of the original.
 
@@ -291,14 +307,15 @@ def load_pretrained(path: str | Path, model: FCViT | Backbone, *, ema: bool = Fa
       {"params": ..., "batch_stats": ...} of NumPy arrays in the model's dtypes.
 
     Raises:
-      UserError: the file cannot be read, or does not fit in anything but the head; lists every tensor.
+      UserError: the file cannot be read, is of another network, or does not fit in anything but the head; then it
+        lists every tensor.
     """
     weights, _ = _read(Path(path), ema)
     if not isinstance(model, FCViT):
-        return _variables(weights, model)
+        return _fit(path, weights, model)
     kernel, axis = ("params/head/kernel", -1) if _is_ours(weights) else ("head.weight", 0)
     classes = weights[kernel].shape[axis] if kernel in weights and weights[kernel].ndim == 2 else 0
-    variables = _variables(weights, model.clone(num_classes=classes))
+    variables = _fit(path, weights, model.clone(num_classes=classes))
     if classes != model.num_classes:
         logging.warning("%s has %d classes, the model %d: the head starts afresh.", path, classes, model.num_classes)
         variables["params"].pop("head", None)
@@ -402,10 +419,12 @@ def _read_torch(path: Path, ema: bool) -> dict[str, np.ndarray]:
         # timm's files hold their command line, which can do no harm; nothing else may be built, let alone run.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except OSError as error:
+        raise UserError(f"Could not read {path}: {error.strerror}.") from error
+    except Exception as error:  # whatever the unpickler stumbles over; what it says advises to run such code
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(f"Refused to read {path}: it wants to run code when read ({code[1]}).") from error
-        raise UserError(f"Could not read {path}, is it damaged? {error}") from error
+        raise UserError(f"Could not read {path}: it is damaged, or no file of PyTorch's.") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds no state dict, but a {type(content).__name__}.")
     keys = ("state_dict_ema",) if ema else ("state_dict", "state_dict_ema", "model")
@@ -435,6 +454,7 @@ def main(argv: list[str] | None = None) -> None:
         convert(args.source, args.dest, ema=args.ema)
     except UserError as error:
         sys.exit(f"error: {error}")
+    print(f"wrote the {'folder' if os.path.isdir(args.dest) else 'file'} {args.dest}")
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def draw_similarity(images: Sequence[np.ndarray], maps: np.ndarray, names: Seque
       title: of the figure.
     """
     heads = maps.shape[-1]
-    size = 1.35 * (heads + 1) + 1.5, 1.7 * len(images) + 0.8
+    size = 1.35 * (heads + 1) + 1.5, 1.7 * len(images) + 1.0
     figure = Figure(figsize=size, dpi=150, layout="compressed")
     axes = figure.subplots(len(images), heads + 1, squeeze=False)
     # As the correlation sees them: heads differ so much in strength that on one scale most would be of one colour.
@@ -192,10 +192,15 @@ def _curves(args: argparse.Namespace) -> Figure:
 
 def main(argv: list[str] | None = None) -> None:
     prog = "python -m fcvit_jax.visualize"
-    parser = argparse.ArgumentParser(prog=prog, description="Draw what a network attends to, or how runs went.")
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Draw what a network attends to, or how runs went; each of the two has a --help of its own.",
+        epilog=f"example: {prog} curves runs/digits --output curves.png",
+    )
     tools = parser.add_subparsers(required=True, metavar="similarity|curves")
     tool = tools.add_parser(
         "similarity",
+        help="what a network attends to",
         description="Draw each head's similarity between every position and the image's mean, laid over the images.",
         epilog=f"example: {prog} similarity --checkpoint runs/digits a.png b.png --output similarity.png",
     )
@@ -205,6 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     tool.set_defaults(draw=_similarity)
     tool_curves = tools.add_parser(
         "curves",
+        help="how runs went",
         description="Draw loss, learning rate and top-1 of runs.",
         epilog=f"example: {prog} curves runs/a runs/b --output curves.png",
     )
@@ -214,6 +220,8 @@ def main(argv: list[str] | None = None) -> None:
         subparser.add_argument("--output", required=True, help="the picture: .png, .pdf, .svg, ...")
     args = parser.parse_args(argv)
     try:
+        if not Path(args.output).suffix:
+            raise UserError(f"--output {args.output}: give it an ending, such as .png.")
         figure = args.draw(args)
         try:
             figure.savefig(args.output)

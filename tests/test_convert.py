@@ -197,6 +197,8 @@ def test_pretrained_weights_load_from_every_format(tmp_path, name, caplog):
     assert "head" not in convert.load_pretrained(tmp_path / name, without)["params"]
     with pytest.raises(UserError, match="layer_scale"):
         convert.load_pretrained(tmp_path / name, FCViT(**SIZES, num_classes=7, layer_scale_init=None))
+    with pytest.raises(UserError, match=r"another network than the model: depths \(.*has \(3, 3, 5, 2\) and [^\n]*$"):
+        convert.load_pretrained(tmp_path / name, create_model("fcvit_tiny"))
 
 
 def test_bad_files_are_user_errors(tmp_path, monkeypatch):
@@ -207,9 +209,11 @@ def test_bad_files_are_user_errors(tmp_path, monkeypatch):
     torch.save(tensors({"a": np.zeros(3, np.float32)}), "other.pth")
     torch.save(tensors(original()), "good.pth")
     (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "text.pth").write_text("hello")
     for source, dest, ema, message in (
         ("absent.pth", "dest.npz", False, "no file or folder absent.pth"),
-        ("damaged.pth", "dest.npz", False, "damaged"),
+        ("damaged.pth", "dest.npz", False, "damaged, or no file of PyTorch's\\.$"),
+        ("text.pth", "dest.npz", False, "damaged, or no file of PyTorch's\\.$"),
         ("damaged.npz", "dest.pth", False, "damaged"),
         ("numbers.pth", "dest.npz", False, "a is a int, not a tensor"),
         ("other.pth", "dest.npz", False, "no weights of an FCViT"),
@@ -218,7 +222,8 @@ def test_bad_files_are_user_errors(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             convert.convert(source, dest, ema=ema)
-    assert sorted(os.listdir()) == ["damaged.npz", "damaged.pth", "folder.npz", "good.pth", "numbers.pth", "other.pth"]
+    sources = ["damaged.npz", "damaged.pth", "folder.npz", "good.pth", "numbers.pth", "other.pth", "text.pth"]
+    assert sorted(os.listdir()) == sources
 
 
 def test_half_precision_becomes_float32(tmp_path):

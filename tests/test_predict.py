@@ -168,6 +168,7 @@ def test_help_shows_the_arguments_and_an_example(tool, capsys):
     assert exit_of(tool.main, *[arg for arg in TOOLS.get(tool, ()) if arg == "similarity"], "--help") == 0
     help = capsys.readouterr().out
     assert ARGUMENTS[tool] in help and f"example: python -m {tool.__name__}" in " ".join(help.split())
+    assert exit_of(tool.main, "--help") == 0 and f"example: python -m {tool.__name__}" in capsys.readouterr().out
 
 
 def test_what_cannot_be_predicted_is_an_error(checkpoint, tmp_path):

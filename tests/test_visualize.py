@@ -91,6 +91,7 @@ def test_similarity_from_the_command_line(tmp_path, capsys):
     assert out.count("correlation between heads") == 2 and "mean correlation" in out and "stages_3_block_0" in out
     assert np.ptp(np.asarray(Image.open(tmp_path / "out.png").convert("L"))) > 200
     assert "out.xyz cannot be written: Format 'xyz'" in exit_of(visualize.main, *args, tmp_path / "out.xyz")
+    assert "such as .png" in exit_of(visualize.main, *args, tmp_path / "out")
     assert "No such file" in exit_of(visualize.main, *args[:3], tmp_path / "no.png", "--output", tmp_path / "out.png")
 
 
