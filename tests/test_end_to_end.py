@@ -1,15 +1,30 @@
 """The commands of the README as a user types them, on small data."""
 
+import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
 import fcvit_jax
+import main
+from fcvit_jax.config import check_config
 
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SHELL = "".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", "")
+MAIN = [shlex.split(line, comments=True) for line in re.findall(r"python main\.py([^\"\n]*)", SHELL)]
+# Flags in the text go with any config.
+INLINE = re.findall(r"`(--(?:config\.|mode=).*?)`", README)
+MAIN += [["--config=configs/imagenet.py", "--workdir=runs/a", *text.split()] for text in INLINE]
+TOOLS = [shlex.split(line, comments=True) for line in re.findall(r"python -m (fcvit_jax\.[^`\n]*)", README)]
 
 # Runs main.py, then fails where TensorFlow was imported along the way.
 WITHOUT_TENSORFLOW = """
@@ -53,8 +68,42 @@ def test_the_imagenet_config_trains_on_miniature_imagenet_without_tensorflow(ima
 
 def test_the_python_of_the_readme_runs(monkeypatch):
     monkeypatch.setitem(fcvit_jax.VARIANTS["fcvit_tiny"], "depths", (1, 1, 1, 2))  # fewer blocks to compile
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert names["logits"].shape == (1, 10)
+
+
+@pytest.mark.parametrize("arguments", MAIN, ids=" ".join)
+def test_the_flags_of_the_readme_are_those_of_main(arguments, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["main.py", *arguments])  # where ml_collections looks for what to override
+    with flagsaver.flagsaver():
+        assert main.parse_flags(sys.argv) == ["main.py"]
+        check_config(main._CONFIG.value)
+    flags.FLAGS.mark_as_parsed()
+
+
+@pytest.mark.parametrize("arguments", TOOLS, ids=" ".join)
+def test_the_arguments_of_the_readme_are_those_of_the_tools(arguments, monkeypatch):
+    class Parsed(Exception):
+        pass
+
+    def work(*args, **kwargs):
+        """Stands in for what the tool would do."""
+        raise Parsed
+
+    tool = importlib.import_module(arguments[0])
+    for name in vars(tool).keys() & {"_predict", "_similarity", "_curves", "_summary", "export", "convert"}:
+        monkeypatch.setattr(tool, name, work)
+    with pytest.raises(Parsed):
+        tool.main(arguments[1:])
+
+
+def test_what_the_readme_points_to_is_there():
+    assert len(MAIN) > 10 and len(TOOLS) > 6
+    links = re.findall(r"\]\(([^):#]+)\)", README)
+    assert "docs/tutorial.ipynb" in links
+    paths = links + [f"benchmarks/{name}.py" for name in re.findall(r"benchmarks\.(\w+)", README)]
+    assert [path for path in paths if not (ROOT / path).exists()] == []
