@@ -92,7 +92,7 @@ def test_a_run_leaves_what_the_readme_says(undisturbed):
     lines = record(workdir)
     assert [line["step"] for line in lines] == [*range(1, 11), 10, *range(11, 21), 20]
     assert lines[6]["epoch"] == 1.4
-    assert set(lines[6]) == {"step", "epoch", *(f"train/{name}" for name in ("loss", "grad_norm", "param_norm", "lr"))}
+    assert set(lines[6]) == {"step", "epoch", *(f"train/{name}" for name in ("loss", "grad_norm", "lr"))}
     assert evaluations(workdir)[-1] == {"step": 20, "epoch": 4.0, **{f"eval/{k}": v for k, v in result.items()}}
     assert result["count"] == 40
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["12", "16", "20"]
@@ -282,13 +282,13 @@ def test_a_bad_step_stops_the_run_and_is_never_saved(undisturbed, config, at_16,
     assert_same_end(at_16, undisturbed["workdir"])
 
 
-def test_a_bad_update_is_noticed_before_the_next_loss():
+def test_a_gradient_that_overflows_is_noticed_before_the_next_loss():
     class Nowhere:
         def newest(self):
             return "there is no checkpoint yet"
 
-    metrics = {"loss": jnp.float32(1), "grad_norm": jnp.float32(1), "param_norm": jnp.float32(jnp.inf)}
-    with pytest.raises(UserError, match="Step 3: grad_norm 1.0, loss 1.0, param_norm inf. This state was not saved"):
+    metrics = {"loss": jnp.float32(1), "grad_norm": jnp.float32(jnp.inf)}
+    with pytest.raises(UserError, match="Step 3: grad_norm inf, loss 1.0. This state was not saved"):
         train._report(3, metrics, None, Nowhere())
 
 
