@@ -1,5 +1,6 @@
 """A run on several hosts: how they find each other, and how all learn what one of them meets."""
 
+import importlib.util
 import os
 import signal
 import threading
@@ -22,7 +23,8 @@ _T = TypeVar("_T")
 def start_distributed(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     """Connects this process to the others of the run, where flags or the environment say that there are others.
 
-    TPU pods, SLURM, Open MPI and `JAX_COORDINATOR_ADDRESS` are recognised; call before anything touches a device.
+    TPU pods, SLURM and Open MPI are recognised, with one process for each host or for each GPU; call before anything
+    touches a device.
 
     Args:
       coordinator: "host:port" of process 0; None: from the environment.
@@ -36,16 +38,26 @@ def start_distributed(coordinator: str | None, num_processes: int | None, proces
     if any(flag is not None for flag in flags):
         if any(flag is None for flag in flags):
             raise UserError("Give all of --coordinator=HOST:PORT, --num_processes=N and --process_id=I, or none.")
-    elif not (
-        os.environ.get("JAX_COORDINATOR_ADDRESS")
-        or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-        or any(int(os.environ.get(name, 1)) > 1 for name in _LAUNCHER_COUNTS)
-    ):
+    launched = any(int(os.environ.get(name, 1)) > 1 for name in _LAUNCHER_COUNTS)
+    told = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS") or launched
+    # The environment of a TPU VM need not tell that it is one of a pod: JAX then asks the metadata server.
+    if not told and importlib.util.find_spec("libtpu") is None:
         return
+    # Where SLURM or Open MPI start one process on each host, it takes all GPUs; JAX by itself would give it one.
+    one_on_each_host = (
+        os.environ.get("SLURM_STEP_NUM_NODES") == os.environ.get("SLURM_NTASKS", "")
+        or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    )
+    devices = [] if one_on_each_host else None
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"Could not connect to the other processes of this run: {error}") from error
+        jax.distributed.initialize(coordinator, num_processes, process_id, local_device_ids=devices)
+    except (ValueError, RuntimeError, OSError) as error:
+        if not told and isinstance(error, ValueError):
+            return  # no TPU here, or no metadata server: a machine of its own
+        raise UserError(
+            f"Could not connect to the other processes of this run: {error}\n"
+            "Tell every process by --coordinator=HOST:PORT, --num_processes=N and --process_id=I where they are."
+        ) from error
 
 
 def say(text: str) -> None:

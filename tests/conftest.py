@@ -1,6 +1,7 @@
 """Eight simulated CPU devices, set up before anything imports jax, and absl flags that Grain's workers can read."""
 
 import os
+import socket
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -15,6 +16,13 @@ from imagenet_mini import build  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 from fcvit_jax import digits  # noqa: E402
+
+
+def free_port():
+    """A port of this machine that nothing uses."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Signals and failing inputs; test_train.py starts several processes."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -7,11 +8,13 @@ import sys
 import threading
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from conftest import free_port
 
 from fcvit_jax.errors import UserError
-from fcvit_jax.hosts import Feed, StopSignal, start_distributed
+from fcvit_jax.hosts import _LAUNCHER_COUNTS, Feed, StopSignal, start_distributed
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,4 +85,86 @@ def test_one_host_raises_at_once_what_its_input_raises():
 def test_incomplete_flags_are_refused():
     with pytest.raises(UserError, match="Give all of --coordinator"):
         start_distributed("localhost:1", 2, None)
-    start_distributed(None, None, None)  # nothing says that there are others
+
+
+def initialized(monkeypatch, environment=(), flags=(None, None, None), libtpu=False, error=None):
+    """Starts where only this environment tells of others; returns what JAX is initialised with, call by call."""
+    calls = []
+
+    def initialize(*args, **kwargs):
+        calls.append((*args, kwargs["local_device_ids"]))
+        if error is not None:
+            raise error
+
+    for name in (*_LAUNCHER_COUNTS, "JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NUM_NODES", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in dict(environment).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: libtpu or None)
+    start_distributed(*flags)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "environment, devices",
+    [
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_NODES": "4"}, []),  # empty: all that the host has
+        ({"SLURM_NTASKS": "32", "SLURM_STEP_NUM_NODES": "4"}, None),  # None: one, by JAX's own rule
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, []),
+        ({"OMPI_COMM_WORLD_SIZE": "32", "OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, None),
+        ({"JAX_COORDINATOR_ADDRESS": "host:1"}, None),
+    ],
+)
+def test_a_launcher_is_recognised(monkeypatch, environment, devices):
+    assert initialized(monkeypatch, environment) == [(None, None, None, devices)]
+
+
+def test_one_process_alone_is_left_alone(monkeypatch):
+    assert initialized(monkeypatch) == []
+    assert initialized(monkeypatch, {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_NODES": "1"}) == []
+
+
+def test_jax_is_asked_whether_a_tpu_is_one_of_a_pod(monkeypatch):
+    assert initialized(monkeypatch, libtpu=True) == [(None, None, None, None)]
+    nothing = ValueError("coordinator_address should be defined.")
+    assert len(initialized(monkeypatch, libtpu=True, error=nothing)) == 1  # and goes on alone
+    with pytest.raises(UserError, match="Could not connect.*deadline"):
+        initialized(monkeypatch, libtpu=True, error=RuntimeError("deadline exceeded"))
+    with pytest.raises(UserError, match="(?s)coordinator_address should be defined.*Tell every process by --coordinat"):
+        initialized(monkeypatch, {"PMI_SIZE": "2"}, error=nothing)  # MPICH, which JAX does not know
+
+
+def test_flags_say_where_the_others_are(monkeypatch):
+    flags = ("host:1", 2, 0)
+    assert initialized(monkeypatch, flags=flags) == [(*flags, None)]
+
+
+TWO_HOSTS = """
+import os, signal, sys, time
+import jax
+from fcvit_jax.hosts import StopSignal, start_distributed
+start_distributed(sys.argv[1], 2, int(sys.argv[2]))
+seen = 0
+with StopSignal() as stop:
+    for seen in stop.watch(range(10_000)):
+        if seen == 20 and sys.argv[2] == "1":
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.001 * (1 + int(sys.argv[2])))
+print(seen, stop.received)
+"""
+
+
+def test_hosts_stop_at_the_same_item_of_an_evaluation():
+    """Ctrl-C reaches one of two, of which one is slower."""
+    command = [sys.executable, "-c", TWO_HOSTS, f"localhost:{free_port()}"]
+    options = {"cwd": ROOT, "stdout": -1, "stderr": -1, "text": True}
+    processes = [subprocess.Popen([*command, number], **options) for number in "01"]
+    try:
+        (first, errors), (second, _) = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert first == second, errors
+    seen, received = first.split()
+    assert received == "True" and 20 <= int(seen) < 9_999
