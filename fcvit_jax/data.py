@@ -158,7 +158,8 @@ def train_batches(data, seed, start_step, num_steps, process_index=0, process_co
       examples, cut to whole batches. `.close()` ends the workers.
 
     Raises:
-      UserError: a batch cannot be split evenly; the seed is negative; or an image cannot be read, with its name.
+      UserError: a batch cannot be split evenly; the seed is negative; an image cannot be read, with its name; or a
+        worker died.
     """
     if seed < 0:
         raise UserError(f"seed is {seed}: it must not be negative")
@@ -249,13 +250,22 @@ def _stream(data, load, start, stop):
     iterator = iter(batches)
     try:
         yield from iterator
+    except RuntimeError as error:
+        if "Worker process was terminated" not in str(error):
+            raise
+        raise UserError(
+            f"A process that decodes images died: {str(error).split('. ')[0]}. Where memory, or shared memory, ran "
+            "out, fewer --config.data.workers need less of both."
+        ) from error
     finally:
         iterator.close()
 
 
 def _start_worker(index, count):
     del index, count
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers itself
+    # Ctrl-C and SLURM's SIGTERM reach all processes; the parent still needs a batch or so, and ends its workers itself.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -1,13 +1,14 @@
 """The loop: the same run on any layout, and the same run whatever stops it."""
 
+import functools
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,12 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_config
+from conftest import free_port
 from PIL import Image
 
 from benchmarks.kill_resume import arrays, assert_same_end, kill_and_resume, record
 from fcvit_jax import train
 from fcvit_jax.checkpoint import Checkpointer, load_metadata
 from fcvit_jax.errors import UserError
+from fcvit_jax.sharding import bytes_per_device
 from fcvit_jax.train import evaluate_checkpoint, train_and_evaluate
 
 ROOT = Path(__file__).parent.parent
@@ -118,28 +121,51 @@ def assert_equal_to_rounding(workdir, undisturbed):
     ours, theirs = (evaluations(w)[-1] for w in (workdir, undisturbed["workdir"]))
     for name in ("step", "eval/count", "eval/top1", "eval/top5"):
         assert ours[name] == theirs[name]
+    np.testing.assert_allclose(ours["eval/loss"], theirs["eval/loss"], rtol=1e-5)  # of the averages
 
 
-@pytest.mark.parametrize("data, fsdp", [(2, 1), (4, 2)])
-def test_same_losses_on_any_mesh(undisturbed, config, tmp_path, data, fsdp):
-    """With the one device of `undisturbed` and the four of the two processes below: 1, 2, 4 and 8."""
+@pytest.mark.parametrize("data, fsdp", [(2, 1), (1, 4), (4, 2)])
+def test_same_losses_on_any_mesh(undisturbed, config, tmp_path, monkeypatch, capsys, data, fsdp):
+    """With the one device of `undisturbed`: 1, 2, 4 and 8; and the state takes as much of each as was said."""
     config.mesh.update(data=data, fsdp=fsdp)
     config.checkpoint.save_every = 1000
     config.train.eval_every = 4
+    said, held, whole = [], set(), set()
+
+    def step(*args, _original=train.train_step, **kwargs):
+        state, metrics = _original(*args, **kwargs)
+        held.add(sum(x.addressable_shards[-1].data.nbytes for x in jax.tree.leaves(state)))
+        whole.add(sum(x.nbytes for x in jax.tree.leaves(state)))
+        return state, metrics
+
+    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train, "bytes_per_device", lambda state: said.append(bytes_per_device(state)) or 7 * 2**20)
     train_and_evaluate(config, tmp_path)
     assert_equal_to_rounding(tmp_path, undisturbed)
+    assert held == set(said) and "7.0 MiB of state per device" in capsys.readouterr().out
+    assert (held == whole) is (fsdp == 1)
 
 
-def start_two(workdir, *arguments):
-    """Starts a run on two processes with two devices each."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+def start_two(workdir, *arguments, slurm=False):
+    """Starts a run on two processes with two devices each, which learn of each other by flags or as srun tells them."""
+    port = str(free_port())
     command = [sys.executable, "main.py", "--config=tests/tiny_config.py", f"--workdir={workdir}", *arguments]
-    command += ["--config.mesh.data=-1", f"--coordinator=localhost:{port}", "--num_processes=2"]
+    command.append("--config.mesh.data=-1")
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    options = {"cwd": ROOT, "env": env, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return [subprocess.Popen([*command, f"--process_id={number}"], **options) for number in (0, 1)]
+    if slurm:
+        env |= {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1"}
+        env |= {"SLURM_NTASKS": "2", "JAX_COORDINATOR_PORT": port}
+    else:
+        command += [f"--coordinator=localhost:{port}", "--num_processes=2"]
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return [
+        subprocess.Popen(
+            command if slurm else [*command, f"--process_id={number}"],
+            env=env | {"SLURM_PROCID": number, "SLURM_LOCALID": number},
+            **options,
+        )
+        for number in "01"
+    ]
 
 
 def finish(processes, code):
@@ -166,7 +192,7 @@ def test_two_processes_are_one_run_and_stop_as_one(undisturbed, digits_dir, tmp_
     assert step < 20
     assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == step
 
-    texts = finish(start_two(tmp_path, data), code=0)
+    texts = finish(start_two(tmp_path, data, slurm=True), code=0)
     assert f"resuming at step {step} of 20" in texts[0]
     assert "4 of 4 cpu devices on 2 hosts, mesh data 4 x fsdp 1" in texts[0]
     assert [line["step"] for line in record(tmp_path)] == [line["step"] for line in record(undisturbed["workdir"])]
@@ -187,8 +213,8 @@ def test_a_broken_image_ends_both_processes_with_its_cause(tmp_path):
     assert not list((tmp_path / "run/checkpoints").iterdir())
 
 
-def signal_before_batch(monkeypatch, number, name, batch):
-    """Sends this process a signal while it waits for a batch of train_batches or eval_batches."""
+def before_batch(monkeypatch, name, batch, act):
+    """Calls a function while the run waits for a batch of train_batches or eval_batches."""
     original = getattr(train, name)
 
     def batches(*args):
@@ -197,7 +223,7 @@ def signal_before_batch(monkeypatch, number, name, batch):
             for i, item in enumerate(items, first):
                 if i == batch:
                     monkeypatch.setattr(train, name, original)
-                    os.kill(os.getpid(), number)
+                    act()
                 yield item
 
     monkeypatch.setattr(train, name, batches)
@@ -213,7 +239,7 @@ def test_a_run_that_is_stopped_again_and_again_is_the_same_run(undisturbed, conf
     ]
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     for number, name, batch, step in stops:
-        signal_before_batch(monkeypatch, number, name, batch)
+        before_batch(monkeypatch, name, batch, functools.partial(os.kill, os.getpid(), number))
         train_and_evaluate(config, tmp_path)
         assert f"stopped at step {step} of 20; the same command goes on from here" in capsys.readouterr().out
         assert (tmp_path / "checkpoints" / str(step)).is_dir()
@@ -222,6 +248,29 @@ def test_a_run_that_is_stopped_again_and_again_is_the_same_run(undisturbed, conf
     assert "resuming at step 20 of 20" in out and "done: final top-1" in out
     assert_same_end(tmp_path, undisturbed["workdir"])
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+def test_workers_sit_out_a_signal_to_all_and_when_one_dies_the_run_ends(undisturbed, config, tmp_path, monkeypatch):
+    """SLURM sends SIGTERM to all processes of a job; here its worker has it long before the run."""
+
+    def tell(number):
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, number)
+
+    config.data.workers = 1
+    before_batch(monkeypatch, "train_batches", 1, lambda: tell(signal.SIGTERM))
+    before_batch(monkeypatch, "train_batches", 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    train_and_evaluate(config, tmp_path)
+    assert (tmp_path / "checkpoints/9").is_dir() and not multiprocessing.active_children()
+
+    before_batch(monkeypatch, "train_batches", 9, lambda: tell(signal.SIGKILL))
+    with pytest.raises(UserError, match="A process that decodes images died: .*exit code -9"):
+        train_and_evaluate(config, tmp_path)
+    assert not multiprocessing.active_children()
+
+    config.data.workers = 0
+    train_and_evaluate(config, tmp_path)
+    assert_same_end(tmp_path, undisturbed["workdir"])
 
 
 def test_a_run_that_is_killed_again_and_again_is_the_same_run(undisturbed, digits_dir, tmp_path):
@@ -265,10 +314,10 @@ def test_a_bad_step_stops_the_run_and_is_never_saved(undisturbed, config, at_16,
     """Poison just before a checkpoint is due."""
     original = train.train_step
 
-    def poisoned(state, *args, **kwargs):
+    def poisoned(state, batch, *args, **kwargs):
         if int(state.step) == 19:
-            state = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
-        return original(state, *args, **kwargs)
+            batch |= {"image": batch["image"] * jnp.float32(jnp.nan)}
+        return original(state, batch, *args, **kwargs)
 
     monkeypatch.setattr(train, "train_step", poisoned)
     newest = f"the newest checkpoint is {at_16 / 'checkpoints/16'}"
