@@ -46,7 +46,7 @@ def assert_same_end(a: Path, b: Path) -> None:
     """Two runs are bitwise the same: final and best state, best metric, and the record, in which no step is twice."""
     for folder in ("checkpoints", "best"):
         jax.tree.map(np.testing.assert_array_equal, *(arrays(find_step(workdir / folder)) for workdir in (a, b)))
-    assert load_metadata(a / "best")["evaluated"] == load_metadata(b / "best")["evaluated"]
+        assert load_metadata(a / folder) == load_metadata(b / folder)  # the last evaluation, and the best
     assert record(a) == record(b)
     steps = [line["step"] for line in record(a) if "train/loss" in line]
     assert steps == list(range(1, steps[-1] + 1))
@@ -93,6 +93,7 @@ def kill_and_resume(workdir: Path, flags: list[str], steps: int, kills: int, see
             time.sleep(rng.uniform(0, 10))
         else:
             target = rng.integers(targets[number], targets[number + 1], endpoint=True)
+            target = max(target, last_step(workdir) + 1)  # not before it has gone on
             while last_step(workdir) < target and process.poll() is None:
                 time.sleep(0.005)
             time.sleep(rng.uniform(0, 0.1))
