@@ -121,7 +121,7 @@ def assert_equal_to_rounding(workdir, undisturbed):
     ours, theirs = (evaluations(w)[-1] for w in (workdir, undisturbed["workdir"]))
     for name in ("step", "eval/count", "eval/top1", "eval/top5"):
         assert ours[name] == theirs[name]
-    np.testing.assert_allclose(ours["eval/loss"], theirs["eval/loss"], rtol=1e-5)  # of the averages
+    np.testing.assert_allclose(ours["eval/loss"], theirs["eval/loss"], rtol=1e-4)  # of the averages
 
 
 @pytest.mark.parametrize("data, fsdp", [(2, 1), (1, 4), (4, 2)])
