@@ -140,11 +140,11 @@ def _pad(x, rows, cols):
     return jnp.pad(x.astype(jnp.float32), ((0, 0), (rows, rows), (cols, cols), (0, 0)))
 
 
-def _by_channels(f, taps, out, *arrays):
-    """Fill `out` with `f` of each block of channels (the last axis) of the arrays, one block at a time."""
+def _by_channels(f, terms, out, *arrays):
+    """Fill `out` with `f`, a sum of `terms` products, of each block of channels (the last axis) of the arrays."""
     channels = out.shape[-1]
-    # A single turn of the loop over the taps is fused with what is around, which a loop over blocks would prevent.
-    if channels % _CHANNELS or taps <= _TERMS:
+    # A sum of a single turn is fused with what is around it, which a loop over blocks would prevent.
+    if channels % _CHANNELS or terms <= _TERMS:
         return f(*arrays)
 
     def fill(i, out):
