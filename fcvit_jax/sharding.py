@@ -15,7 +15,9 @@ _MIN_SHARDED_SIZE = 1024
 
 def use_wide_vectors() -> None:
     """Lets XLA use a CPU's 512-bit vectors, where it stops at 256 by default; call before anything touches a device."""
-    os.environ["XLA_FLAGS"] = "--xla_cpu_prefer_vector_width=512 " + os.environ.get("XLA_FLAGS", "")
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "--xla_cpu_prefer_vector_width" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_prefer_vector_width=512"
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:

@@ -45,7 +45,10 @@ def test_every_device_has_its_rows_of_the_batch():
     assert [shard.data.tolist() for shard in rows.addressable_shards] == [[2 * i, 2 * i + 1] for i in range(8)]
 
 
-def test_the_users_own_vector_width_comes_last_and_wins(monkeypatch):
+def test_the_users_own_vector_width_is_kept(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=true")
+    sharding.use_wide_vectors()
+    assert os.environ["XLA_FLAGS"] == "--xla_cpu_use_fusion_emitters=true --xla_cpu_prefer_vector_width=512"
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_prefer_vector_width=256")
     sharding.use_wide_vectors()
-    assert os.environ["XLA_FLAGS"].split() == ["--xla_cpu_prefer_vector_width=512", "--xla_cpu_prefer_vector_width=256"]
+    assert os.environ["XLA_FLAGS"] == "--xla_cpu_prefer_vector_width=256"
