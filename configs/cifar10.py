@@ -9,7 +9,7 @@ from configs import imagenet
 def get_config():
     """The ImageNet recipe, without what 20 epochs of small photographs do not bear: mixing, erasing and RandAugment."""
     config = imagenet.get_config()
-    # Class folders, as PATH/train/airplane/0000.png; or cifar10 with data.eval_split=test, prepared by TFDS.
+    # Class folders, as PATH/train/airplane/0000.jpg; or cifar10 with data.eval_split=test, prepared by TFDS.
     config.data.update(dataset="folder:cifar10", batch_size=128, image_size=64)
     config.data.update(crop_scale=(0.4, 1.0), rand_augment=(), crop_pct=1.0)
     config.mixing.update(mixup_alpha=0.0, cutmix_alpha=0.0, erase_prob=0.0)

@@ -108,7 +108,7 @@ def train_step(
         ema = optim.update_ema(ema, {"params": params, "batch_stats": batch_stats}, ema_decay)
     state = TrainState(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema)
     state = jax.lax.with_sharding_constraint(state, state_shardings(state, mesh))
-    # Stacked: as a chain of additions, hundreds of scalars take XLA half a minute to compile.
+    # Stacked: as a chain of additions, hundreds of scalars took XLA 20 s more to compile.
     grad_norm = jnp.sqrt(jnp.stack([jnp.square(g).sum() for g in jax.tree.leaves(grads)]).sum())
     return state, {"loss": loss, "grad_norm": grad_norm, "lr": schedule(state.step - 1)}
 
