@@ -27,14 +27,14 @@ def main(argv: list[str]) -> None:
     try:
         # Grain's workers import this file again, and need none of this.
         from fcvit_jax.checkpoint import quieten
+        from fcvit_jax.cpu import tune_cpu
         from fcvit_jax.hosts import start_distributed
-        from fcvit_jax.sharding import use_wide_vectors
         from fcvit_jax.train import evaluate_checkpoint, train_and_evaluate
 
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # at absl's own default Orbax tells of every file
             quieten()
-        use_wide_vectors()
+        tune_cpu()
         start_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         if _MODE.value == "train":
             train_and_evaluate(_CONFIG.value, _WORKDIR.value)

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fcvit_jax import mixing, optim
+from fcvit_jax.cpu import tune_cpu
 from fcvit_jax.model import create_model
-from fcvit_jax.sharding import batch_sharding, use_wide_vectors
+from fcvit_jax.sharding import batch_sharding
 from fcvit_jax.state import abstract_state, create_state
 from fcvit_jax.train import train_step
 
-use_wide_vectors()  # as main.py does
+tune_cpu()  # as main.py does
 
 
 def milliseconds(contestants, seconds, rounds=200):

@@ -1,7 +1,5 @@
 """Where arrays live: the mesh of devices, and the shardings of batches and of the training state."""
 
-import os
-
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -11,13 +9,6 @@ from fcvit_jax.errors import UserError
 
 # Smaller tensors cost more to gather than they save.
 _MIN_SHARDED_SIZE = 1024
-
-
-def use_wide_vectors() -> None:
-    """Lets XLA use a CPU's 512-bit vectors, where it stops at 256 by default; call before anything touches a device."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "--xla_cpu_prefer_vector_width" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_prefer_vector_width=512"
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:

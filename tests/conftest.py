@@ -16,9 +16,9 @@ from imagenet_mini import build  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 from fcvit_jax import digits  # noqa: E402
-from fcvit_jax.sharding import use_wide_vectors  # noqa: E402
+from fcvit_jax.cpu import tune_cpu  # noqa: E402
 
-use_wide_vectors()  # as main.py does, whose runs are compared with ours bit for bit
+tune_cpu()  # as main.py does, whose runs are compared with ours bit for bit
 
 
 def free_port():

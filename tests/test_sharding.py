@@ -1,14 +1,11 @@
 """The mesh and the rule by which a state is split."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from fcvit_jax import sharding
 from fcvit_jax.errors import UserError
 from fcvit_jax.sharding import bytes_per_device, global_batch, make_mesh, state_shardings
 
@@ -43,12 +40,3 @@ def test_every_device_has_its_rows_of_the_batch():
     rows = global_batch(batch, make_mesh(data=2, fsdp=4))["label"]
     np.testing.assert_array_equal(rows, batch["label"])
     assert [shard.data.tolist() for shard in rows.addressable_shards] == [[2 * i, 2 * i + 1] for i in range(8)]
-
-
-def test_the_users_own_vector_width_is_kept(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=true")
-    sharding.use_wide_vectors()
-    assert os.environ["XLA_FLAGS"] == "--xla_cpu_use_fusion_emitters=true --xla_cpu_prefer_vector_width=512"
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_prefer_vector_width=256")
-    sharding.use_wide_vectors()
-    assert os.environ["XLA_FLAGS"] == "--xla_cpu_prefer_vector_width=256"
