@@ -5,16 +5,20 @@ give derivatives of every order in reverse mode. The choice in `_cpu_impl` comes
 figures, and the analysis for accelerators, are in docs/performance.md.
 """
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
-IMPLS = ("lax", "shift", "banded")
+IMPLS = ("lax", "shift", "banded", "toeplitz")
 
 _TERMS = 14  # products in a loop's body: more spill registers, fewer pass over the sums too often
 _CHANNELS = 16  # of a block, so that a filter's row of eleven taps stays in registers
+_LANES = 128  # a side of a TPU's matrix unit
+_TPU_TAPS = 25  # of a filter, from which on the matrix units are faster
 
 
 def depthwise_conv(x, kernel, impl=None):
@@ -51,11 +55,17 @@ def _cpu_impl(shape, window):
     return "banded" if shape[1] * shape[2] <= window[0] * window[1] else "shift"
 
 
+def _tpu_impl(shape, window):
+    """The faster on a TPU by its compiler's schedules: the matrix units, unless filters are small or rows long."""
+    return "toeplitz" if window[0] * window[1] >= _TPU_TAPS and shape[2] <= _LANES else "lax"
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv(x, kernel, impl):
     if impl is not None:
         return _FORWARD[impl](x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=_FORWARD[_cpu_impl(x.shape, kernel.shape)], default=_lax)
+    cpu, tpu = (_FORWARD[choose(x.shape, kernel.shape)] for choose in (_cpu_impl, _tpu_impl))
+    return lax.platform_dependent(x, kernel, cpu=cpu, tpu=tpu, default=_lax)
 
 
 def _conv_fwd(x, kernel, impl):
@@ -75,8 +85,8 @@ def _weight_grad(x, g, window, impl):
     """Sum x[n, h + i - p, w + j - p, c] * g[n, h, w, c] over n, h, w: (*window, C) in float32."""
     if impl is not None:
         return _WEIGHT_GRAD[impl](x, g, window)
-    cpu = partial(_WEIGHT_GRAD[_cpu_impl(x.shape, window)], window=window)
-    return lax.platform_dependent(x, g, cpu=cpu, default=partial(_lax_weight_grad, window=window))
+    cpu, tpu = (partial(_WEIGHT_GRAD[choose(x.shape, window)], window=window) for choose in (_cpu_impl, _tpu_impl))
+    return lax.platform_dependent(x, g, cpu=cpu, tpu=tpu, default=partial(_lax_weight_grad, window=window))
 
 
 def _weight_grad_fwd(x, g, window, impl):
@@ -188,5 +198,94 @@ def _banded(x, kernel):
     return _by_channels(block, height * width, jnp.zeros_like(x), x, kernel)
 
 
-_FORWARD = {"lax": _lax, "shift": _shift, "banded": _banded}
-_WEIGHT_GRAD = {"lax": _lax_weight_grad, "shift": _shift_weight_grad, "banded": _shift_weight_grad}
+def _tiles(shape, window):
+    """A tile's rows, of some `_LANES` positions together; the map's tiles; how many tiles away a tap gets."""
+    height, width = shape[1:3]
+    tiles = -(-height // max(1, _LANES // width))
+    rows = -(-height // tiles)
+    return rows, tiles, min(tiles - 1, -(-(window[0] // 2) // rows))
+
+
+def _to_tiles(x, rows, tiles):
+    """(N, H, W, C) to (N, tiles, C * rows * W)."""
+    n, height, width, channels = x.shape
+    x = jnp.pad(x, ((0, 0), (0, tiles * rows - height), (0, 0), (0, 0)))
+    return x.reshape(n, tiles, rows * width, channels).swapaxes(2, 3).reshape(n, tiles, -1)
+
+
+def _bands(rows, reach, width, window, dtype):
+    """Where tap i leads from row a, q tiles away, to row b: (q, a, b, i); tap j from column v to w: (v, w, j)."""
+    q, a, b = jnp.ogrid[-reach : reach + 1, :rows, :rows]
+    v, w = jnp.ogrid[:width, :width]
+    i, j = q * rows + a - b + window[0] // 2, v - w + window[1] // 2
+    return jax.nn.one_hot(i, window[0], dtype=dtype), jax.nn.one_hot(j, window[1], dtype=dtype)
+
+
+def _batch_axes(x):
+    """The axes of the mesh in context over which a batch is split evenly; none without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = mesh.auto_axes
+    return axes if axes and x.shape[0] % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
+
+
+@jax.jit
+def _toeplitz(x, kernel):
+    """Each channel's tiles of whole rows times the banded (Toeplitz) matrices that lead from tile to tile."""
+
+    def conv(x, kernel):
+        n, height, width, channels = x.shape
+        rows, tiles, reach = _tiles(x.shape, kernel.shape)
+        row_bands, col_bands = _bands(rows, reach, width, kernel.shape[:2], x.dtype)
+        by_rows = jnp.einsum("qabi,ijc->qabjc", row_bands, kernel.astype(x.dtype))
+        matrices = jnp.einsum("qabjc,vwj->qavcbw", by_rows, col_bands)
+        y = lax.conv_general_dilated(
+            _to_tiles(x, rows, tiles),
+            matrices.reshape(2 * reach + 1, rows * width, -1),
+            window_strides=(1,),
+            padding=[(reach, reach)],
+            dimension_numbers=("NHC", "HIO", "NHC"),
+            feature_group_count=channels,
+        )
+        y = y.reshape(n, tiles, channels, rows * width).swapaxes(2, 3)
+        return y.reshape(n, tiles * rows, width, channels)[:, :height]
+
+    # XLA would send matrices from device to device, which are much larger than the filters.
+    if axes := _batch_axes(x):
+        conv = jax.shard_map(conv, in_specs=(P(axes), P()), out_specs=P(axes), axis_names=set(axes))
+    return conv(x, kernel)
+
+
+@partial(jax.jit, static_argnames="window")
+def _toeplitz_weight_grad(x, g, window):
+    """The gradient of the matrices, summed along their bands."""
+    axes = _batch_axes(x)
+
+    def taps(x, g):
+        width, channels = x.shape[2:]
+        rows, tiles, reach = _tiles(x.shape, window)
+        row_bands, col_bands = _bands(rows, reach, width, window, jnp.float32)
+        matrices = lax.conv_general_dilated(
+            _to_tiles(x, rows, tiles),
+            _to_tiles(g, rows, tiles),
+            window_strides=(1,),
+            padding=[(reach, reach)],
+            dimension_numbers=("CHN", "IHO", "HNC"),
+            batch_group_count=channels,
+            preferred_element_type=jnp.float32,
+        )
+        matrices = matrices.reshape(2 * reach + 1, rows, width, channels, rows, width)
+        by_rows = jnp.einsum("qavcbw,vwj->qabjc", matrices, col_bands, precision="highest")
+        return lax.psum(jnp.einsum("qabjc,qabi->ijc", by_rows, row_bands, precision="highest"), axes)
+
+    if axes:
+        taps = jax.shard_map(taps, in_specs=P(axes), out_specs=P(), axis_names=set(axes))
+    return taps(x, g)
+
+
+_FORWARD = {"lax": _lax, "shift": _shift, "banded": _banded, "toeplitz": _toeplitz}
+_WEIGHT_GRAD = {
+    "lax": _lax_weight_grad,
+    "shift": _shift_weight_grad,
+    "banded": _shift_weight_grad,
+    "toeplitz": _toeplitz_weight_grad,
+}

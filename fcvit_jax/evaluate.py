@@ -60,7 +60,8 @@ def evaluate(
     totals: Counter[str] = Counter()
     ahead = None  # read one batch late, so that the device never waits for the host
     for batch in batches:
-        sums = eval_step(model, variables, global_batch(batch, mesh))
+        with jax.set_mesh(mesh):  # for the depthwise convolutions
+            sums = eval_step(model, variables, global_batch(batch, mesh))
         if ahead is not None:
             totals.update(_as_floats(ahead))
         ahead = sums

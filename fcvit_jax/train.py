@@ -82,7 +82,8 @@ def train_step(
         return soft_cross_entropy(logits, targets), updates["batch_stats"]
 
     def one_part(images, targets, key):
-        return jax.value_and_grad(loss_fn, has_aux=True)(state.params, images, targets, key)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for the depthwise convolutions
+            return jax.value_and_grad(loss_fn, has_aux=True)(state.params, images, targets, key)
 
     if accumulate == 1:
         (loss, batch_stats), grads = one_part(images, targets, dropout_key)

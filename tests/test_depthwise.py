@@ -145,7 +145,18 @@ def test_one_export_serves_every_platform_with_its_own_implementation():
     exported = jax.export.export(run, platforms=("cpu", "cuda", "tpu"))(*args)
     assert_close(jax.export.deserialize(exported.serialize()).call(*args), run(*args))
     only = {p: jax.export.export(run, platforms=(p,))(*args).mlir_module() for p in ("cpu", "cuda", "tpu")}
-    assert {p: "stablehlo.convolution" in text for p, text in only.items()} == {"cpu": False, "cuda": True, "tpu": True}
+    images = {p: set(re.findall(r"dim_numbers = \[b(.*?), f\]x", text)) for p, text in only.items()}
+    assert images == {"cpu": set(), "cuda": {", 0, 1"}, "tpu": {", 0"}}  # no convolution, maps, sequences of tiles
+
+
+def test_tpus_take_small_filters_and_long_rows_by_lax():
+    for size, window in [((2, 9, 9, 3), 3), ((1, 2, 129, 1), 11)]:
+        x, kernel = (
+            jax.ShapeDtypeStruct(size, jnp.float32),
+            jax.ShapeDtypeStruct((window, window, size[3]), jnp.float32),
+        )
+        by_default = jax.export.export(jax.jit(ours(None)), platforms=("tpu",))(x, kernel).mlir_module()
+        assert "dim_numbers = [b, 0, 1, f]x" in by_default
 
 
 @pytest.mark.parametrize("size", [9, 4])  # by shift and by banded
@@ -153,7 +164,7 @@ def test_an_export_may_leave_the_batch_open(size):
     x, kernel, _ = draw((3, size, size, 3, 5))
     n = jax.export.symbolic_shape("n")[0]
     spec = jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype)
-    exported = jax.export.export(jax.jit(depthwise_conv), platforms=("cpu", "cuda"))(spec, kernel)
+    exported = jax.export.export(jax.jit(depthwise_conv), platforms=("cpu", "cuda", "tpu"))(spec, kernel)
     assert_close(exported.call(x, kernel), depthwise_conv(x, kernel))
 
 
@@ -164,7 +175,12 @@ def test_a_sharded_batch_needs_one_reduction_and_no_more(impl, size):
     batch, everywhere = (NamedSharding(mesh, spec) for spec in (PartitionSpec("data"), PartitionSpec()))
     args = draw(size)
     run = value_and_gradients(ours(impl))
-    sharded = jax.jit(run, in_shardings=(batch, everywhere, batch), out_shardings=(batch, batch, everywhere))
+
+    def run_on_mesh(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # as the training step does
+            return run(*args)
+
+    sharded = jax.jit(run_on_mesh, in_shardings=(batch, everywhere, batch), out_shardings=(batch, batch, everywhere))
     loops, entry = sharded.lower(*args).compile().as_text().split("\nENTRY")
     collective = r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
     assert mesh.size == 8

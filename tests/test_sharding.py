@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.data_parallel import collectives
+from benchmarks.measure import Step
+from fcvit_jax import depthwise
 from fcvit_jax.errors import UserError
+from fcvit_jax.model import VARIANTS
 from fcvit_jax.sharding import bytes_per_device, global_batch, make_mesh, state_shardings
 
 
@@ -40,3 +44,24 @@ def test_every_device_has_its_rows_of_the_batch():
     rows = global_batch(batch, make_mesh(data=2, fsdp=4))["label"]
     np.testing.assert_array_equal(rows, batch["label"])
     assert [shard.data.tolist() for shard in rows.addressable_shards] == [[2 * i, 2 * i + 1] for i in range(8)]
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_what_a_step_sends(platform, monkeypatch):
+    """One reduction of the gradients; with `fsdp` tensors of the state as well, but nothing much larger."""
+    monkeypatch.setattr(depthwise, "_cpu_impl", {"cpu": depthwise._cpu_impl, "tpu": depthwise._tpu_impl}[platform])
+    narrow = {"depths": (1, 0, 0, 1), "dims": (32, 64, 64, 64), "mlp_ratios": (4, 4, 4, 4)}
+    monkeypatch.setitem(VARIANTS, "narrow", narrow)
+    jax.clear_caches()  # of what the other platform traced
+    sent = {}
+    for fsdp in (1, 4):
+        step = Step("narrow", 16, 64, "float32", make_mesh(data=4 // fsdp, fsdp=fsdp), group_size=4)
+        sent[fsdp] = collectives(step.lower().compile().as_text())
+        state = step.abstract_state()
+    jax.clear_caches()
+
+    params, statistics = (sum(4 * x.size for x in jax.tree.leaves(tree)) for tree in (state.params, state.batch_stats))
+    assert {op["op"] for op in sent[1]} == {"all-reduce"} and not any(op["in_loop"] for op in sent[1])
+    assert sum(op["bytes"] for op in sent[1]) <= params + statistics + 4  # and the loss
+    assert sum(op["bytes"] for op in sent[4]) < 6 * params

@@ -1,0 +1,155 @@
+"""Count what the TPU compiler schedules for the depthwise convolution and the training step: no TPU is needed.
+
+Example:
+  pip install libtpu
+  python -m benchmarks.tpu_schedule --json tpu_schedule.json
+  python -m benchmarks.tpu_schedule --models fcvit_s12 --json tpu_step.json
+
+A TPU core runs one bundle of instructions a cycle, in the order that the compiler has fixed. The compiler is made to
+write its schedules down; an operation takes at least its bundles times its iterations, or the time of its transfers
+from and to HBM, and the program at least the sum. Waiting for memory or other cores, and whatever else only a TPU
+shows, is not in these figures: they are lower bounds, not measurements.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import tempfile
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # no TPU host to ask for its metadata
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, SingleDeviceSharding
+
+from benchmarks.measure import Step
+from fcvit_jax import depthwise
+from fcvit_jax.model import VARIANTS
+
+CLOCK, HBM = 1.5e9, 819e9  # of a TPU v5e: cycles and bytes a second
+# (H, W, C, k) of fcvit_tiny and fcvit_s12 at 224 x 224: token mixers, and the channel mixers with the fewest positions.
+SIZES = [
+    (56, 56, 32, 11),
+    (28, 28, 64, 11),
+    (14, 14, 160, 11),
+    (7, 7, 320, 11),
+    (56, 56, 64, 11),
+    (28, 28, 128, 11),
+    (14, 14, 320, 11),
+    (7, 7, 512, 11),
+    (14, 14, 640, 3),
+]
+ITEM_BYTES = {"pred": 1, "u8": 1, "bf16": 2, "f32": 4, "s32": 4, "u32": 4}
+INSTRUCTION = re.compile(r"\s*(?:ROOT )?(%[\w.-]+) = (.*?) [\w-]+\((.*?)\)")
+
+
+def hbm_bytes(shape):
+    """Bytes of an HLO shape's arrays, but of those in VMEM, S(1)."""
+    arrays = re.findall(r"(\w+)\[([\d,]+)\](\{[^}]*\})", shape)
+    in_hbm = [(dtype, dims.split(",")) for dtype, dims, layout in arrays if "S(1)" not in layout]
+    return sum(ITEM_BYTES.get(dtype, 0) * math.prod(map(int, dims)) for dtype, dims in in_hbm)
+
+
+def milliseconds(lowered, dump):
+    """The least time of a program: of its bundles alone, and with every operation no faster than HBM."""
+    for file in dump.iterdir():
+        file.unlink()
+    text = lowered.compile().as_text()
+    bundles = {}
+    for file in dump.glob("*schedule-analysis_final_bundles.txt"):
+        name = re.fullmatch(r"\d+-(.*)-\d+-schedule-analysis_final_bundles\.txt", file.name)[1]
+        bundles["%" + name] = int(re.search(r"total scheduled bundles:\s+(\d+)", file.read_text())[1])
+
+    shapes, by_bundles, with_hbm = {}, 0.0, 0.0
+    entry = text[text.index("\nENTRY") :]
+    if " while(" in entry:
+        raise ValueError("the program has loops, whose turns are not counted here")
+    for line in entry.splitlines():
+        if " constant(" in line or not (match := INSTRUCTION.match(line)):
+            continue
+        name, shape, operands = match.groups()
+        shapes[name] = shape
+        if name in bundles:
+            bounds = re.search(r'"iteration_bounds":\[([^\]]*)\]', line)
+            iterations = math.prod(int(bound) for bound in re.findall(r"\d+", bounds[1])) if bounds else 1
+            seconds = bundles[name] * iterations / CLOCK
+            size = hbm_bytes(shape) + sum(hbm_bytes(shapes.get(o, "")) for o in re.findall(r"%[\w.-]+", operands))
+            by_bundles += seconds
+            with_hbm += max(seconds, size / HBM)
+    return [1e3 * by_bundles, 1e3 * with_hbm]
+
+
+def convolution(size, batch_size, dtype, device, dump):
+    """{pass: {"lax" or "default": milliseconds}}; the input gradient is the forward pass of the flipped filter."""
+    height, width, channels, k = size
+    sharding = SingleDeviceSharding(device)
+    x = jax.ShapeDtypeStruct((batch_size, height, width, channels), dtype, sharding=sharding)
+    kernel = jax.ShapeDtypeStruct((k, k, channels), jnp.float32, sharding=sharding)
+
+    def weight_gradient(impl, x, g):
+        zeros = jnp.zeros(kernel.shape, kernel.dtype)
+        return jax.vjp(lambda kernel: depthwise.depthwise_conv(x, kernel, impl), zeros)[1](g)
+
+    times = {"forward": {}, "weight gradient": {}}
+    for name, impl in (("lax", "lax"), ("default", None)):
+        forward = jax.jit(partial(depthwise.depthwise_conv, impl=impl))
+        gradient = jax.jit(partial(weight_gradient, impl))
+        times["forward"][name] = milliseconds(forward.lower(x, kernel), dump)
+        times["weight gradient"][name] = milliseconds(gradient.lower(x, x), dump)
+    return times
+
+
+def step(model, batch_size, dtype, device, dump):
+    """{"lax" or "default": milliseconds} of the training step at 224 x 224: all by lax, and by default."""
+    mesh = Mesh(np.array([[device]]), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    times = {}
+    for impl, taps in (("lax", math.inf), ("default", depthwise._TPU_TAPS)):
+        depthwise._TPU_TAPS = taps
+        jax.clear_caches()
+        times[impl] = milliseconds(Step(model, batch_size, 224, dtype, mesh).lower(), dump)
+    return times
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", choices=VARIANTS, help="training steps instead of convolutions (slow)")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--json", metavar="PATH", help="write the figures and versions here as well")
+    args = parser.parse_args()
+
+    rows = []
+
+    def report(what, which, ms):
+        rows.append({"what": what, "pass": which, "ms": ms})
+        cells = "".join(f"{ms[impl][0]:9.3f}{ms[impl][1]:9.3f}" for impl in ("lax", "default"))
+        print(f"{str(what):20}{which:16}{cells}{ms['lax'][1] / ms['default'][1]:15.2f}", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        os.environ["LIBTPU_INIT_ARGS"] = f"{dump} --xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
+        device = topologies.get_topology_desc("v5e:2x2", "tpu").devices[0]
+        print(
+            f"{args.batch_size} images, {args.dtype}, {device.device_kind}: least milliseconds, by bundles and with HBM"
+        )
+        print(f"{'':20}{'pass':16}{'lax':>18}{'default':>18}  lax / default")
+        for name in args.models or ():
+            report(name, "step", step(name, args.batch_size, args.dtype, device, Path(folder)))
+        for size in () if args.models else SIZES:
+            for which, ms in convolution(size, args.batch_size, args.dtype, device, Path(folder)).items():
+                report(size, which, ms)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"jax": version("jax"), "libtpu": version("libtpu"), **vars(args), "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
