@@ -1,8 +1,8 @@
 """The depthwise convolution: one op, several implementations, chosen by platform and size.
 
 Forward, input gradient and weight gradient are bilinear maps, each the derivative of another, so the two rules below
-give derivatives of every order in reverse mode. The choice in `_cpu_impl` comes from `benchmarks/depthwise.py`; the
-figures, and the analysis for accelerators, are in docs/performance.md.
+give derivatives of every order in reverse mode. The choice in `_cpu_impl` comes from `benchmarks/depthwise.py`,
+that in `_tpu_impl` from `benchmarks/tpu_schedule.py`; the figures are in docs/performance.md.
 """
 
 import math
