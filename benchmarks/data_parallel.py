@@ -18,7 +18,7 @@ import re
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
-from benchmarks.measure import Step, about, milliseconds
+from benchmarks.measure import ITEM_BYTES, Step, about, milliseconds
 from fcvit_jax.model import VARIANTS
 from fcvit_jax.sharding import bytes_per_device, make_mesh
 
@@ -27,7 +27,6 @@ COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter)\("
 )
 ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
-ITEM_BYTES = {"pred": 1, "u8": 1, "bf16": 2, "f32": 4, "s32": 4, "u32": 4}
 
 
 def collectives(text):

@@ -17,6 +17,8 @@ from fcvit_jax.train import train_step
 
 tune_cpu()  # as main.py does
 
+ITEM_BYTES = {"pred": 1, "u8": 1, "bf16": 2, "f32": 4, "s32": 4, "u32": 4}  # of the arrays in a program's text
+
 
 def milliseconds(contestants, seconds, rounds=200):
     """[best, median] of each contestant over rounds in turn, which it leaves after three once it used its time."""

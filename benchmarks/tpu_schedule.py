@@ -17,7 +17,6 @@ import math
 import os
 import re
 import tempfile
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,24 +29,14 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
-from benchmarks.measure import Step
+from benchmarks.depthwise import PASSES, SIZES, jax_pass
+from benchmarks.measure import ITEM_BYTES, Step
 from fcvit_jax import depthwise
 from fcvit_jax.model import VARIANTS
 
 CLOCK, HBM = 1.5e9, 819e9  # of a TPU v5e: cycles and bytes a second
-# (H, W, C, k) of fcvit_tiny and fcvit_s12 at 224 x 224: token mixers, and the channel mixers with the fewest positions.
-SIZES = [
-    (56, 56, 32, 11),
-    (28, 28, 64, 11),
-    (14, 14, 160, 11),
-    (7, 7, 320, 11),
-    (56, 56, 64, 11),
-    (28, 28, 128, 11),
-    (14, 14, 320, 11),
-    (7, 7, 512, 11),
-    (14, 14, 640, 3),
-]
-ITEM_BYTES = {"pred": 1, "u8": 1, "bf16": 2, "f32": 4, "s32": 4, "u32": 4}
+# (H, W, C, k): the token mixers of fcvit_tiny and fcvit_s12, and smaller filters, for where the choice turns.
+TPU_SIZES = [*(size[1:] for size in SIZES[:8]), (56, 56, 64, 5), (14, 14, 320, 5), (14, 14, 1280, 3)]
 INSTRUCTION = re.compile(r"\s*(?:ROOT )?(%[\w.-]+) = (.*?) [\w-]+\((.*?)\)")
 
 
@@ -87,28 +76,19 @@ def milliseconds(lowered, dump):
     return [1e3 * by_bundles, 1e3 * with_hbm]
 
 
-def convolution(size, batch_size, dtype, device, dump):
-    """{pass: {"lax" or "default": milliseconds}}; the input gradient is the forward pass of the flipped filter."""
+def convolution(size, which, batch_size, dtype, device, dump):
+    """{impl: milliseconds} of a pass."""
     height, width, channels, k = size
     sharding = SingleDeviceSharding(device)
     x = jax.ShapeDtypeStruct((batch_size, height, width, channels), dtype, sharding=sharding)
     kernel = jax.ShapeDtypeStruct((k, k, channels), jnp.float32, sharding=sharding)
-
-    def weight_gradient(impl, x, g):
-        zeros = jnp.zeros(kernel.shape, kernel.dtype)
-        return jax.vjp(lambda kernel: depthwise.depthwise_conv(x, kernel, impl), zeros)[1](g)
-
-    times = {"forward": {}, "weight gradient": {}}
-    for name, impl in (("lax", "lax"), ("default", None)):
-        forward = jax.jit(partial(depthwise.depthwise_conv, impl=impl))
-        gradient = jax.jit(partial(weight_gradient, impl))
-        times["forward"][name] = milliseconds(forward.lower(x, kernel), dump)
-        times["weight gradient"][name] = milliseconds(gradient.lower(x, x), dump)
-    return times
+    return {
+        impl: milliseconds(jax.jit(jax_pass(impl, which)).lower(x, kernel, x), dump) for impl in ("lax", "toeplitz")
+    }
 
 
 def step(model, batch_size, dtype, device, dump):
-    """{"lax" or "default": milliseconds} of the training step at 224 x 224: all by lax, and by default."""
+    """{"lax" or "default": milliseconds} of the training step at 224 x 224: convolved by lax alone, and by default."""
     mesh = Mesh(np.array([[device]]), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     times = {}
     for impl, taps in (("lax", math.inf), ("default", depthwise._TPU_TAPS)):
@@ -130,22 +110,21 @@ def main():
 
     def report(what, which, ms):
         rows.append({"what": what, "pass": which, "ms": ms})
-        cells = "".join(f"{ms[impl][0]:9.3f}{ms[impl][1]:9.3f}" for impl in ("lax", "default"))
-        print(f"{str(what):20}{which:16}{cells}{ms['lax'][1] / ms['default'][1]:15.2f}", flush=True)
+        cells = "".join(f"{impl:>10}{by_bundles:9.3f}{with_hbm:9.3f}" for impl, (by_bundles, with_hbm) in ms.items())
+        lax, ours = (with_hbm for _, with_hbm in ms.values())
+        print(f"{str(what):20}{which:16}{cells}{lax / ours:8.2f}", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        os.environ["LIBTPU_INIT_ARGS"] = f"{dump} --xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
+        dump = Path(folder)
+        flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
+        os.environ["LIBTPU_INIT_ARGS"] = f"{flags} --xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
         device = topologies.get_topology_desc("v5e:2x2", "tpu").devices[0]
-        print(
-            f"{args.batch_size} images, {args.dtype}, {device.device_kind}: least milliseconds, by bundles and with HBM"
-        )
-        print(f"{'':20}{'pass':16}{'lax':>18}{'default':>18}  lax / default")
+        print(f"{args.batch_size} images, {args.dtype}, {device.device_kind}; milliseconds by bundles, and with HBM")
         for name in args.models or ():
-            report(name, "step", step(name, args.batch_size, args.dtype, device, Path(folder)))
-        for size in () if args.models else SIZES:
-            for which, ms in convolution(size, args.batch_size, args.dtype, device, Path(folder)).items():
-                report(size, which, ms)
+            report(name, "step", step(name, args.batch_size, args.dtype, device, dump))
+        for size in () if args.models else TPU_SIZES:
+            for which in (0, 2):  # the input gradient is the forward pass of the flipped filter
+                report(size, PASSES[which], convolution(size, which, args.batch_size, args.dtype, device, dump))
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"jax": version("jax"), "libtpu": version("libtpu"), **vars(args), "rows": rows}, file, indent=1)

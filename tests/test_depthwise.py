@@ -150,11 +150,8 @@ def test_one_export_serves_every_platform_with_its_own_implementation():
 
 
 def test_tpus_take_small_filters_and_long_rows_by_lax():
-    for size, window in [((2, 9, 9, 3), 3), ((1, 2, 129, 1), 11)]:
-        x, kernel = (
-            jax.ShapeDtypeStruct(size, jnp.float32),
-            jax.ShapeDtypeStruct((window, window, size[3]), jnp.float32),
-        )
+    for size in [(2, 9, 9, 3, 3), (1, 2, 129, 1, 11)]:
+        x, kernel, _ = draw(size)
         by_default = jax.export.export(jax.jit(ours(None)), platforms=("tpu",))(x, kernel).mlir_module()
         assert "dim_numbers = [b, 0, 1, f]x" in by_default
 

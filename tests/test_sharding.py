@@ -47,13 +47,13 @@ def test_every_device_has_its_rows_of_the_batch():
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_what_a_step_sends(platform, monkeypatch):
+@pytest.mark.parametrize("choice", ["_cpu_impl", "_tpu_impl"])
+def test_what_a_step_sends(choice, monkeypatch):
     """One reduction of the gradients; with `fsdp` tensors of the state as well, but nothing much larger."""
-    monkeypatch.setattr(depthwise, "_cpu_impl", {"cpu": depthwise._cpu_impl, "tpu": depthwise._tpu_impl}[platform])
+    monkeypatch.setattr(depthwise, "_cpu_impl", getattr(depthwise, choice))
     narrow = {"depths": (1, 0, 0, 1), "dims": (32, 64, 64, 64), "mlp_ratios": (4, 4, 4, 4)}
     monkeypatch.setitem(VARIANTS, "narrow", narrow)
-    jax.clear_caches()  # of what the other platform traced
+    jax.clear_caches()  # of what was traced by the other choice
     sent = {}
     for fsdp in (1, 4):
         step = Step("narrow", 16, 64, "float32", make_mesh(data=4 // fsdp, fsdp=fsdp), group_size=4)
