@@ -51,7 +51,8 @@ from fcvit_jax.hosts import StopSignal
 import time
 with StopSignal():
     print("ready", flush=True)
-    time.sleep(600)
+    while True:
+        time.sleep(0.01)  # a signal just before one long sleep would be handled after it
 """
 
 
