@@ -6,6 +6,7 @@ import logging
 import shutil
 import sys
 import tempfile
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ def quieten() -> None:
     """Stops Orbax, asyncio and TensorStore from printing, thread by thread and at length, what they also raise."""
     logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
     logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.msg)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     hook = sys.unraisablehook
     sys.unraisablehook = lambda it: None if str(it.exc_value) == "Event loop is closed" else hook(it)
 

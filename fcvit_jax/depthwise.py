@@ -137,7 +137,7 @@ def _correlate(a, b):
         return lax.dynamic_slice(array, start, size, allow_negative_indices=False)
 
     def add_block(block, total):
-        top, left = block // col_blocks * rows, block % col_blocks * cols
+        top, left = lax.div(block, col_blocks) * rows, lax.rem(block, col_blocks) * cols
         at = [(top + row, left + col) for row in range(rows) for col in range(cols)]
         return total + sum(window(a, *t, *sizes) * window(b, *t, 1, 1) for t in at)
 
@@ -158,9 +158,9 @@ def _by_channels(f, terms, out, *arrays):
         return f(*arrays)
 
     def fill(i, out):
-        start = i * _CHANNELS
-        blocks = (lax.dynamic_slice_in_dim(array, start, _CHANNELS, -1) for array in arrays)
-        return lax.dynamic_update_slice_in_dim(out, f(*blocks), start, -1)
+        at = {"start_index": i * _CHANNELS, "axis": -1, "allow_negative_indices": False}
+        blocks = (lax.dynamic_slice_in_dim(array, slice_size=_CHANNELS, **at) for array in arrays)
+        return lax.dynamic_update_slice_in_dim(out, f(*blocks), **at)
 
     return lax.fori_loop(0, channels // _CHANNELS, fill, out)
 

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 from fcvit_jax.errors import UserError
 
 # Smaller tensors cost more to gather than they save.
-_MIN_SHARDED_SIZE = 1024
+MIN_SHARDED_SIZE = 1024
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
@@ -58,7 +58,7 @@ def state_shardings(tree, mesh: Mesh):
 
     def sharding(x) -> NamedSharding:
         divisible = [d for d in range(x.ndim) if x.shape[d] % fsdp == 0]
-        if fsdp == 1 or x.size < _MIN_SHARDED_SIZE or not divisible:
+        if fsdp == 1 or x.size < MIN_SHARDED_SIZE or not divisible:
             return NamedSharding(mesh, P())
         largest = max(divisible, key=lambda d: x.shape[d])
         return NamedSharding(mesh, P(*[None] * largest, "fsdp"))

@@ -64,7 +64,7 @@ def summarize(model: FCViT, image_size: int = 224) -> dict[str, Part]:
         if len(module.path) == 1:
             part.shape = out.shape[1:]
             part.parameters += sum(x.size for x in jax.tree.leaves(module.variables["params"]))
-            calls.append((part, module.clone(parent=None, name=None), args))
+            calls.append((part, module.clone(parent=None, name=None), args[:2]))  # drop-path keeps next to nothing
         if isinstance(module, nn.Conv | nn.Dense | DepthwiseConv):
             # Each weight meets one input per output position.
             part.multiply_adds += module.variables["params"]["kernel"].size * math.prod(out.shape[:-1])

@@ -24,7 +24,7 @@ from fcvit_jax.evaluate import evaluate
 from fcvit_jax.hosts import Feed, StopSignal, say
 from fcvit_jax.metrics import MetricsWriter, Progress
 from fcvit_jax.model import FCViT, create_model
-from fcvit_jax.sharding import bytes_per_device, global_batch, make_mesh, state_shardings
+from fcvit_jax.sharding import MIN_SHARDED_SIZE, bytes_per_device, global_batch, make_mesh, state_shardings
 from fcvit_jax.state import TrainState, abstract_state, create_state
 
 
@@ -102,6 +102,7 @@ def train_step(
         # All parts start from the same running statistics, so that their mean is what one large batch gives.
         (loss, batch_stats), grads = jax.tree.map(lambda x: x / accumulate, sums)
 
+    grads = jax.lax.with_sharding_constraint(grads, state_shardings(grads, mesh))
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
@@ -109,10 +110,16 @@ def train_step(
         ema = optim.update_ema(ema, {"params": params, "batch_stats": batch_stats}, ema_decay)
     state = TrainState(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema)
     state = jax.lax.with_sharding_constraint(state, state_shardings(state, mesh))
-    # Stacked: as a chain of additions, hundreds of scalars took XLA 20 s more to compile. Joining vectors first would
-    # save more, but fsdp would have to gather them.
-    grad_norm = jnp.sqrt(jnp.stack([jnp.square(g).sum() for g in jax.tree.leaves(grads)]).sum())
-    return state, {"loss": loss, "grad_norm": grad_norm, "lr": schedule(state.step - 1)}
+    return state, {"loss": loss, "grad_norm": _global_norm(grads), "lr": schedule(state.step - 1)}
+
+
+def _global_norm(grads: Any) -> jax.Array:
+    """The root of the sum of all squares, () float32."""
+    leaves = jax.tree.leaves(grads)
+    # Joined where fsdp keeps them whole, since XLA takes long to compile hundreds of sums.
+    small = jnp.concatenate([jnp.zeros(1), *(g.ravel() for g in leaves if g.size < MIN_SHARDED_SIZE)])
+    large = [g for g in leaves if g.size >= MIN_SHARDED_SIZE]
+    return jnp.sqrt(jnp.stack([jnp.square(g).sum() for g in (small, *large)]).sum())
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:

@@ -514,18 +514,30 @@ def test_batch_statistics_of_groups():
 # Drop-path and dropout.
 
 
-def test_drop_path_rates_rise_linearly():
-    rates = []
+def test_drop_path_rates_rise_linearly_and_every_block_has_its_draw(monkeypatch):
+    seen = {}
+
+    def draw(key, rates, batch_size):
+        seen["rates"] = rates
+        return np.broadcast_to(np.arange(len(rates))[:, None, None], (len(rates), 2, batch_size))
 
     def record(call, args, kwargs, context):
         if isinstance(context.module, model.Block):
-            rates.append(context.module.drop_path_rate)
+            seen[context.module.name] = args[2]
         return call(*args, **kwargs)
 
-    network = create_model("fcvit_tiny", drop_path_rate=0.3)
-    with nn.intercept_methods(record):
-        jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
-    np.testing.assert_allclose(rates, [0.3 * i / 12 for i in range(13)], atol=1e-12)
+    monkeypatch.setattr(model, "drop_path_factors", draw)
+    network = create_model("fcvit_tiny", drop_path_rate=0.3, depths=(1, 2, 0, 1))
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
+    for in_training in (True, False):
+        with nn.intercept_methods(record):
+            jax.eval_shape(functools.partial(network.init, train=in_training), rngs, jnp.zeros((3, 32, 32, 3)))
+        drawn = [seen.pop(f"stages_{block}") for block in ("0_block_0", "1_block_0", "1_block_1", "3_block_0")]
+        if in_training:
+            np.testing.assert_array_equal(drawn, np.broadcast_to(np.arange(4)[:, None, None], (4, 2, 3)))
+            np.testing.assert_allclose(seen.pop("rates"), [0, 0.1, 0.2, 0.3], atol=1e-12)
+        else:
+            assert drawn == [None] * 4 and not seen
 
 
 def test_drop_path_leaves_out_whole_branches_of_single_examples():
@@ -533,17 +545,19 @@ def test_drop_path_leaves_out_whole_branches_of_single_examples():
         functools.partial(model.TokenMixer, kernel_sizes=(3,)),
         functools.partial(model.ChannelMixer, ratio=1),
         layer_scale_init=1.0,
-        drop_path_rate=0.25,
     )
     x = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, 4, 4, 16)), (400, 4, 4, 16))
     variables = quick_jit(lambda: block.init(jax.random.key(1), x, False))()
     apply = quick_jit(block.apply, static_argnums=2)
+    factors = model.drop_path_factors(jax.random.key(2), np.array([0, 0.25, 1]), 400)
+    np.testing.assert_array_equal(factors[0], 1)
+    np.testing.assert_array_equal(factors[2], 0)
     kept = []
     for branch in (1, 2):
         other = {f"layer_scale{3 - branch}": jnp.zeros(16)}  # what remains is x plus this branch
         alone = {"params": variables["params"] | other}
         whole = apply(alone, x, False) - x
-        dropped = apply(alone, x, True, rngs={"dropout": jax.random.key(2)}) - x
+        dropped = apply(alone, x, True, factors[1]) - x
         factor = (dropped * whole).sum((1, 2, 3)) / jnp.square(whole).sum((1, 2, 3))
         np.testing.assert_allclose(dropped, factor[:, None, None, None] * whole, atol=1e-4)
         kept.append(np.asarray(factor > 0.5))
