@@ -1,5 +1,7 @@
 """What a run carries from step to step, and what is saved."""
 
+import functools
+from collections.abc import Iterable
 from typing import Any
 
 import flax.struct
@@ -36,8 +38,24 @@ class TrainState:
         return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def _init(model: FCViT, tx: optax.GradientTransformation, ema: bool, image_size: int, seed: int) -> TrainState:
-    variables = model.init(jax.random.key(seed), jnp.zeros((1, image_size, image_size, 3)))
+@functools.partial(jax.jit, static_argnums=(0, 1))  # traced once, for the shapes and to be compiled
+def _init_first_blocks(model: FCViT, image_size: int, key: jax.Array) -> dict[str, Any]:
+    """As `model.init`, but with no more than one block in each stage."""
+    model = model.clone(depths=tuple(min(depth, 1) for depth in model.depths))
+    return model.init(key, jnp.zeros((1, image_size, image_size, 3)))
+
+
+def _join(model: FCViT, draws: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The model's variables: draw i of `_init_first_blocks` gives block i of each stage, draw 0 also all the rest."""
+    first, *_ = draws = list(draws)
+    params = {name: x for name, x in first["params"].items() if not name.startswith("stages")}
+    for s, depth in enumerate(model.depths):
+        for i in range(depth):
+            params[f"stages_{s}_block_{i}"] = draws[i]["params"][f"stages_{s}_block_0"]
+    return {"params": params, "batch_stats": first["batch_stats"]}
+
+
+def _start(tx: optax.GradientTransformation, ema: bool, variables: dict[str, Any]) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
@@ -51,7 +69,9 @@ def abstract_state(
     model: FCViT, tx: optax.GradientTransformation, mesh: Mesh, *, ema: bool, image_size: int
 ) -> TrainState:
     """The shapes, dtypes and shardings of the training state, as a `TrainState` of `jax.ShapeDtypeStruct`."""
-    shapes = jax.eval_shape(lambda: _init(model, tx, ema, image_size, 0))
+    draw = _init_first_blocks.eval_shape(model, image_size, jax.random.key(0))
+    variables = _join(model, [draw] * max(1, *model.depths))
+    shapes = jax.eval_shape(functools.partial(_start, tx, ema), variables)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state_shardings(shapes, mesh)
     )
@@ -70,9 +90,17 @@ def create_state(
       image_size: height and width of the images in pixels.
       seed: of the initial weights.
     """
+    key = jax.random.key(seed)
+    keys = [key, *(jax.random.fold_in(key, i) for i in range(1, max(model.depths)))]
+    # One program for all of them: XLA takes as long for hundreds of random draws as for the training step. On a CPU,
+    # optimising it takes longer than running it.
+    init = functools.partial(_init_first_blocks, model, image_size)
+    shardings = state_shardings(_init_first_blocks.eval_shape(model, image_size, key), mesh)
+    options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
+    init = jax.jit(init, out_shardings=shardings, compiler_options=options)
+
     abstract = abstract_state(model, tx, mesh, ema=ema, image_size=image_size)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    # It runs once: on a CPU, optimising hundreds of random draws takes longer than making them.
-    options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
-    init = jax.jit(lambda: _init(model, tx, ema, image_size, seed), out_shardings=shardings, compiler_options=options)
-    return init()
+    start = functools.partial(_start, tx, ema)
+    start = jax.jit(start, donate_argnums=0, out_shardings=shardings, compiler_options=options)
+    return start(_join(model, map(init, keys)))

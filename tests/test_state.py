@@ -1,0 +1,43 @@
+"""The training state that a run starts from."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fcvit_jax.model import create_model
+from fcvit_jax.sharding import make_mesh
+from fcvit_jax.state import abstract_state, create_state
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_the_first_state_is_as_the_model_initialises_it_and_blocks_are_drawn_apart():
+    quick = {"dims": (16, 16, 16, 32), "kernel_sizes": (3,), "use_context": False}
+    model = create_model("fcvit_tiny", num_classes=3, depths=(2, 0, 1, 3), **quick)
+    tx, mesh, sizes = optax.adam(1e-3), make_mesh(data=2, fsdp=4), {"ema": True, "image_size": 32}
+    state = create_state(model, tx, mesh, **sizes, seed=7)
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
+    assert jax.tree.map(jnp.shape, state.eval_variables) == jax.tree.map(lambda x: x.shape, variables)
+
+    abstract = abstract_state(model, tx, mesh, **sizes)
+    assert jax.tree.structure(state) == jax.tree.structure(abstract)
+    for x, expected in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+        assert (x.shape, x.dtype, x.sharding) == (expected.shape, expected.dtype, expected.sharding)
+    assert int(state.step) == 0 and all((x == 0).all() for x in jax.tree.leaves(state.opt_state))
+    jax.tree.map(np.testing.assert_array_equal, state.ema, {"params": state.params, "batch_stats": state.batch_stats})
+
+    def drawn(params):
+        """All kernels of a block, in units of their standard deviation."""
+        kernels = [x for path, x in jax.tree.leaves_with_path(params) if path[-1].key == "kernel"]
+        return np.concatenate([np.ravel(x) / np.std(x) for x in kernels])
+
+    for s, depth in enumerate(model.depths):
+        blocks = [drawn(state.params[f"stages_{s}_block_{i}"]) for i in range(depth)]
+        if depth > 1:
+            off_diagonal = np.corrcoef(blocks)[~np.eye(depth, dtype=bool)]
+            assert abs(off_diagonal).max() < 5 / blocks[0].size ** 0.5
+    shallow = model.clone(depths=(1, 0, 1, 1))
+    firsts = jax.jit(lambda: shallow.init(jax.random.key(7), jnp.zeros((1, 32, 32, 3)))["params"])()
+    for name, x in firsts.items():
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params[name], x)
