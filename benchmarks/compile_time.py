@@ -1,10 +1,11 @@
-"""Time how long the training step takes to trace and lower, and to compile: each variant in a process of its own.
+"""Time what a run waits for at its start: the initial weights, and tracing, lowering and compiling the training step.
 
 Example:
   python -m benchmarks.compile_time --batch-size 8 --json compile_time.json
 
-Without the persistent compilation cache, before anything runs. Seconds are of the clock, in brackets of the processor,
-which on a busy machine says more; XLA compiles with several threads.
+Each variant in a process of its own, without the persistent compilation cache. The initial weights are traced,
+compiled and drawn. Seconds are of the clock, in brackets of the processor, which on a busy machine says more; XLA
+compiles with several threads.
 """
 
 import argparse
@@ -32,10 +33,11 @@ def measure(name, args):
         result = run()
         return result, [time.perf_counter() - clock, time.process_time() - processor]
 
+    _, weights = seconds(lambda: jax.block_until_ready(step.create_state()))
     lowered, lower = seconds(step.lower)
     compiled, compile_ = seconds(lowered.compile)
     lines = len(compiled.as_text().splitlines())
-    return {"model": name, "lower": lower, "compile": compile_, "program_lines": lines}, about()
+    return {"model": name, "weights": weights, "lower": lower, "compile": compile_, "program_lines": lines}, about()
 
 
 def main():
@@ -52,16 +54,15 @@ def main():
         args.models, args.image_size = ["fcvit_tiny"], 64
 
     print(f"{args.batch_size} images of {args.image_size} x {args.image_size}, {args.dtype}")
-    print(f"{'model':12}{'trace and lower, s':>20}{'compile, s':>20}{'lines':>10}")
+    print(f"{'model':12}{'initial weights, s':>20}{'trace and lower, s':>20}{'compile, s':>20}{'lines':>10}")
     rows = []
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
         for name in args.models * args.rounds:
             row, machine = processes.submit(measure, name, args).result()
             rows.append(row)
-            cells = "".join(
-                f"{f'{clock:.1f} ({processor:.1f})':>20}" for clock, processor in (row["lower"], row["compile"])
-            )
+            figures = (row["weights"], row["lower"], row["compile"])
+            cells = "".join(f"{f'{clock:.1f} ({processor:.1f})':>20}" for clock, processor in figures)
             print(f"{name:12}{cells}{row['program_lines']:10}", flush=True)
     if args.json:
         with open(args.json, "w") as file:

@@ -51,6 +51,9 @@ class Step:
     def abstract_state(self):
         return abstract_state(self.model, self.tx, self.mesh, ema=False, image_size=self.image_size)
 
+    def create_state(self):
+        return create_state(self.model, self.tx, self.mesh, ema=False, image_size=self.image_size, seed=0)
+
     def lower(self):
         rows = batch_sharding(self.mesh)
         batch = {name: jax.ShapeDtypeStruct(*shape, sharding=rows) for name, shape in self.batch_shapes.items()}
@@ -58,7 +61,7 @@ class Step:
 
     def runner(self, compiled):
         """A function that takes one step, from a state of its own, and waits for it."""
-        state = create_state(self.model, self.tx, self.mesh, ema=False, image_size=self.image_size, seed=0)
+        state = self.create_state()
         rng, key = np.random.default_rng(0), jax.random.key(0)
         batch = {name: rng.integers(0, 256, shape, dtype) for name, (shape, dtype) in self.batch_shapes.items()}
         batch = jax.device_put(batch, batch_sharding(self.mesh))

@@ -102,6 +102,7 @@ def train_step(
         # All parts start from the same running statistics, so that their mean is what one large batch gives.
         (loss, batch_stats), grads = jax.tree.map(lambda x: x / accumulate, sums)
 
+    # As the state they go into; else fsdp gathers them once more for their norm.
     grads = jax.lax.with_sharding_constraint(grads, state_shardings(grads, mesh))
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
