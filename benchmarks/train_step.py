@@ -57,7 +57,7 @@ def jax_contestants(name, args):
     step = Step(name, args.batch_size, args.image_size, args.dtype, make_mesh(data=1))
     compiled_step = step.lower().compile()
     images = jnp.asarray(normal_images(args))
-    variables = jax.jit(lambda: step.model.init(jax.random.key(0), images[:1]))()
+    variables = step.create_state().eval_variables
     forward = jax.jit(step.model.apply).lower(variables, images).compile()
     return {
         "forward": (lambda: jax.block_until_ready(forward(variables, images)), program_mib(forward)),

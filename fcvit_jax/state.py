@@ -1,7 +1,7 @@
 """What a run carries from step to step, and what is saved."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -45,14 +45,13 @@ def _init_first_blocks(model: FCViT, image_size: int, key: jax.Array) -> dict[st
     return model.init(key, jnp.zeros((1, image_size, image_size, 3)))
 
 
-def _join(model: FCViT, draws: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def _join(model: FCViT, draws: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The model's variables: draw i of `_init_first_blocks` gives block i of each stage, draw 0 also all the rest."""
-    first, *_ = draws = list(draws)
-    params = {name: x for name, x in first["params"].items() if not name.startswith("stages")}
+    params = {name: x for name, x in draws[0]["params"].items() if not name.startswith("stages")}
     for s, depth in enumerate(model.depths):
         for i in range(depth):
             params[f"stages_{s}_block_{i}"] = draws[i]["params"][f"stages_{s}_block_0"]
-    return {"params": params, "batch_stats": first["batch_stats"]}
+    return {"params": params, "batch_stats": draws[0]["batch_stats"]}
 
 
 def _start(tx: optax.GradientTransformation, ema: bool, variables: dict[str, Any]) -> TrainState:
@@ -103,4 +102,4 @@ def create_state(
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     start = functools.partial(_start, tx, ema)
     start = jax.jit(start, donate_argnums=0, out_shardings=shardings, compiler_options=options)
-    return start(_join(model, map(init, keys)))
+    return start(_join(model, [init(key) for key in keys]))
