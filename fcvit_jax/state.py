@@ -91,15 +91,13 @@ def create_state(
     """
     key = jax.random.key(seed)
     keys = [key, *(jax.random.fold_in(key, i) for i in range(1, max(model.depths)))]
-    # One program for all of them: XLA takes as long for hundreds of random draws as for the training step. On a CPU,
-    # optimising it takes longer than running it.
-    init = functools.partial(_init_first_blocks, model, image_size)
-    shardings = state_shardings(_init_first_blocks.eval_shape(model, image_size, key), mesh)
-    options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
-    init = jax.jit(init, out_shardings=shardings, compiler_options=options)
-
+    draw = _init_first_blocks.eval_shape(model, image_size, key)
     abstract = abstract_state(model, tx, mesh, ema=ema, image_size=image_size)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    start = functools.partial(_start, tx, ema)
-    start = jax.jit(start, donate_argnums=0, out_shardings=shardings, compiler_options=options)
-    return start(_join(model, [init(key) for key in keys]))
+    # One program for all draws: XLA takes as long for hundreds of them as for the training step. On a CPU, optimising
+    # it takes longer than running it.
+    options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
+    jit = functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=options)
+    init = jit(_init_first_blocks, out_shardings=state_shardings(draw, mesh))
+    start = jit(_start, out_shardings=shardings, donate_argnums=2)
+    return start(tx, ema, _join(model, [init(model, image_size, key) for key in keys]))
