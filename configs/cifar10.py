@@ -13,7 +13,7 @@ def get_config():
     config.data.update(dataset="folder:cifar10", batch_size=128, image_size=64)
     config.data.update(crop_scale=(0.4, 1.0), rand_augment=(), crop_pct=1.0)
     config.mixing.update(mixup_alpha=0.0, cutmix_alpha=0.0, erase_prob=0.0)
-    config.optim.update(lr=2e-3, lr_batch_size=None, warmup_epochs=1, cooldown_epochs=0, per_step=True)
+    config.optim.update(lr=2e-3, lr_batch_size=0, warmup_epochs=1, cooldown_epochs=0, per_step=True)
     config.train.update(epochs=20, log_every=50)
     with config.unlocked():
         config.model.update(name="fcvit_tiny", num_classes=10, drop_path_rate=0.0, dtype="float32")

@@ -12,7 +12,7 @@ def get_config():
     config.data.update(dataset="digits", batch_size=64, image_size=32, workers=0)
     config.data.update(crop_scale=(0.5, 1.0), flip=0.0, rand_augment=(), crop_pct=1.0)
     config.mixing.update(mixup_alpha=0.0, cutmix_alpha=0.0, erase_prob=0.1)
-    config.optim.update(lr=3e-3, lr_batch_size=None, warmup_epochs=2, cooldown_epochs=0)
+    config.optim.update(lr=3e-3, lr_batch_size=0, warmup_epochs=2, cooldown_epochs=0)
     config.train.update(epochs=40, eval_every=5)
     with config.unlocked():
         config.model.update(name="fcvit_tiny", num_classes=10, drop_path_rate=0.0, bn_group_size=64, dtype="float32")

@@ -13,7 +13,7 @@ def get_config():
     config.model.num_classes = 37
     config.data.update(dataset="oxford_iiit_pet", eval_split="test", batch_size=128, crop_scale=(0.35, 1.0))
     config.mixing.update(mixup_alpha=0.1, erase_prob=0.0)
-    config.optim.update(lr=1e-4, lr_batch_size=None, head_lr_multiplier=10.0)
+    config.optim.update(lr=1e-4, lr_batch_size=0, head_lr_multiplier=10.0)
     config.optim.update(warmup_epochs=2, cooldown_epochs=0, per_step=True)
     config.train.epochs = 30
     return config

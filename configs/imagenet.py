@@ -22,9 +22,7 @@ def get_config() -> ConfigDict:
     model.name = "fcvit_s12"
     model.num_classes = 1000
     model.drop_path_rate = 0.1
-    model.bn_group_size = config_dict.FieldReference(
-        128, required=False
-    )  # images that share batch statistics; None: all
+    model.bn_group_size = 128  # images that share batch statistics; 0: all
     model.remat = False  # recompute blocks in the backward pass: less memory, more time
     model.dtype = "bfloat16"  # of computation; parameters, statistics, softmax and loss are float32
 
@@ -54,7 +52,7 @@ def get_config() -> ConfigDict:
 
     optim = config.optim = ConfigDict()
     optim.lr = 1e-3  # for lr_batch_size images an update; scaled linearly with data.batch_size
-    optim.lr_batch_size = 1024  # None: no scaling
+    optim.lr_batch_size = 1024  # 0: no scaling
     optim.weight_decay = 0.05
     optim.b1 = 0.9
     optim.b2 = 0.999
@@ -64,7 +62,7 @@ def get_config() -> ConfigDict:
     optim.min_lr = 1e-6
     optim.cooldown_epochs = 10  # at min_lr, after train.epochs
     optim.per_step = False  # change the rate every step rather than every epoch
-    optim.clip_norm = config_dict.placeholder(float)  # of the gradients; None: off
+    optim.clip_norm = 0.0  # of the gradients; 0: off
     optim.head_lr_multiplier = 1.0
 
     train = config.train = ConfigDict()

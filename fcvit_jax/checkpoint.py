@@ -176,7 +176,8 @@ class Checkpointer:
             return restored if steps else None
         raise UserError(
             "\n".join(found) + "\nNone of this run's checkpoints can be read. Nothing was changed: "
-            "restore them from a copy, or choose another --workdir to start afresh."
+            "restore them from a copy, or choose another --workdir to start afresh.\nIf the config was changed: what a "
+            "checkpoint holds depends on model, train.ema_decay and optim.head_lr_multiplier; take such a change back."
         )
 
     def _restore_step(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -64,6 +65,7 @@ def say(text: str) -> None:
     """Prints a line on the first host, above a progress bar if there is one."""
     if jax.process_index() == 0:
         tqdm.write(text)
+        sys.stdout.flush()  # into a file too, where nobody would see it for hours, and a killed run would lose it
 
 
 class StopSignal:

@@ -115,12 +115,12 @@ def make_optimizer(
       epochs: epochs until the cosine ends; the run is `cooldown_epochs` longer.
       batch_size: images in an update, over all devices.
       lr: learning rate at the top of the schedule, for `lr_batch_size` images.
-      lr_batch_size: the rate used is lr * batch_size / lr_batch_size; None: lr itself.
+      lr_batch_size: the rate used is lr * batch_size / lr_batch_size; None or 0: lr itself.
       weight_decay: share of a weight, times the rate, that an update takes off.
       b1, b2: decay of the first and second moments.
       eps: added to the root of the second moment.
       warmup_epochs, warmup_lr, min_lr, cooldown_epochs, per_step: as in `make_schedule`; rates are used as given.
-      clip_norm: the largest global norm of the gradients; None: no clipping.
+      clip_norm: the largest global norm of the gradients; None or 0: no clipping.
       head_lr_multiplier: factor on the updates, decay included, of the parameters under "head".
 
     Returns:
@@ -131,12 +131,10 @@ def make_optimizer(
     """
     _check_at_least(1, batch_size=batch_size)
     _check_at_least(0, lr=lr, weight_decay=weight_decay, b1=b1, b2=b2, eps=eps, head_lr_multiplier=head_lr_multiplier)
+    _check_at_least(0, lr_batch_size=lr_batch_size or 0, clip_norm=clip_norm or 0)
     for name, value in {"b1": b1, "b2": b2}.items():
         if value >= 1:
             raise UserError(f"optim: {name}={value} must be less than 1.")
-    for name, value in {"lr_batch_size": lr_batch_size, "clip_norm": clip_norm}.items():
-        if value is not None and not value > 0:
-            raise UserError(f"optim: {name}={value} must be positive, or None to switch it off.")
     for name, value in {"warmup_lr": warmup_lr, "min_lr": min_lr}.items():
         if value > lr:
             raise UserError(f"optim: {name}={value} is above lr={lr}; lower it.")
@@ -145,17 +143,19 @@ def make_optimizer(
     schedule = make_schedule(
         base_lr, steps_per_epoch, epochs, warmup_epochs, warmup_lr, min_lr, cooldown_epochs, per_step
     )
-    parts = [optax.adamw(schedule, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask)]
-    if clip_norm is not None:
-        parts.insert(0, optax.clip_by_global_norm(clip_norm))
+    parts = [
+        # The same state with clipping and without, so that a run may go on with it.
+        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
+        optax.adamw(schedule, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask),
+    ]
     if head_lr_multiplier != 1:
         parts.append(optax.masked(optax.scale(head_lr_multiplier), _in_head))
     return optax.chain(*parts), schedule
 
 
 def scale_lr(lr: float, lr_batch_size: int | None, batch_size: int) -> float:
-    """The rate `lr`, given for `lr_batch_size` images an update (None: for any number), for `batch_size` images."""
-    return lr if lr_batch_size is None else lr * batch_size / lr_batch_size
+    """The rate `lr`, given for `lr_batch_size` images an update (None or 0: for any), for `batch_size` images."""
+    return lr * batch_size / lr_batch_size if lr_batch_size else lr
 
 
 def decay_mask(params: Any) -> Any:

@@ -329,8 +329,8 @@ def _what_runs_where(data: Data, mesh: Mesh, model: FCViT, abstract: TrainState,
 
 def _learning_rate(data: Data, schedule: optax.Schedule, total: int, lr: float, lr_batch_size: int | None) -> str:
     base = optim.scale_lr(lr, lr_batch_size, data.batch_size)
-    scaled = "" if lr_batch_size is None else f" (optim.lr {lr:.3g} x batch {data.batch_size} / {lr_batch_size})"
-    highest = max(float(schedule(step)) for step in range(0, total, data.steps_per_epoch))
+    scaled = f" (optim.lr {lr:.3g} x batch {data.batch_size} / {lr_batch_size})" if lr_batch_size else ""
+    highest = max(float(schedule(step)) for step in (*range(0, total, data.steps_per_epoch), total - 1))
     return f"learning rate {base:.3g}{scaled}, at most {highest:.3g} in this run"
 
 

@@ -33,6 +33,14 @@ def test_a_signal_is_noticed_by_the_next_poll():
         assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_what_is_said_is_in_the_log_of_a_run_that_is_killed(tmp_path):
+    code = "from fcvit_jax.hosts import say; import os; say('step 50'); os.kill(os.getpid(), 9)"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with (tmp_path / "log").open("w") as log:
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, stdout=log)
+    assert (tmp_path / "log").read_text() == "step 50\n"
+
+
 def test_without_the_main_thread_there_are_no_handlers():
     polled = []
 
