@@ -13,7 +13,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; a run that it holds is continued.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "eval: evaluate a checkpoint of the run.")
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "checkpoints", "For eval: checkpoints (newest), checkpoints/STEP or best."
+    "checkpoint", None, "For --mode=eval: checkpoints (the newest, and the default), checkpoints/STEP or best."
 )
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where the environment does not tell.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes take part; with --coordinator.")
@@ -24,6 +24,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
+    if _MODE.value == "train" and _CHECKPOINT.value:
+        raise app.UsageError("--checkpoint goes with --mode=eval: a run goes on from its newest checkpoint")
     try:
         # Grain's workers import this file again, and need none of this.
         from fcvit_jax.checkpoint import quieten
@@ -39,7 +41,7 @@ def main(argv: list[str]) -> None:
         if _MODE.value == "train":
             train_and_evaluate(_CONFIG.value, _WORKDIR.value)
         else:
-            evaluate_checkpoint(_CONFIG.value, _WORKDIR.value, _CHECKPOINT.value)
+            evaluate_checkpoint(_CONFIG.value, _WORKDIR.value, _CHECKPOINT.value or "checkpoints")
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

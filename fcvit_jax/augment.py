@@ -68,6 +68,28 @@ def train_transform(
     return np.asarray(image)
 
 
+def check_augmentation(*, crop_scale, crop_ratio, flip, rand_augment):
+    """Check arguments of `train_transform` before any image is read.
+
+    Raises:
+      UserError: one is out of its range; names it.
+    """
+
+    def is_range(pair, most):
+        return len(pair) == 2 and 0 < pair[0] <= pair[1] <= most
+
+    ops = rand_augment or (1, 0, 0)
+    are_ops = len(ops) == 3 and ops[0] == int(ops[0]) >= 1 and min(ops) >= 0
+    for name, value, good, wanted in (
+        ("crop_scale", crop_scale, is_range(crop_scale, 1), "the smallest and the largest share of the area"),
+        ("crop_ratio", crop_ratio, is_range(crop_ratio, math.inf), "the smallest and the largest ratio"),
+        ("flip", flip, 0 <= flip <= 1, "a probability"),
+        ("rand_augment", rand_augment, are_ops, "a number of operations, their magnitude and its deviation, or ()"),
+    ):
+        if not good:
+            raise UserError(f"data.{name} is {value}: it must be {wanted}")
+
+
 def eval_transform(encoded, image_size=224, crop_pct=0.9):
     """Decode one image, resize its shorter side to image_size / crop_pct (bicubic) and crop the centre.
 

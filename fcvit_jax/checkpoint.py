@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import re
 import shutil
 import sys
 import tempfile
@@ -63,9 +64,16 @@ def _weighted_sum(x: jax.Array) -> jax.Array:
 
 def _checksums(items: dict[str, Any], metadata: dict[str, Any]) -> dict[str, int]:
     """Checksums of what is saved; without them a flipped bit in a tensor would be read as a good one."""
-    # An array at a time: as one program, thousands of them take a minute to compile.
-    sums = {name: jax.device_get([_weighted_sum(x) for x in jax.tree.leaves(item)]) for name, item in items.items()}
-    checksums = {name: zlib.crc32(np.array(values, np.uint32)) for name, values in sums.items()}
+    sums = {name: [] for name in items}
+    for name, item in items.items():
+        for x in jax.tree.leaves(
+            item
+        ):  # an array at a time: as one program, thousands of them take a minute to compile
+            sums[name].append(_weighted_sum(x))
+            # Of several sums over split arrays under way, processes on CPUs may each wait for another one for ever.
+            if not getattr(x, "is_fully_replicated", True):
+                jax.block_until_ready(sums[name][-1])
+    checksums = {name: zlib.crc32(np.array(jax.device_get(values), np.uint32)) for name, values in sums.items()}
     return checksums | {"metadata": zlib.crc32(json.dumps(metadata, sort_keys=True).encode())}
 
 
@@ -116,7 +124,7 @@ class Checkpointer:
         for name, value in {"keep": keep, "save_every": save_every}.items():
             if value < 1:
                 raise UserError(f"checkpoint.{name}={value} must be at least 1.")
-        workdir = Path(workdir).absolute()
+        workdir = local_path(workdir)
         self.save_every = save_every
         self.directory = workdir / "checkpoints"
         with _explained(f"write in {workdir}", "Choose another --workdir, or mend this one."):
@@ -146,8 +154,8 @@ class Checkpointer:
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """Restores the newest checkpoint that can be read, and says what was damaged or unfinished.
 
-        Damaged checkpoints newer than that one are moved to `<workdir>/damaged/`; what is left of unfinished saves is
-        deleted.
+        What is newer than that one, damaged checkpoints and a best of steps that are done anew, is moved to
+        `<workdir>/set_aside/`; what is left of unfinished saves is deleted.
 
         Args:
           abstract: shapes, dtypes and shardings of the state, as `state.abstract_state` gives them; the mesh need not
@@ -172,7 +180,7 @@ class Checkpointer:
                 break
             found.append(f"checkpoint {self.directory / str(step)} cannot be read: {reason or 'another host failed'}")
         if len(found) < len(steps) or not steps:
-            self._tidy(dict(zip(steps, found, strict=False)))
+            self._tidy(dict(zip(steps, found, strict=False)), int(restored[0].step) if steps else 0)
             return restored if steps else None
         raise UserError(
             "\n".join(found) + "\nNone of this run's checkpoints can be read. Nothing was changed: "
@@ -188,14 +196,19 @@ class Checkpointer:
         state = TrainState(**restored["variables"], **restored["optimizer"], ema=restored.get("ema"))
         return state, restored["metadata"]
 
-    def _tidy(self, damaged: dict[int, str]) -> None:
-        """Sets damaged steps aside, and deletes what is left of saves that were killed."""
+    def _tidy(self, damaged: dict[int, str], step: int) -> None:
+        """Sets aside what is newer than a step, and deletes what is left of saves that were killed."""
         if jax.process_index() == 0:
-            for step, reason in damaged.items():
-                aside = self.directory.parent / "damaged"
+            newer = {self.directory / str(number): reason for number, reason in damaged.items()}
+            for number in self._best.all_steps():
+                if number > step:
+                    path = self.directory.parent / "best" / str(number)
+                    newer[path] = f"{path} is newer than step {step}, from which the run goes on"
+            for path, reason in newer.items():
+                aside = self.directory.parent / "set_aside"
                 aside.mkdir(exist_ok=True)
-                # Onto a new empty folder, since the same step may have been damaged before.
-                (self.directory / str(step)).rename(tempfile.mkdtemp(prefix=f"{step}-", dir=aside))
+                # Onto a new empty folder, since the same step may have been set aside before.
+                path.rename(tempfile.mkdtemp(prefix=f"{path.name}-", dir=aside))
                 say(f"{reason}; moved to {aside}")
             for unfinished in self.directory.parent.glob("*/*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished)
@@ -203,6 +216,11 @@ class Checkpointer:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoints tidied")
         self._latest.reload()
+        self._best.reload()
+
+    def has_best(self, step: int) -> bool:
+        """Whether the best that is kept is of this step."""
+        return step in self._best.all_steps()
 
     def newest(self) -> str:
         """Says which checkpoint is the newest, once saves in progress are done."""
@@ -234,6 +252,17 @@ class Checkpointer:
                 manager.close()
 
 
+def local_path(path: str | Path) -> Path:
+    """The absolute path, with ~ expanded.
+
+    Raises:
+      UserError: it is an address, such as gs://...
+    """
+    if re.match(r"\w\w+:/", str(path)):  # a Path has one slash of the two
+        raise UserError(f"{path} must be a path: mount the bucket, with gcsfuse say, and give its folder.")
+    return Path(path).expanduser().absolute()
+
+
 def find_step(path: str | Path) -> Path:
     """Finds the folder of one checkpoint.
 
@@ -243,20 +272,21 @@ def find_step(path: str | Path) -> Path:
     Raises:
       UserError: there is none.
     """
-    path = Path(path).expanduser().absolute()
+    path = local_path(path)
     if not path.is_dir():
         raise UserError(f"No checkpoint at {path}: there is no such folder.")
     if (path / "variables").is_dir():
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = sorted((p for p in folder.iterdir() if p.name.isdigit() and (p / "variables").is_dir()), key=_step_number)
+    steps = [p for p in folder.iterdir() if p.name.isdigit() and (p / "variables").is_dir()]
     if not steps:
         raise UserError(f"No checkpoint in {folder}: give a run's folder, its checkpoints or best folder, or one step.")
-    return steps[-1]
+    return max(steps, key=lambda p: int(p.name))
 
 
-def _step_number(path: Path) -> int:
-    return int(path.name)
+def holds_averages(step: Path) -> bool:
+    """Whether one step's folder holds the exponential moving averages, which evaluation then uses."""
+    return (step / "ema").is_dir()
 
 
 def load_variables(path: str | Path, *, ema: bool = False) -> dict[str, Any]:
@@ -316,7 +346,7 @@ def save_variables(path: str | Path, variables: dict[str, Any], metadata: dict[s
     Raises:
       UserError: the folder holds a checkpoint already, or cannot be written.
     """
-    path = Path(path).expanduser().absolute()
+    path = local_path(path)
     if path.is_dir() and any(path.iterdir()):
         raise UserError(f"{path} is not empty: choose another folder.")
     with _explained(f"write {path}", "Is the disk full, or the folder not yours?"), _manager(path) as manager:

@@ -4,6 +4,7 @@ import difflib
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fcvit_jax import mixing, optim
-from fcvit_jax.checkpoint import Checkpointer
+from fcvit_jax.checkpoint import Checkpointer, local_path
 from fcvit_jax.data import Data, open_dataset
 from fcvit_jax.errors import UserError
 from fcvit_jax.hosts import say
@@ -72,6 +73,8 @@ def check_config(config: ConfigDict) -> None:
             for name, value in config.train.items()
             if name in ("steps", "epochs", "log_every", "eval_every", "accumulate") and value is not None and value < 1
         ]
+        if config.train.ema_decay is not None and not 0 <= config.train.ema_decay < 1:
+            faults.append(f"train.ema_decay={config.train.ema_decay} must be at least 0 and less than 1.")
     if faults:
         raise UserError("\n".join(faults))
 
@@ -110,7 +113,7 @@ def check_sizes(data: Data, mesh: Mesh, model: FCViT, accumulate: int) -> None:
     if group and part % group:
         raise UserError(
             f"A batch of {part} images (data.batch_size={data.batch_size}, train.accumulate={accumulate}) is not a "
-            f"multiple of model.bn_group_size={group}: choose one that is, or 0 for the whole batch."
+            f"multiple of model.bn_group_size={group}: choose one that is, or 0 for all {part}."
         )
 
 
@@ -123,9 +126,7 @@ def check_workdir(config: ConfigDict, workdir: str | Path) -> Path:
     Raises:
       UserError: the folder holds a run of another config, or is no local path.
     """
-    if "://" in str(workdir):
-        raise UserError(f"--workdir={workdir} must be a path: mount the bucket, with gcsfuse say, and give its folder.")
-    workdir = Path(workdir).expanduser().absolute()
+    workdir = local_path(workdir)
     path = workdir / "config.json"
     if not path.exists():
         return workdir
@@ -146,6 +147,27 @@ def check_workdir(config: ConfigDict, workdir: str | Path) -> Path:
     return workdir
 
 
+def check_data(config: ConfigDict, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Compares what checkpoints say of the dataset ("class_names" and "num_train"): of a run, and of its new start.
+
+    Raises:
+      UserError: they differ, so that labels, order or epochs would, and `resume_with_changes` is off.
+    """
+    names = zip_longest(old["class_names"], new["class_names"])
+    lines = [f"  class {i}: {a} -> {b}" for i, (a, b) in enumerate(names) if a != b]
+    if lines[10:]:
+        lines[10:] = [f"  and {len(lines) - 10} classes more"]
+    if old["num_train"] != new["num_train"]:
+        lines.append(f"  training images: {old['num_train']:,} -> {new['num_train']:,}")
+    if lines and not config.resume_with_changes:
+        raise UserError(
+            "\n".join(["The data are not those that this run was trained on:", *lines])
+            + "\nRestore them, choose another --workdir, or go on with these: --config.resume_with_changes=True"
+        )
+    if lines:
+        say("\n".join(["going on with other data:", *lines]))
+
+
 def write_config(config: ConfigDict, workdir: Path) -> None:
     """Writes `<workdir>/config.json`, whole or not at all; the first host alone does.
 
@@ -157,7 +179,7 @@ def write_config(config: ConfigDict, workdir: Path) -> None:
     unfinished = workdir / "config.json.tmp"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+        unfinished.write_text(config.to_json(indent=2) + "\n")
         unfinished.replace(workdir / "config.json")
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}.") from error

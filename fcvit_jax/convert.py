@@ -385,6 +385,7 @@ def _write(dest: Path, write: Callable[[BinaryIO], None]) -> None:
 
 def _read(path: Path, ema: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Weights, by the original's names or by our paths, and what the file says of itself."""
+    path = path.expanduser()
     if path.is_dir():
         from fcvit_jax import checkpoint
 
@@ -436,7 +437,7 @@ def _read_torch(path: Path, ema: bool) -> dict[str, np.ndarray]:
     for name, x in state_dict.items():
         if not isinstance(x, torch.Tensor):
             raise UserError(f"{path}: {name} is a {type(x).__name__}, not a tensor.")
-        arrays[name.removeprefix("module.")] = (x.float() if x.is_floating_point() else x).numpy()
+        arrays[name.removeprefix("module.")] = (x.detach().float() if x.is_floating_point() else x).numpy()
     return arrays
 
 

@@ -1,4 +1,4 @@
-"""What XLA and the C library must be told to be fast on CPUs; other devices are not affected."""
+"""What XLA and the C library must be told to be fast on CPUs."""
 
 import ctypes
 import os
@@ -13,7 +13,7 @@ def tune_cpu() -> None:
     """Lets XLA use 512-bit vectors and keep its memory from step to step; call before anything touches a device.
 
     A vector width in XLA_FLAGS is kept. Programs then run in the thread that calls them: `jax.jit` returns when a
-    single CPU device is done. Memory once used stays with the process.
+    single CPU device is done. Memory once used stays with the process, on a host of GPUs or TPUs too.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if "--xla_cpu_prefer_vector_width" not in flags:

@@ -90,7 +90,8 @@ def open_dataset(
       crop_scale, crop_ratio, flip, rand_augment: see `augment.train_transform`.
 
     Raises:
-      UserError: the dataset is unknown, not prepared, or not made of images and labels; the message says what to do.
+      UserError: a value is out of its range; or the dataset is unknown, not prepared, or not made of images and labels;
+        the message says what to do.
 
     Example:
       data = open_dataset(dataset="digits", batch_size=128, image_size=32, rand_augment=None)
@@ -106,6 +107,8 @@ def open_dataset(
         if value < least:
             raise UserError(f"data.{name} is {value}: it must be at least {least}")
     augment.eval_geometry(image_size, image_size, image_size, crop_pct)  # refuses a crop_pct out of range
+    augmentation = dict(crop_scale=crop_scale, crop_ratio=crop_ratio, flip=flip, rand_augment=rand_augment)
+    augment.check_augmentation(**augmentation)
 
     if dataset == "synthetic":
         train, evaluation, class_names = None, None, tuple(f"class {i}" for i in range(1000))
@@ -133,7 +136,7 @@ def open_dataset(
         workers=max(1, available_cores() - 1) if workers == -1 else workers,
         prefetch=prefetch,
         crop_pct=crop_pct,
-        augmentation=dict(crop_scale=crop_scale, crop_ratio=crop_ratio, flip=flip, rand_augment=rand_augment),
+        augmentation=augmentation,
     )
 
 

@@ -7,6 +7,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from fcvit_jax.errors import UserError
+
 
 class Digits(tfds.core.GeneratorBasedBuilder):
     """8x8 grey PNG images of ten classes: every sixth for validation (299), the others for training (1,498)."""
@@ -53,6 +55,9 @@ def prepare(data_dir):
       data_dir: folder of TFDS data (str); the records go to `digits/1.0.0` in it.
 
     Several processes may call this at once: each writes a folder of its own, and the first to finish renames it.
+
+    Raises:
+      UserError: the folder cannot be written.
     """
     builder = Digits(data_dir=data_dir, file_format="array_record")
     if builder.data_path.exists():  # written elsewhere and renamed: it exists when it is complete
@@ -62,7 +67,7 @@ def prepare(data_dir):
     try:
         with contextlib.redirect_stdout(None):  # TFDS would speak of a download
             builder.download_and_prepare()
-    except OSError:
+    except OSError as error:
         if not builder.data_path.exists():  # else another process was faster
-            raise
+            raise UserError(f"data.data_dir={data_dir} cannot be written: {error.strerror}") from error
     return Digits(data_dir=data_dir, file_format="array_record")

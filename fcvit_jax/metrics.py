@@ -118,10 +118,16 @@ class Progress:
         yield
         self._wait += time.perf_counter() - start
 
-    def update(self, step: int, metrics: dict[str, float]) -> None:
-        """Notes a finished step; every `log_every` steps writes its metrics and the rates since the last time."""
+    def update(self, step: int, metrics: dict[str, float], done: float | None = None) -> None:
+        """Notes a finished step; every `log_every` steps writes its metrics and the rates since the last time.
+
+        Args:
+          step: updates done by then.
+          metrics: of that step.
+          done: when it was finished, by `time.perf_counter`; None: just now.
+        """
         self._bar.update()
-        now = time.perf_counter()
+        now = time.perf_counter() if done is None else done
         if self._start is None:  # the first step of a leg compiles, or refills the loader
             self._start, self._since, self._wait = now, step, 0.0
         if step % self._log_every and step != self._total:

@@ -1,6 +1,7 @@
 """FCViT, the network: its parts, its variants and two ways to use it; docs/model.md says exactly what is computed."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ def standardize(x: jax.Array) -> jax.Array:
     """
     axes = tuple(range(1, x.ndim))
     centred = x - x.mean(axes, keepdims=True)
-    variance = jnp.square(centred).sum(axes, keepdims=True) / (x[0].size - 1)
+    variance = jnp.square(centred).sum(axes, keepdims=True) / (math.prod(x.shape[1:]) - 1)
     # Two wheres: sqrt has an infinite slope at 0, and infinity times the outer where's 0 would be NaN.
     std = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)
     return centred / (std + 1e-5)
@@ -538,6 +539,9 @@ def _options(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     ours = name.replace("fcvit_b", "fcvit_s")
     if ours not in VARIANTS:
         raise UserError(f"Unknown model {name!r}: choose from {', '.join(VARIANTS)}.")
+    for key in ("dropout_rate", "drop_path_rate"):
+        if not 0 <= overrides.get(key, 0) < 1:
+            raise UserError(f"model.{key}={overrides[key]} must be at least 0 and less than 1.")
     # JSON and command lines give lists, with which a module could not be hashed.
     return VARIANTS[ours] | {key: tuple(x) if isinstance(x, list) else x for key, x in overrides.items()}
 
@@ -555,7 +559,7 @@ def create_model(name: str, num_classes: int = 1000, **overrides) -> FCViT:
       **overrides: attributes of `FCViT`.
 
     Raises:
-      UserError: the name is unknown.
+      UserError: the name is unknown, or a rate is no probability below 1.
     """
     return FCViT(num_classes=num_classes, **_options(name, overrides))
 
@@ -570,6 +574,6 @@ def create_backbone(name: str, **overrides) -> Backbone:
         c2, c3, c4, c5 = backbone.apply(variables, images)               # strides 4, 8, 16, 32
 
     Raises:
-      UserError: the name is unknown.
+      UserError: the name is unknown, or a rate is no probability below 1.
     """
     return Backbone(**_options(name, overrides))

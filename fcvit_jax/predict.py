@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fcvit_jax.augment import eval_transform
-from fcvit_jax.checkpoint import find_step, load_metadata, load_variables
+from fcvit_jax.checkpoint import find_step, holds_averages, load_metadata, load_variables, local_path
 from fcvit_jax.errors import UserError
 from fcvit_jax.mixing import normalize
 from fcvit_jax.model import FCViT, create_model
@@ -40,14 +40,14 @@ def load(checkpoint: str | Path) -> tuple[FCViT, dict[str, Any], dict[str, Any]]
     Raises:
       UserError: there is no checkpoint, it cannot be read, or it holds another network.
     """
-    path = Path(checkpoint).expanduser()
+    path = local_path(checkpoint)
     if path.is_file():
         raise UserError(
             f"{path} is a file, a checkpoint a folder: python -m fcvit_jax.convert {path} FOLDER makes one of weights."
         )
     step = find_step(path)
     metadata = load_metadata(step)
-    variables = load_variables(step, ema=(step / "ema").is_dir())
+    variables = load_variables(step, ema=holds_averages(step))
     try:
         model = create_model(**metadata["model"])
     except (KeyError, TypeError) as error:
@@ -99,7 +99,7 @@ def _find_images(paths: Iterable[Path]) -> list[Path]:
     found = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            inside = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in IMAGE_SUFFIXES)
             if not inside:
                 raise UserError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
             found += inside

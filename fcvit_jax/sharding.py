@@ -41,6 +41,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def part_sharding(mesh: Mesh) -> NamedSharding:
+    """Splits the second axis of the parts of a batch (parts, b, ...) over all devices."""
+    return NamedSharding(mesh, P(None, ("data", "fsdp")))
+
+
 def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Makes the global batch from this host's rows (b, ...) of it."""
     return jax.make_array_from_process_local_data(batch_sharding(mesh), batch)

@@ -23,7 +23,7 @@ class TrainState:
       params: parameters of the model.
       batch_stats: running statistics of its BatchNorm layers.
       opt_state: state of the optimiser.
-      ema: {"params": ..., "batch_stats": ...}, the exponential moving averages, or None where EMA is off.
+      ema: {"params": ..., "batch_stats": ...}, the exponential moving averages, float32, or None where EMA is off.
     """
 
     step: jax.Array
@@ -60,7 +60,7 @@ def _start(tx: optax.GradientTransformation, ema: bool, variables: dict[str, Any
         params=variables["params"],
         batch_stats=variables["batch_stats"],
         opt_state=tx.init(variables["params"]),
-        ema=jax.tree.map(jnp.copy, variables) if ema else None,
+        ema=jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), variables) if ema else None,
     )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -15,8 +16,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fcvit_jax import mixing, optim
-from fcvit_jax.checkpoint import Checkpointer, find_step
-from fcvit_jax.config import check_config, check_sizes, check_workdir, write_config
+from fcvit_jax.checkpoint import Checkpointer, find_step, holds_averages, load_metadata, local_path
+from fcvit_jax.config import check_config, check_data, check_sizes, check_workdir, write_config
 from fcvit_jax.convert import load_pretrained
 from fcvit_jax.data import Data, eval_batches, open_dataset, train_batches
 from fcvit_jax.errors import UserError
@@ -24,8 +25,17 @@ from fcvit_jax.evaluate import evaluate
 from fcvit_jax.hosts import Feed, StopSignal, say
 from fcvit_jax.metrics import MetricsWriter, Progress
 from fcvit_jax.model import FCViT, create_model
-from fcvit_jax.sharding import MIN_SHARDED_SIZE, bytes_per_device, global_batch, make_mesh, state_shardings
+from fcvit_jax.sharding import (
+    MIN_SHARDED_SIZE,
+    bytes_per_device,
+    global_batch,
+    make_mesh,
+    part_sharding,
+    state_shardings,
+)
 from fcvit_jax.state import TrainState, abstract_state, create_state
+
+_NO_BEST = {"step": 0, "top1": -1.0}  # worse than any
 
 
 def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -88,12 +98,14 @@ def train_step(
     if accumulate == 1:
         (loss, batch_stats), grads = one_part(images, targets, dropout_key)
     else:
-        # Whole BatchNorm groups go to a part, and every device gives its share to each.
+        # Whole BatchNorm groups go to a part: of every device's own, where each has some for every part.
         unit = model.bn_group_size or 1
         parts = [
             x.reshape(-1, accumulate, unit, *x.shape[1:]).swapaxes(0, 1).reshape(accumulate, -1, *x.shape[1:])
             for x in (images, targets)
         ]
+        # Else XLA would split the parts over the devices, and have each compute all of every part.
+        parts = jax.lax.with_sharding_constraint(parts, part_sharding(mesh))
         keys = jax.random.split(dropout_key, accumulate)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one_part, images, targets, keys[0]))
         sums, _ = jax.lax.scan(
@@ -164,7 +176,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     total = epochs * data.steps_per_epoch if config.train.steps is None else config.train.steps
     eval_steps = config.train.eval_every * data.steps_per_epoch
     say(
-        f"{_what_runs_where(data, mesh, model, abstract, total)}, "
+        f"{_what_runs_where(data, mesh, model, config.train.accumulate, abstract, total)}, "
         f"{_learning_rate(data, schedule, total, config.optim.lr, config.optim.lr_batch_size)}"
     )
 
@@ -173,22 +185,27 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
         raise UserError(f"{workdir} is at step {int(restored[0].step)}, beyond the {total} steps of this config.")
     about = {
         "model": config.model.to_dict(),
-        "class_names": data.class_names,
+        "class_names": list(data.class_names),
+        "num_train": data.num_train,
         "image_size": data.image_size,
         "crop_pct": data.crop_pct,
     }
     if restored is not None:
         state, metadata = restored
+        check_data(config, metadata, about)
         metadata |= about
-        if metadata["best"]["step"] == int(state.step):
+        best = metadata["best"]["step"]
+        if best == int(state.step):
             checkpointer.save(state, metadata, best=True)  # where the run was killed between the two
+        elif not checkpointer.has_best(best):
+            metadata["best"] = _NO_BEST
         say(f"resuming at step {int(state.step)} of {total}")
     else:
         weights = load_pretrained(config.init_from, model) if config.init_from else None
         state = create_state(model, tx, mesh, seed=config.seed, **sizes)
         if weights is not None:
             state = _start_from(state, weights)
-        metadata = {**about, "evaluated": {"step": 0}, "best": {"step": 0, "top1": -1.0}}
+        metadata = {**about, "evaluated": {"step": 0}, "best": _NO_BEST}
 
     write_config(config, workdir)
     step = int(state.step)
@@ -232,9 +249,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
                     batch = next(feed)
                 state, metrics = train_step(state, global_batch(batch, mesh), key, **fixed)
                 step += 1
+                # On a CPU the step is done by now, on an accelerator it has only begun.
+                done = time.perf_counter() if metrics["loss"].is_ready() else None
                 if ahead:
                     _report(*ahead, progress, checkpointer)
-                ahead = (step, metrics)
+                ahead = (step, metrics, done)
                 stop.poll()
             if ahead:
                 _report(*ahead, progress, checkpointer)
@@ -267,8 +286,14 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
     mesh = make_mesh(**config.mesh)
     model = create_model(**config.model)
     check_sizes(data, mesh, model, config.train.accumulate)
-    path = find_step(Path(workdir) / which)
-    variables = load_pretrained(path, model, ema=config.train.ema_decay is not None)
+    path = find_step(local_path(workdir) / which)
+    classes = create_model(**load_metadata(path)["model"]).num_classes
+    if classes != model.num_classes:
+        raise UserError(
+            f"{path} has {classes} classes, the dataset {model.num_classes}: evaluate on data with the checkpoint's "
+            f"classes, or fine-tune it for these, with --config.init_from={path}."
+        )
+    variables = load_pretrained(path, model, ema=holds_averages(path))
     variables = jax.device_put(variables, state_shardings(variables, mesh))
     result = _evaluate(data, model, variables, mesh)
     say(f"{path}: {_figures(result)}, loss {result['loss']:.4f}, over {result['count']} examples")
@@ -299,8 +324,10 @@ def _start_from(state: TrainState, variables: Mapping[str, Any]) -> TrainState:
     )
 
 
-def _report(step: int, metrics: Mapping[str, jax.Array], progress: Progress, checkpointer: Checkpointer) -> None:
-    """Passes the metrics of a step on, where its numbers are good."""
+def _report(
+    step: int, metrics: Mapping[str, jax.Array], done: float | None, progress: Progress, checkpointer: Checkpointer
+) -> None:
+    """Passes the metrics of a step on, where its numbers are good; `done` as in `Progress.update`."""
     values = {f"train/{name}": float(value) for name, value in jax.device_get(metrics).items()}
     if not all(map(math.isfinite, values.values())):
         numbers = ", ".join(f"{name.removeprefix('train/')} {value}" for name, value in values.items())
@@ -309,18 +336,19 @@ def _report(step: int, metrics: Mapping[str, jax.Array], progress: Progress, che
             "Try a lower --config.optim.lr, a longer warm-up (optim.warmup_epochs), clipped gradients "
             "(optim.clip_norm=1.0) or model.dtype=float32, with --config.resume_with_changes=True to go on from there."
         )
-    progress.update(step, values)
+    progress.update(step, values, done)
 
 
-def _what_runs_where(data: Data, mesh: Mesh, model: FCViT, abstract: TrainState, total: int) -> str:
+def _what_runs_where(data: Data, mesh: Mesh, model: FCViT, accumulate: int, abstract: TrainState, total: int) -> str:
     kind, hosts = mesh.devices.flat[0].device_kind, jax.process_count()
+    parameters = sum(x.size for x in jax.tree.leaves(abstract.params))
     return ", ".join(
         [
             f"{mesh.size} of {jax.device_count()} {kind} devices on {hosts} host{'s' * (hosts > 1)}",
             f"mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}",
-            f"{sum(x.size for x in jax.tree.leaves(abstract.params)):,} parameters in {jnp.dtype(model.dtype)}",
+            f"{parameters:,} parameters, computing in {jnp.dtype(model.dtype)}",
             f"{bytes_per_device(abstract) / 2**20:.1f} MiB of state per device",
-            f"batch {data.batch_size}, BatchNorm groups of {model.bn_group_size or data.batch_size}",
+            f"batch {data.batch_size}, BatchNorm groups of {model.bn_group_size or data.batch_size // accumulate}",
             f"{data.num_train:,} training and {data.num_eval:,} validation images",
             f"{total:,} steps, {data.steps_per_epoch:,} an epoch",
         ]

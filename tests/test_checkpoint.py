@@ -119,7 +119,7 @@ def test_a_damaged_file_is_noticed_or_harmless(saved, states, mesh, tmp_path, ca
         if step == 2:
             assert f"{workdir / 'checkpoints/4'} cannot be read: " in out and "moved to" in out
             assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["2"]
-            assert len(list((workdir / "damaged").iterdir())) == 1
+            assert len(list((workdir / "set_aside").iterdir())) == 1
             noticed.add(file.parts[2])
         else:
             assert out == ""
@@ -144,7 +144,11 @@ def test_leftovers_of_killed_saves_are_passed_over(workdir, states, mesh, capsys
     out = capsys.readouterr().out
     assert f"{workdir / 'checkpoints/6'} cannot be read" in out
     assert out.count("a save that was not finished") == 2
-    assert sorted(path.name for path in workdir.glob("*/*")) == ["2", "4", *(p.name for p in workdir.glob("damaged/*"))]
+    assert sorted(path.name for path in workdir.glob("*/*")) == [
+        "2",
+        "4",
+        *(p.name for p in workdir.glob("set_aside/*")),
+    ]
 
 
 def test_a_step_can_be_damaged_twice(workdir, states, mesh):
@@ -156,7 +160,7 @@ def test_a_step_can_be_damaged_twice(workdir, states, mesh):
         checkpointer.save(states[4], METADATA)
         checkpointer.wait()
         checkpointer.close()
-    assert len(list((workdir / "damaged").iterdir())) == 2
+    assert len(list((workdir / "set_aside").iterdir())) == 2
     assert_same(restore(workdir, states[4], mesh)[0], states[4])
 
 

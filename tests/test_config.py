@@ -5,12 +5,16 @@ import json
 import pytest
 import tiny_config
 
-from configs import digits, fcvit_s12, fcvit_s24, fcvit_s48, fcvit_tiny, imagenet
+from configs import cifar10, digits, fcvit_s12, fcvit_s24, fcvit_s48, fcvit_tiny, finetune, imagenet
 from fcvit_jax.config import check_config, check_workdir, write_config
 from fcvit_jax.errors import UserError
 
 
-@pytest.mark.parametrize("module", [digits, fcvit_s12, fcvit_s24, fcvit_s48, fcvit_tiny, imagenet, tiny_config])
+@pytest.mark.parametrize(
+    "module",
+    [cifar10, digits, fcvit_s12, fcvit_s24, fcvit_s48, fcvit_tiny, finetune, imagenet, tiny_config],
+    ids=lambda module: module.__name__,
+)
 def test_the_configs_hold_what_is_read_and_nothing_else(module):
     check_config(module.get_config())
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny_config
-from absl import flags, logging
+from absl import app, flags, logging
 from absl.testing import flagsaver
 
 import main
@@ -60,10 +60,18 @@ def run(digits_dir, tmp_path, monkeypatch):
         (["--config.mixing.group_size=3"], "16 images are not a whole number of groups of mixing.group_size=3"),
         (["--config.init_from=nothing.npz"], "There is no file or folder nothing.npz"),
         (["--config.checkpoint.keep=0"], "checkpoint.keep=0 must be at least 1"),
+        (["--config.train.ema_decay=1.5"], "train.ema_decay=1.5 must be at least 0 and less than 1"),
+        (["--config.model.drop_path_rate=2"], "model.drop_path_rate=2.0 must be at least 0 and less than 1"),
+        (["--config.data.flip=7"], "data.flip is 7.0: it must be a probability"),
+        (["--config.data.crop_scale=(0.5,)"], "data.crop_scale is .0.5,.: it must be the smallest and the largest"),
+        (["--config.data.crop_ratio=(0.0,1.0)"], "data.crop_ratio is .0.0, 1.0.: it must be the smallest and"),
+        (["--config.data.rand_augment=(2.5,9.0,0.5)"], "data.rand_augment is .2.5, 9.0, 0.5.: it must be a number of"),
+        (["--config.data.data_dir=/proc/data"], "data.data_dir=/proc/data cannot be written: No such file"),
         (["--workdir=gs://bucket/run"], "must be a path"),
         (["--workdir=/proc/run"], "Could not write in /proc/run"),
         (["--coordinator=localhost:1"], "Give all of --coordinator=HOST:PORT, --num_processes=N and --process_id=I"),
         (["--mode=eval"], "No checkpoint at .*run/checkpoints"),
+        (["--mode=eval", "--workdir=gs://bucket/run"], "must be a path"),
     ],
 )
 def test_bad_input_ends_with_one_message_before_anything_compiles(run, tmp_path, monkeypatch, arguments, message):
@@ -72,6 +80,11 @@ def test_bad_input_ends_with_one_message_before_anything_compiles(run, tmp_path,
     assert isinstance(error, str) and error.startswith("error: ")
     assert re.search(f"(?s){message}", error), error
     assert not (tmp_path / "run/config.json").exists()
+
+
+def test_a_checkpoint_to_start_from_is_no_flag_of_training(run):
+    with pytest.raises(app.UsageError, match="--checkpoint goes with --mode=eval"):
+        run("--checkpoint=best")
 
 
 def test_a_folder_with_another_run_is_refused(run, tmp_path):

@@ -48,6 +48,18 @@ def test_a_full_disk_is_told_of(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_the_rate_is_that_of_the_steps_whenever_they_are_noted(tmp_path):
+    """On a CPU the last two steps before an evaluation are noted at the same time."""
+    writer = open_writer(tmp_path)
+    progress = Progress(writer, step=0, total=4, batch_size=8, log_every=1)
+    for step in range(1, 5):
+        progress.update(step, {"train/loss": 0.5}, done=2.0 * step)
+    progress.close()
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("train/images_per_second") for line in lines] == [None, 4, 4, 4]
+
+
 def test_progress_writes_every_few_steps_and_the_last(tmp_path, capsys):
     writer = open_writer(tmp_path)
     progress = Progress(writer, step=0, total=7, batch_size=8, log_every=3)

@@ -81,6 +81,7 @@ def expected_logits(images):
 def test_predictions_equal_the_model_whatever_the_batches(checkpoint, tmp_path, capsys):
     paths = save_images(tmp_path / "photos" / "deep", 3) + save_images(tmp_path / "other", 2, seed=1)
     (tmp_path / "photos" / "README.txt").write_text("no image")
+    (tmp_path / "photos" / "._0.png").write_bytes(b"what macOS leaves beside an image")
     args = "--checkpoint", checkpoint, tmp_path / "photos", *paths[3:], "--json", "--top", 2, "--batch-size", 2
     assert exit_of(predict.main, *args) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -46,17 +47,23 @@ def test_every_device_has_its_rows_of_the_batch():
     assert [shard.data.tolist() for shard in rows.addressable_shards] == [[2 * i, 2 * i + 1] for i in range(8)]
 
 
+@pytest.fixture
+def narrow(monkeypatch):
+    """The name of a variant with a single block."""
+    sizes = {"depths": (1, 0, 0, 0), "dims": (32, 64, 64, 64), "mlp_ratios": (4, 4, 4, 4)}
+    monkeypatch.setitem(VARIANTS, "narrow", sizes)
+    return "narrow"
+
+
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("choice", ["_cpu_impl", "_tpu_impl"])
-def test_what_a_step_sends(choice, monkeypatch):
+def test_what_a_step_sends(choice, narrow, monkeypatch):
     """One reduction of the gradients; with `fsdp` tensors of the state as well, but nothing much larger."""
     monkeypatch.setattr(depthwise, "_cpu_impl", getattr(depthwise, choice))
-    narrow = {"depths": (1, 0, 0, 0), "dims": (32, 64, 64, 64), "mlp_ratios": (4, 4, 4, 4)}
-    monkeypatch.setitem(VARIANTS, "narrow", narrow)
     jax.clear_caches()  # of what was traced by the other choice
     sent = {}
     for fsdp in (1, 4):
-        step = Step("narrow", 16, 64, "float32", make_mesh(data=4 // fsdp, fsdp=fsdp), group_size=4)
+        step = Step(narrow, 16, 64, "float32", make_mesh(data=4 // fsdp, fsdp=fsdp), group_size=4)
         sent[fsdp] = collectives(step.lower().compile().as_text())
         state = step.abstract_state()
     jax.clear_caches()
@@ -65,3 +72,24 @@ def test_what_a_step_sends(choice, monkeypatch):
     assert {op["op"] for op in sent[1]} == {"all-reduce"} and not any(op["in_loop"] for op in sent[1])
     assert sum(op["bytes"] for op in sent[1]) <= params + statistics + 4  # and the loss
     assert sum(op["bytes"] for op in sent[4]) < 6 * params
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_batch_in_parts_is_the_same_step_and_every_device_has_its_share_of_each(narrow):
+    """Parts of 8 images, with a BatchNorm group for each of two devices, and of 4, with one group for both."""
+    step = Step(narrow, 16, 64, "float32", make_mesh(data=2), group_size=4)
+    rng = np.random.default_rng(0)
+    batch = {name: rng.integers(0, 256, shape, dtype) for name, (shape, dtype) in step.batch_shapes.items()}
+    results = {}
+    for accumulate in (1, 2, 4):
+        step.static["accumulate"] = accumulate
+        compiled = step.lower().compile()
+        # The draws of mixing may be gathered, images may not.
+        assert all(op["bytes"] < 1000 for op in collectives(compiled.as_text()) if op["op"] == "all-gather")
+        state, metrics = compiled(step.create_state(), global_batch(batch, step.mesh), jax.random.key(0))
+        # Not the parameters: the first update has the size of the rate even where a gradient is all rounding.
+        results[accumulate] = metrics, state.batch_stats, optax.tree.get(state.opt_state, "mu")
+    for accumulate in (2, 4):
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), results[accumulate], results[1]
+        )

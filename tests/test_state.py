@@ -41,3 +41,11 @@ def test_the_first_state_is_as_the_model_initialises_it_and_blocks_are_drawn_apa
     firsts = jax.jit(lambda: shallow.init(jax.random.key(7), jnp.zeros((1, 32, 32, 3)))["params"])()
     for name, x in firsts.items():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params[name], x)
+
+
+def test_averages_are_float32_whatever_the_parameters_are():
+    """As each step leaves them, or the second would be compiled anew and a checkpoint could not be read."""
+    model = create_model("fcvit_tiny", num_classes=3, depths=(0, 0, 0, 1), param_dtype=jnp.bfloat16)
+    state = abstract_state(model, optax.adam(1e-3), make_mesh(), ema=True, image_size=32)
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(state.ema)} == {jnp.dtype("float32")}

@@ -1,5 +1,6 @@
 """The loop: the same run on any layout, and the same run whatever stops it."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -26,6 +27,7 @@ from PIL import Image
 from benchmarks.kill_resume import arrays, assert_same_end, kill_and_resume, record
 from fcvit_jax import train
 from fcvit_jax.checkpoint import Checkpointer, load_metadata
+from fcvit_jax.data import open_dataset
 from fcvit_jax.errors import UserError
 from fcvit_jax.sharding import bytes_per_device
 from fcvit_jax.train import evaluate_checkpoint, train_and_evaluate
@@ -192,9 +194,9 @@ def test_two_processes_are_one_run_and_stop_as_one(undisturbed, digits_dir, tmp_
     assert step < 20
     assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == step
 
-    texts = finish(start_two(tmp_path, data, slurm=True), code=0)
+    texts = finish(start_two(tmp_path, data, "--config.mesh.fsdp=2", slurm=True), code=0)
     assert f"resuming at step {step} of 20" in texts[0]
-    assert "4 of 4 cpu devices on 2 hosts, mesh data 4 x fsdp 1" in texts[0]
+    assert "4 of 4 cpu devices on 2 hosts, mesh data 2 x fsdp 2" in texts[0]
     assert [line["step"] for line in record(tmp_path)] == [line["step"] for line in record(undisturbed["workdir"])]
     assert_equal_to_rounding(tmp_path, undisturbed)
 
@@ -338,7 +340,7 @@ def test_a_gradient_that_overflows_is_noticed_before_the_next_loss():
 
     metrics = {"loss": jnp.float32(1), "grad_norm": jnp.float32(jnp.inf)}
     with pytest.raises(UserError, match="Step 3: grad_norm inf, loss 1.0. This state was not saved"):
-        train._report(3, metrics, None, Nowhere())
+        train._report(3, metrics, None, None, Nowhere())
 
 
 def test_a_disk_that_is_full_at_the_very_end(undisturbed, config, at_16, digits_dir):
@@ -357,7 +359,9 @@ def test_a_disk_that_is_full_at_the_very_end(undisturbed, config, at_16, digits_
     assert_same_end(at_16, undisturbed["workdir"])
 
 
-def test_the_best_is_the_earlier_of_equals_and_survives_a_kill_before_it_is_written(config, tmp_path, monkeypatch):
+def test_the_best_is_the_earlier_of_equals_and_survives_a_kill_before_it_is_written(
+    config, tmp_path, monkeypatch, capsys
+):
     config.train.eval_every = 1
     config.checkpoint.save_every = 1000
     top1 = iter([0.5, 0.5, 0.4, 0.7])
@@ -378,14 +382,47 @@ def test_the_best_is_the_earlier_of_equals_and_survives_a_kill_before_it_is_writ
     train_and_evaluate(config, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / "best/20"), arrays(tmp_path / "checkpoints/20"))
 
+    # From step 15 another 20 may follow: the best of before is not this run's.
+    shutil.rmtree(tmp_path / "checkpoints/20")
+    top1 = iter([0.3])
+    train_and_evaluate(config, tmp_path)
+    assert "best/20 is newer than step 15, from which the run goes on; moved to" in capsys.readouterr().out
+    assert len(list((tmp_path / "set_aside").iterdir())) == 1
+    assert load_metadata(tmp_path / "best")["best"]["top1"] == 0.3
 
-def test_evaluating_a_checkpoint_gives_the_numbers_of_the_run(undisturbed, config):
+
+def test_other_data_under_the_same_config_are_refused(undisturbed, config, at_16, monkeypatch, capsys):
+    def other(**data):
+        dataset = open_dataset(**data)
+        return dataclasses.replace(dataset, num_train=96, class_names=("ten", *dataset.class_names[1:]))
+
+    monkeypatch.setattr(train, "open_dataset", other)
+    with pytest.raises(
+        UserError, match="(?s)not those .*class 0: 0 -> ten\n  training images: 80 -> 96\n.*resume_with"
+    ):
+        train_and_evaluate(config, at_16)
+    config.resume_with_changes = True
+    config.train.steps = 16
+    train_and_evaluate(config, at_16)
+    assert "going on with other data:\n  class 0: 0 -> ten" in capsys.readouterr().out
+
+
+def test_evaluating_a_checkpoint_gives_the_numbers_of_the_run(undisturbed, config, monkeypatch):
     workdir = undisturbed["workdir"]
+    config.train.ema_decay = None  # the checkpoint has averages, and the run evaluated those
     assert evaluate_checkpoint(config, workdir) == undisturbed["result"]
     best = load_metadata(workdir / "best")["evaluated"]
     assert evaluate_checkpoint(config, workdir, "best") == {k: v for k, v in best.items() if k != "step"}
     with pytest.raises(UserError, match="No checkpoint at .*/checkpoints/3"):
         evaluate_checkpoint(config, workdir, "checkpoints/3")
+
+    names = ("a", "b", "c")
+    monkeypatch.setattr(
+        train, "open_dataset", lambda **data: dataclasses.replace(open_dataset(**data), class_names=names)
+    )
+    config.model.num_classes = 3
+    with pytest.raises(UserError, match="checkpoints/20 has 10 classes, the dataset 3: evaluate on"):
+        evaluate_checkpoint(config, workdir)
 
 
 def test_a_run_that_is_beyond_its_last_step_is_refused(undisturbed, config, tmp_path):
