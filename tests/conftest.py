@@ -52,9 +52,13 @@ def imagenet_mini(imagenet_mini_dirs):
 
 @pytest.fixture(scope="module")
 def quick_compilation(tmp_path_factory):
-    """Programs are compiled quickly rather than well, and kept for other tests and for processes that they start."""
+    """Programs are compiled quickly rather than well, and kept for all tests and for processes that they start."""
+    folder = tmp_path_factory.getbasetemp()
     settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
+        # xdist gives each of its workers a folder in the run's.
+        "jax_compilation_cache_dir": str(
+            (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled"
+        ),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_disable_most_optimizations": True,
     }

@@ -76,12 +76,12 @@ def test_what_a_step_sends(choice, narrow, monkeypatch):
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_batch_in_parts_is_the_same_step_and_every_device_has_its_share_of_each(narrow):
-    """Parts of 8 images, with a BatchNorm group for each of two devices, and of 4, with one group for both."""
-    step = Step(narrow, 16, 64, "float32", make_mesh(data=2), group_size=4)
+    """Of a part of four images, which are one BatchNorm group, each of four devices has one."""
+    step = Step(narrow, 16, 64, "float32", make_mesh(data=4), group_size=4)
     rng = np.random.default_rng(0)
     batch = {name: rng.integers(0, 256, shape, dtype) for name, (shape, dtype) in step.batch_shapes.items()}
     results = {}
-    for accumulate in (1, 2, 4):
+    for accumulate in (1, 4):
         step.static["accumulate"] = accumulate
         compiled = step.lower().compile()
         # The draws of mixing may be gathered, images may not.
@@ -89,7 +89,4 @@ def test_a_batch_in_parts_is_the_same_step_and_every_device_has_its_share_of_eac
         state, metrics = compiled(step.create_state(), global_batch(batch, step.mesh), jax.random.key(0))
         # Not the parameters: the first update has the size of the rate even where a gradient is all rounding.
         results[accumulate] = metrics, state.batch_stats, optax.tree.get(state.opt_state, "mu")
-    for accumulate in (2, 4):
-        jax.tree.map(
-            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), results[accumulate], results[1]
-        )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), results[4], results[1])
