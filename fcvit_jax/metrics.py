@@ -1,19 +1,29 @@
-"""A run's record: `metrics.jsonl`, TensorBoard files, and the progress on the screen."""
+"""A run's record: `metrics.jsonl`, TensorBoard files, and on the screen the progress and a line at each turn."""
 
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
+from fcvit_jax import optim
+from fcvit_jax.data import Data
 from fcvit_jax.errors import UserError
 from fcvit_jax.hosts import say
+from fcvit_jax.model import FCViT
+from fcvit_jax.sharding import bytes_per_device
+from fcvit_jax.state import TrainState
 
 
 class MetricsWriter:
@@ -151,3 +161,58 @@ class Progress:
     def close(self) -> None:
         """Ends the bar."""
         self._bar.close()
+
+
+def describe_run(
+    config: ConfigDict,
+    data: Data,
+    mesh: Mesh,
+    model: FCViT,
+    abstract: TrainState,
+    schedule: optax.Schedule,
+    total: int,
+) -> str:
+    """The first line of a run: what runs where, for how many steps, and at which learning rate."""
+    hosts, parameters = jax.process_count(), sum(x.size for x in jax.tree.leaves(abstract.params))
+    group = model.bn_group_size or data.batch_size // config.train.accumulate
+    lr, lr_batch_size = config.optim.lr, config.optim.lr_batch_size
+    base = optim.scale_lr(lr, lr_batch_size, data.batch_size)
+    scaled = f" (optim.lr {lr:.3g} x batch {data.batch_size} / {lr_batch_size})" if lr_batch_size else ""
+    highest = max(float(schedule(step)) for step in (*range(0, total, data.steps_per_epoch), total - 1))
+    return ", ".join(
+        [
+            f"{mesh.size} of {jax.device_count()} {mesh.devices.flat[0].device_kind} devices on {hosts} "
+            f"host{'s' * (hosts > 1)}",
+            f"mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}",
+            f"{parameters:,} parameters, computing in {jnp.dtype(model.dtype)}",
+            f"{bytes_per_device(abstract) / 2**20:.1f} MiB of state per device",
+            f"batch {data.batch_size}, BatchNorm groups of {group}",
+            f"{data.num_train:,} training and {data.num_eval:,} validation images",
+            f"{total:,} steps, {data.steps_per_epoch:,} an epoch",
+            f"learning rate {base:.3g}{scaled}, at most {highest:.3g} in this run",
+        ]
+    )
+
+
+def describe_accuracy(result: Mapping[str, float]) -> str:
+    """Top-1 and top-5, which `result` has as fractions, in percent."""
+    return f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}"
+
+
+def describe_evaluation(metadata: Mapping[str, Any], epoch: float) -> str:
+    """The line after an evaluation, of a checkpoint's metadata."""
+    result, best = metadata["evaluated"], metadata["best"]
+    return (
+        f"epoch {epoch:.4g}, step {result['step']}: {describe_accuracy(result)}, loss {result['loss']:.4f}, "
+        f"over {result['count']} examples (best top-1 {best['top1']:.2%} at step {best['step']})"
+    )
+
+
+def describe_end(metadata: Mapping[str, Any], workdir: Path) -> str:
+    """The last line of a run that has reached its end."""
+    result, best = metadata["evaluated"], metadata["best"]
+    return (
+        f"done: final {describe_accuracy(result)}; best {describe_accuracy(best)} at step {best['step']}; "
+        f"over {result['count']} examples. Checkpoints: {workdir / 'checkpoints' / str(result['step'])} and "
+        f"{workdir / 'best' / str(best['step'])}"
+    )

@@ -23,11 +23,17 @@ from fcvit_jax.data import Data, eval_batches, open_dataset, train_batches
 from fcvit_jax.errors import UserError
 from fcvit_jax.evaluate import evaluate
 from fcvit_jax.hosts import Feed, StopSignal, say
-from fcvit_jax.metrics import MetricsWriter, Progress
+from fcvit_jax.metrics import (
+    MetricsWriter,
+    Progress,
+    describe_accuracy,
+    describe_end,
+    describe_evaluation,
+    describe_run,
+)
 from fcvit_jax.model import FCViT, create_model
 from fcvit_jax.sharding import (
     MIN_SHARDED_SIZE,
-    bytes_per_device,
     global_batch,
     make_mesh,
     part_sharding,
@@ -175,10 +181,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     epochs = config.train.epochs + config.optim.cooldown_epochs
     total = epochs * data.steps_per_epoch if config.train.steps is None else config.train.steps
     eval_steps = config.train.eval_every * data.steps_per_epoch
-    say(
-        f"{_what_runs_where(data, mesh, model, config.train.accumulate, abstract, total)}, "
-        f"{_learning_rate(data, schedule, total, config.optim.lr, config.optim.lr_batch_size)}"
-    )
+    say(describe_run(config, data, mesh, model, abstract, schedule, total))
 
     restored = checkpointer.restore(abstract)
     if restored is not None and int(restored[0].step) > total:
@@ -233,7 +236,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
                     is_best = result["top1"] > metadata["best"]["top1"]
                     if is_best:
                         metadata["best"] = metadata["evaluated"]
-                    say(_evaluation_line(metadata, step / data.steps_per_epoch))
+                    say(describe_evaluation(metadata, step / data.steps_per_epoch))
             if step:
                 checkpointer.save(state, metadata)
             if is_best:
@@ -263,7 +266,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     if metadata["evaluated"]["step"] < total:
         say(f"stopped at step {step} of {total}; the same command goes on from here")
     else:
-        say(_last_line(metadata, workdir))
+        say(describe_end(metadata, workdir))
     return {name: value for name, value in metadata["evaluated"].items() if name != "step"}
 
 
@@ -296,7 +299,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
     variables = load_pretrained(path, model, ema=holds_averages(path))
     variables = jax.device_put(variables, state_shardings(variables, mesh))
     result = _evaluate(data, model, variables, mesh)
-    say(f"{path}: {_figures(result)}, loss {result['loss']:.4f}, over {result['count']} examples")
+    say(f"{path}: {describe_accuracy(result)}, loss {result['loss']:.4f}, over {result['count']} examples")
     return result
 
 
@@ -337,47 +340,3 @@ def _report(
             "(optim.clip_norm=1.0) or model.dtype=float32, with --config.resume_with_changes=True to go on from there."
         )
     progress.update(step, values, done)
-
-
-def _what_runs_where(data: Data, mesh: Mesh, model: FCViT, accumulate: int, abstract: TrainState, total: int) -> str:
-    kind, hosts = mesh.devices.flat[0].device_kind, jax.process_count()
-    parameters = sum(x.size for x in jax.tree.leaves(abstract.params))
-    return ", ".join(
-        [
-            f"{mesh.size} of {jax.device_count()} {kind} devices on {hosts} host{'s' * (hosts > 1)}",
-            f"mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}",
-            f"{parameters:,} parameters, computing in {jnp.dtype(model.dtype)}",
-            f"{bytes_per_device(abstract) / 2**20:.1f} MiB of state per device",
-            f"batch {data.batch_size}, BatchNorm groups of {model.bn_group_size or data.batch_size // accumulate}",
-            f"{data.num_train:,} training and {data.num_eval:,} validation images",
-            f"{total:,} steps, {data.steps_per_epoch:,} an epoch",
-        ]
-    )
-
-
-def _learning_rate(data: Data, schedule: optax.Schedule, total: int, lr: float, lr_batch_size: int | None) -> str:
-    base = optim.scale_lr(lr, lr_batch_size, data.batch_size)
-    scaled = f" (optim.lr {lr:.3g} x batch {data.batch_size} / {lr_batch_size})" if lr_batch_size else ""
-    highest = max(float(schedule(step)) for step in (*range(0, total, data.steps_per_epoch), total - 1))
-    return f"learning rate {base:.3g}{scaled}, at most {highest:.3g} in this run"
-
-
-def _figures(result: Mapping[str, float]) -> str:
-    return f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}"
-
-
-def _evaluation_line(metadata: Mapping[str, Any], epoch: float) -> str:
-    result, best = metadata["evaluated"], metadata["best"]
-    return (
-        f"epoch {epoch:.4g}, step {result['step']}: {_figures(result)}, loss {result['loss']:.4f}, "
-        f"over {result['count']} examples (best top-1 {best['top1']:.2%} at step {best['step']})"
-    )
-
-
-def _last_line(metadata: Mapping[str, Any], workdir: Path) -> str:
-    result, best = metadata["evaluated"], metadata["best"]
-    return (
-        f"done: final {_figures(result)}; best {_figures(best)} at step {best['step']}; over {result['count']} "
-        f"examples. Checkpoints: {workdir / 'checkpoints' / str(result['step'])} and "
-        f"{workdir / 'best' / str(best['step'])}"
-    )

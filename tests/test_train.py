@@ -25,7 +25,7 @@ from conftest import free_port
 from PIL import Image
 
 from benchmarks.kill_resume import arrays, assert_same_end, kill_and_resume, record
-from fcvit_jax import train
+from fcvit_jax import metrics, train
 from fcvit_jax.checkpoint import Checkpointer, load_metadata
 from fcvit_jax.data import open_dataset
 from fcvit_jax.errors import UserError
@@ -141,7 +141,7 @@ def test_same_losses_on_any_mesh(undisturbed, config, tmp_path, monkeypatch, cap
         return state, metrics
 
     monkeypatch.setattr(train, "train_step", step)
-    monkeypatch.setattr(train, "bytes_per_device", lambda state: said.append(bytes_per_device(state)) or 7 * 2**20)
+    monkeypatch.setattr(metrics, "bytes_per_device", lambda state: said.append(bytes_per_device(state)) or 7 * 2**20)
     train_and_evaluate(config, tmp_path)
     assert_equal_to_rounding(tmp_path, undisturbed)
     assert held == set(said) and "7.0 MiB of state per device" in capsys.readouterr().out
