@@ -19,59 +19,59 @@ def get_config() -> ConfigDict:
     config.compilation_cache = True  # keep compiled programs in <workdir>/compilation_cache
 
     model = config.model = ConfigDict()  # see fcvit_jax.FCViT, whose other attributes may be added here
-    model.name = "fcvit_s12"
-    model.num_classes = 1000
-    model.drop_path_rate = 0.1
+    model.name = "fcvit_s12"  # a key of fcvit_jax.VARIANTS, or the name that the original gives it
+    model.num_classes = 1000  # those of the dataset
+    model.drop_path_rate = 0.1  # of the last block; rises linearly from 0 at the first
     model.bn_group_size = 128  # images that share batch statistics; 0: all
     model.remat = False  # recompute blocks in the backward pass: less memory, more time
     model.dtype = "bfloat16"  # of computation; parameters, statistics, softmax and loss are float32
 
     data = config.data = ConfigDict()
-    data.dataset = "imagenet2012"  # a TFDS name, "folder:PATH", "digits" or "synthetic"
-    data.data_dir = "~/tensorflow_datasets"
-    data.train_split = "train"
-    data.eval_split = "validation"
+    data.dataset = "imagenet2012"  # a TFDS name, "folder:PATH", "digits", or "synthetic": noise
+    data.data_dir = "~/tensorflow_datasets"  # where TFDS keeps its data
+    data.train_split = "train"  # of a TFDS dataset; "train[:10%]" is a part of it
+    data.eval_split = "validation"  # likewise
     data.batch_size = 1024  # per update, over all devices and hosts
-    data.image_size = 224
+    data.image_size = 224  # height and width in pixels
     data.workers = -1  # decoding processes on each host; -1: one per core less one; 0: decode in the training process
     data.prefetch = 1  # finished batches that each of them keeps ready, in shared memory
     data.crop_scale = (0.08, 1.0)  # share of the image's area
     data.crop_ratio = (3 / 4, 4 / 3)  # width over height
-    data.flip = 0.5
+    data.flip = 0.5  # probability of a horizontal flip
     data.rand_augment = (2, 9.0, 0.5)  # operations, magnitude and its standard deviation; (): off
     data.crop_pct = 0.9  # in evaluation: the shorter side becomes image_size / crop_pct
 
     mixing = config.mixing = ConfigDict()
-    mixing.mixup_alpha = 0.8
-    mixing.cutmix_alpha = 1.0
-    mixing.mix_prob = 1.0
+    mixing.mixup_alpha = 0.8  # lambda is drawn from Beta(alpha, alpha); 0: no mixup
+    mixing.cutmix_alpha = 1.0  # likewise
+    mixing.mix_prob = 1.0  # probability that a group is mixed
     mixing.switch_prob = 0.5  # of cutmix rather than mixup
-    mixing.smoothing = 0.1
-    mixing.erase_prob = 0.25
+    mixing.smoothing = 0.1  # share of a label's mass that goes to all classes
+    mixing.erase_prob = 0.25  # probability that a rectangle of an image becomes noise
     mixing.group_size = 128  # images that share a draw; a smaller batch is one group
 
     optim = config.optim = ConfigDict()
     optim.lr = 1e-3  # for lr_batch_size images an update; scaled linearly with data.batch_size
     optim.lr_batch_size = 1024  # 0: no scaling
-    optim.weight_decay = 0.05
-    optim.b1 = 0.9
-    optim.b2 = 0.999
-    optim.eps = 1e-8
+    optim.weight_decay = 0.05  # of parameters of two or more dimensions, times the rate
+    optim.b1 = 0.9  # decay of the first moment
+    optim.b2 = 0.999  # and of the second
+    optim.eps = 1e-8  # added to the root of the second moment
     optim.warmup_epochs = 5  # counted within train.epochs
-    optim.warmup_lr = 1e-6
-    optim.min_lr = 1e-6
+    optim.warmup_lr = 1e-6  # at the first step; not scaled with the batch
+    optim.min_lr = 1e-6  # at the end of the cosine; not scaled either
     optim.cooldown_epochs = 10  # at min_lr, after train.epochs
     optim.per_step = False  # change the rate every step rather than every epoch
-    optim.clip_norm = 0.0  # of the gradients; 0: off
-    optim.head_lr_multiplier = 1.0
+    optim.clip_norm = 0.0  # largest global norm of the gradients; 0: no clipping
+    optim.head_lr_multiplier = 1.0  # factor on the updates of the head, for fine-tuning
 
     train = config.train = ConfigDict()
     train.epochs = 300  # of the cosine
     train.steps = config_dict.placeholder(int)  # stop after so many updates; None: after all epochs
     train.accumulate = 1  # parts a batch is computed in, to save memory
     train.ema_decay = config_dict.placeholder(float)  # of averaged weights (0.9998); None: off
-    train.log_every = 50  # steps
-    train.eval_every = 1  # epochs
+    train.log_every = 50  # steps between two lines of metrics.jsonl
+    train.eval_every = 1  # epochs between two evaluations
 
     checkpoint = config.checkpoint = ConfigDict()
     checkpoint.keep = 3  # newest ones, and the best by top-1 besides

@@ -284,12 +284,7 @@ def find_step(path: str | Path) -> Path:
     return max(steps, key=lambda p: int(p.name))
 
 
-def holds_averages(step: Path) -> bool:
-    """Whether one step's folder holds the exponential moving averages, which evaluation then uses."""
-    return (step / "ema").is_dir()
-
-
-def load_variables(path: str | Path, *, ema: bool = False) -> dict[str, Any]:
+def load_variables(path: str | Path, *, ema: bool | None = None) -> dict[str, Any]:
     """Reads the weights of a checkpoint, as NumPy arrays.
 
     Example::
@@ -298,12 +293,15 @@ def load_variables(path: str | Path, *, ema: bool = False) -> dict[str, Any]:
 
     Args:
       path: as in `find_step`.
-      ema: the exponential moving averages instead of the plain weights.
+      ema: the exponential moving averages instead of the plain weights; None: what evaluation uses, which are the
+        averages where the run kept them.
 
     Raises:
       UserError: there is no checkpoint, it holds no averages, or it cannot be read.
     """
     step = find_step(path)
+    if ema is None:
+        ema = (step / "ema").is_dir()
     item = step / ("ema" if ema else "variables")
     if not item.is_dir():
         raise UserError(f"{step} holds no exponential moving averages: the run did not keep them.")

@@ -129,6 +129,13 @@ def _check(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[in
         raise UserError("\n  ".join([f"The weights do not fit the model ({len(problems)} tensors):", *problems]))
 
 
+def _as_numpy(x: Any) -> np.ndarray:
+    if hasattr(x, "detach"):  # PyTorch's; NumPy has no bfloat16 of its own
+        x = x.detach().cpu()
+        x = x.float() if x.is_floating_point() else x
+    return np.asarray(x)
+
+
 def from_torch(state_dict: Mapping[str, np.ndarray], model: FCViT | Backbone) -> dict[str, Any]:
     """Makes variables of a state dict of the original.
 
@@ -138,8 +145,8 @@ def from_torch(state_dict: Mapping[str, np.ndarray], model: FCViT | Backbone) ->
         variables = from_torch(state_dict, create_model("fcvit_s12"))
 
     Args:
-      state_dict: tensors by the original's names, NumPy or PyTorch on the CPU. `num_batches_tracked`, on which nothing
-        depends, is ignored.
+      state_dict: tensors by the original's names, of NumPy or PyTorch, any float dtype. `num_batches_tracked`, on which
+        nothing depends, is ignored.
       model: what the variables are for.
 
     Returns:
@@ -157,7 +164,7 @@ def from_torch(state_dict: Mapping[str, np.ndarray], model: FCViT | Backbone) ->
             del found[name]
     _check(found, expected)
     flat = {
-        path: np.array(_from_layout(np.asarray(state_dict[names[path]]), _layout(path)), x.dtype, order="C")
+        path: np.array(_from_layout(_as_numpy(state_dict[names[path]]), _layout(path)), x.dtype, order="C")
         for path, x in abstract.items()
     }
     return traverse_util.unflatten_dict(flat, sep="/")
@@ -287,21 +294,27 @@ def _fit(path: str | Path, weights: Mapping[str, np.ndarray], model: FCViT | Bac
         ) from error
 
 
-def load_pretrained(path: str | Path, model: FCViT | Backbone, *, ema: bool = False) -> dict[str, Any]:
+def _is_pyramid(names: Mapping[str, Any]) -> bool:
+    return any(re.match(r"params/norm_\d/|norm\d\.", name) for name in names)
+
+
+def load_pretrained(path: str | Path, model: FCViT | Backbone, *, ema: bool | None = None) -> dict[str, Any]:
     """Reads weights for a model from a file of ours or of the original.
 
     If the file has another number of classes (or no head), the model gets a new head, normal with a standard deviation
-    of 0.02 and always the same, and a warning says so.
+    of 0.02 and always the same; a pyramid that is given a classifier's weights gets new norms. A warning says so.
 
     Example::
 
         model = create_model("fcvit_s12", num_classes=10)
         variables = load_pretrained("fcvit_b12.pth.tar", model)
+        variables = load_pretrained("fcvit_b12.pth.tar", create_backbone("fcvit_s12"))
 
     Args:
       path: a .pth or .pth.tar of the original, a .npz of ours, or the folder of a run or of one Orbax checkpoint.
       model: what the weights are for.
-      ema: read the exponential moving averages.
+      ema: True: the exponential moving averages; False: the plain weights; None: of a run of ours what evaluation uses,
+        which are the averages where it kept them, of a file of the original the plain weights.
 
     Returns:
       {"params": ..., "batch_stats": ...} of NumPy arrays in the model's dtypes.
@@ -311,10 +324,17 @@ def load_pretrained(path: str | Path, model: FCViT | Backbone, *, ema: bool = Fa
         lists every tensor.
     """
     weights, _ = _read(Path(path), ema)
-    if not isinstance(model, FCViT):
+    if isinstance(model, Backbone) and _is_pyramid(weights):
         return _fit(path, weights, model)
     kernel, axis = ("params/head/kernel", -1) if _is_ours(weights) else ("head.weight", 0)
     classes = weights[kernel].shape[axis] if kernel in weights and weights[kernel].ndim == 2 else 0
+    if isinstance(model, Backbone):
+        variables = _fit(path, weights, FCViT(num_classes=classes, **_fields(model)))
+        logging.warning("%s holds a classifier: the norms of the pyramid start afresh.", path)
+        params = {name: x for name, x in variables["params"].items() if name not in ("norm", "head")}
+        for i, dim in enumerate(model.dims):
+            params[f"norm_{i}"] = {"scale": np.ones(dim, model.param_dtype), "bias": np.zeros(dim, model.param_dtype)}
+        return variables | {"params": params}
     variables = _fit(path, weights, model.clone(num_classes=classes))
     if classes != model.num_classes:
         logging.warning("%s has %d classes, the model %d: the head starts afresh.", path, classes, model.num_classes)
@@ -328,22 +348,28 @@ def load_pretrained(path: str | Path, model: FCViT | Backbone, *, ema: bool = Fa
     return variables
 
 
-def convert(source: str | Path, dest: str | Path, *, ema: bool = False) -> None:
-    """Converts a file of weights; which network it holds is recognised from the shapes. Nothing is written on an error.
+def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None) -> None:
+    """Converts a file of weights, of a network that the file names or that is recognised from the shapes.
+
+    Nothing is written on an error.
 
     Args:
       source: as in `load_pretrained`.
       dest: the file's ending chooses its format: .pth (a state dict), .pth.tar ({"state_dict": ...}), .npz (arrays by
         our paths, "params/stem/conv/kernel", float32); otherwise a new folder for an Orbax checkpoint. The latter two
-        carry metadata: "model", the arguments of `create_model`, and what a checkpoint of ours says of itself.
-      ema: read the exponential moving averages.
+        carry metadata: "model", the arguments of `create_model` or of `create_backbone`, and what a checkpoint of ours
+        says of itself.
+      ema: as in `load_pretrained`.
 
     Raises:
       UserError: the source cannot be read or holds another network, the destination cannot be written.
     """
-    dest = Path(dest)
+    dest = Path(dest).expanduser()
     weights, metadata = _read(Path(source), ema)
-    model = infer_model({name: x.shape for name, x in weights.items()})
+    if "model" in metadata:
+        model = (create_backbone if _is_pyramid(weights) else create_model)(**metadata["model"])
+    else:
+        model = infer_model({name: x.shape for name, x in weights.items()})
     variables = _variables(weights, model)
     metadata = {"model": _arguments(model)} | metadata
     if dest.name.endswith((".pth", ".pth.tar")):
@@ -360,12 +386,17 @@ def convert(source: str | Path, dest: str | Path, *, ema: bool = False) -> None:
         checkpoint.save_variables(dest, variables, metadata)
 
 
+def _fields(model: FCViT | Backbone) -> dict[str, Any]:
+    names = (field.name for field in dataclasses.fields(model) if field.name not in ("name", "parent"))
+    return {name: getattr(model, name) for name in names}
+
+
 def _arguments(model: FCViT | Backbone) -> dict[str, Any]:
     """The arguments of `create_model` or `create_backbone` that make the model, as JSON can hold them."""
-    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    fields = _fields(model)
     variant = next((name for name, sizes in VARIANTS.items() if sizes.items() <= fields.items()), "fcvit_tiny")
     usual = create_model(variant) if isinstance(model, FCViT) else create_backbone(variant)
-    changed = {name: x for name, x in fields.items() if name not in ("name", "parent") and x != getattr(usual, name)}
+    changed = {name: x for name, x in fields.items() if x != getattr(usual, name)}
     return {"name": variant} | changed
 
 
@@ -383,7 +414,7 @@ def _write(dest: Path, write: Callable[[BinaryIO], None]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _read(path: Path, ema: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Weights, by the original's names or by our paths, and what the file says of itself."""
     path = path.expanduser()
     if path.is_dir():
@@ -413,7 +444,7 @@ def _torch():
     return torch
 
 
-def _read_torch(path: Path, ema: bool) -> dict[str, np.ndarray]:
+def _read_torch(path: Path, ema: bool | None) -> dict[str, np.ndarray]:
     """The state dict of a file of the original, which may hold it bare or with timm's other entries around it."""
     torch = _torch()
     try:
@@ -437,7 +468,7 @@ def _read_torch(path: Path, ema: bool) -> dict[str, np.ndarray]:
     for name, x in state_dict.items():
         if not isinstance(x, torch.Tensor):
             raise UserError(f"{path}: {name} is a {type(x).__name__}, not a tensor.")
-        arrays[name.removeprefix("module.")] = (x.detach().float() if x.is_floating_point() else x).numpy()
+        arrays[name.removeprefix("module.")] = _as_numpy(x)
     return arrays
 
 
@@ -449,13 +480,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("source", help=".pth, .pth.tar, .npz, or the folder of a run or an Orbax checkpoint")
     parser.add_argument("dest", help=".pth, .pth.tar, .npz, or a new folder for an Orbax checkpoint")
-    parser.add_argument("--ema", action="store_true", help="read the exponential moving averages")
+    parser.add_argument(
+        "--ema", action="store_true", default=None, help="read the averages; of a run that kept them it is the default"
+    )
     args = parser.parse_args(argv)
     try:
         convert(args.source, args.dest, ema=args.ema)
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(f"wrote the {'folder' if os.path.isdir(args.dest) else 'file'} {args.dest}")
+    dest = Path(args.dest).expanduser()
+    print(f"wrote the {'folder' if dest.is_dir() else 'file'} {dest}")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def standardize(x: jax.Array) -> jax.Array:
     """
     axes = tuple(range(1, x.ndim))
     centred = x - x.mean(axes, keepdims=True)
-    variance = jnp.square(centred).sum(axes, keepdims=True) / (math.prod(x.shape[1:]) - 1)
+    variance = jnp.square(centred).sum(axes, keepdims=True) / max(math.prod(x.shape[1:]) - 1, 1)
     # Two wheres: sqrt has an infinite slope at 0, and infinity times the outer where's 0 would be NaN.
     std = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)
     return centred / (std + 1e-5)
@@ -100,18 +100,20 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
-        size = (self.group_size or x.shape[0]) if train else x.shape[0]
-        if x.shape[0] % size:
-            raise UserError(f"BatchNorm: the batch of {x.shape[0]} images is not a multiple of bn_group_size={size}.")
-        groups = x.reshape(-1, size, *x.shape[1:]).astype(jnp.float32)
         if train:
+            size = self.group_size or x.shape[0]
+            if x.shape[0] % size:
+                raise UserError(
+                    f"BatchNorm: the batch of {x.shape[0]} images is not a multiple of bn_group_size={size}."
+                )
+            groups = x.reshape(-1, size, *x.shape[1:]).astype(jnp.float32)
             mean = groups.mean((1, 2, 3), keepdims=True)
             var = groups.var((1, 2, 3), keepdims=True)
             if not self.is_initializing():
                 running_mean.value = 0.9 * running_mean.value + 0.1 * mean.mean((0, 1, 2, 3))
                 running_var.value = 0.9 * running_var.value + 0.1 * var.mean((0, 1, 2, 3))
         else:
-            mean, var = running_mean.value, running_var.value
+            groups, mean, var = x.astype(jnp.float32), running_mean.value, running_var.value
         groups = (groups - mean) * (jax.lax.rsqrt(var + 1e-5) * scale) + bias
         return groups.reshape(x.shape).astype(self.dtype)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import glob
 import json
 import sys
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fcvit_jax.augment import eval_transform
-from fcvit_jax.checkpoint import find_step, holds_averages, load_metadata, load_variables, local_path
+from fcvit_jax.checkpoint import find_step, load_metadata, load_variables, local_path
 from fcvit_jax.errors import UserError
 from fcvit_jax.mixing import normalize
 from fcvit_jax.model import FCViT, create_model
@@ -47,7 +48,9 @@ def load(checkpoint: str | Path) -> tuple[FCViT, dict[str, Any], dict[str, Any]]
         )
     step = find_step(path)
     metadata = load_metadata(step)
-    variables = load_variables(step, ema=holds_averages(step))
+    variables = load_variables(step)
+    if "norm_0" in variables["params"]:
+        raise UserError(f"{step} holds a feature pyramid, which has no classes: a classifier is needed here.")
     try:
         model = create_model(**metadata["model"])
     except (KeyError, TypeError) as error:
@@ -99,7 +102,9 @@ def _find_images(paths: Iterable[Path]) -> list[Path]:
     found = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            # Unlike Path.rglob it follows links, and leaves out what is hidden.
+            beneath = map(Path, glob.iglob(f"{glob.escape(str(path))}/**/*", recursive=True))
+            inside = sorted(file for file in beneath if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
             if not inside:
                 raise UserError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
             found += inside

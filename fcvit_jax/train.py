@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fcvit_jax import mixing, optim
-from fcvit_jax.checkpoint import Checkpointer, find_step, holds_averages, load_metadata, local_path
+from fcvit_jax.checkpoint import Checkpointer, find_step, load_metadata, local_path
 from fcvit_jax.config import check_config, check_data, check_sizes, check_workdir, write_config
 from fcvit_jax.convert import load_pretrained
 from fcvit_jax.data import Data, eval_batches, open_dataset, train_batches
@@ -208,6 +208,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
         state = create_state(model, tx, mesh, seed=config.seed, **sizes)
         if weights is not None:
             state = _start_from(state, weights)
+            say(f"starting from the weights of {config.init_from}")
         metadata = {**about, "evaluated": {"step": 0}, "best": _NO_BEST}
 
     write_config(config, workdir)
@@ -296,7 +297,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
             f"{path} has {classes} classes, the dataset {model.num_classes}: evaluate on data with the checkpoint's "
             f"classes, or fine-tune it for these, with --config.init_from={path}."
         )
-    variables = load_pretrained(path, model, ema=holds_averages(path))
+    variables = load_pretrained(path, model)
     variables = jax.device_put(variables, state_shardings(variables, mesh))
     result = _evaluate(data, model, variables, mesh)
     say(f"{path}: {describe_accuracy(result)}, loss {result['loss']:.4f}, over {result['count']} examples")

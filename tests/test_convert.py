@@ -193,6 +193,16 @@ def test_pretrained_weights_load_from_every_format(tmp_path, name, caplog):
     assert head.shape == (500, 32) and abs(head.std() / 0.02 - 1) < 0.05 and not bias.any()
     assert_same(loaded, {key: x for key, x in state_dict.items() if not key.startswith("head")})
 
+    caplog.clear()
+    pyramid = Backbone(**SIZES)
+    with caplog.at_level(logging.WARNING):
+        loaded = convert.to_torch(convert.load_pretrained(tmp_path / name, pyramid), pyramid)
+    assert said(caplog) == [f"{tmp_path / name} holds a classifier: the norms of the pyramid start afresh."]
+    for i, dim in ((0, 16), (2, 32)):
+        np.testing.assert_array_equal(loaded.pop(f"norm{i}.weight"), np.ones(dim))
+        np.testing.assert_array_equal(loaded.pop(f"norm{i}.bias"), np.zeros(dim))
+    assert_same(loaded, {key: x for key, x in state_dict.items() if not key.startswith(("head", "norm."))})
+
     without = FCViT(**SIZES, num_classes=0)
     assert "head" not in convert.load_pretrained(tmp_path / name, without)["params"]
     with pytest.raises(UserError, match="layer_scale"):
@@ -227,19 +237,24 @@ def test_bad_files_are_user_errors(tmp_path, monkeypatch):
 
 
 def test_half_precision_becomes_float32(tmp_path):
-    state_dict = {name: x.bfloat16() if x.ndim else x for name, x in tensors(original()).items()}
+    state_dict = {name: x.bfloat16().requires_grad_() if x.ndim else x for name, x in tensors(original()).items()}
+    model = FCViT(**SIZES, num_classes=7)
+    variables = convert.from_torch(state_dict, model)
+    assert {x.dtype for x in jax.tree.leaves(variables)} == {np.dtype("float32")}
     torch.save(state_dict, tmp_path / "half.pth")
     convert.convert(tmp_path / "half.pth", tmp_path / "whole.pth")
     assert_same(
         saved(tmp_path / "whole.pth"),
-        {name: (x.float() if x.ndim else x).numpy() for name, x in state_dict.items()},
+        {name: (x.detach().float() if x.ndim else x).numpy() for name, x in state_dict.items()},
     )
 
 
-def test_command_line(tmp_path, monkeypatch):
+def test_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
     torch.save(tensors(original()), tmp_path / "a.pth")
-    convert.main([str(tmp_path / "a.pth"), str(tmp_path / "b.npz")])
+    convert.main(["~/a.pth", "~/b.npz"])
     assert (tmp_path / "b.npz").is_file()
+    assert capsys.readouterr().out == f"wrote the file {tmp_path / 'b.npz'}\n"
     with pytest.raises(SystemExit, match="^error: .* no moving averages"):
         convert.main([str(tmp_path / "b.npz"), str(tmp_path / "c.pth"), "--ema"])
     monkeypatch.setitem(sys.modules, "torch", None)

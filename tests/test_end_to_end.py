@@ -1,5 +1,6 @@
 """The commands of the README as a user types them, on small data."""
 
+import functools
 import importlib
 import json
 import os
@@ -73,6 +74,13 @@ def test_the_python_of_the_readme_runs(monkeypatch):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert names["logits"].shape == (1, 10)
+
+
+def test_what_the_documents_call_is_there():
+    text = README + "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
+    for first, *rest in {tuple(name.split(".")[1:]) for name in re.findall(r"\bfcvit_jax(?:\.\w+)+(?=\()", text)}:
+        assert first in {*fcvit_jax.__all__, *fcvit_jax._MODULES}  # others are attributes once they were imported
+        functools.reduce(getattr, rest, getattr(fcvit_jax, first))
 
 
 @pytest.mark.parametrize("arguments", MAIN, ids=" ".join)

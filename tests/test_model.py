@@ -442,6 +442,12 @@ def test_options_equal_the_reference(options):
 # Numerical safety.
 
 
+def test_an_empty_batch_can_be_evaluated():
+    """As a detector gives it that has found nothing."""
+    y, _ = model.BatchNorm(group_size=4).init_with_output(jax.random.key(0), jnp.zeros((0, 2, 2, 3)), train=False)
+    assert y.shape == (0, 2, 2, 3)
+
+
 def test_gradients_are_finite_for_blank_images():
     """A blank image at initialisation, with its zero biases, is a zero feature map all the way."""
     network, variables = small("fcvit_small")
@@ -456,8 +462,9 @@ def test_gradients_are_finite_for_blank_images():
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(step)), blank
 
 
-def test_standardize_of_a_constant_is_zero_with_a_finite_gradient():
-    value, grad = jax.value_and_grad(lambda x: model.standardize(x)[0, 0, 0])(jnp.full((2, 3, 4), 5.0))
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 1, 1)])
+def test_standardize_of_a_constant_is_zero_with_a_finite_gradient(shape):
+    value, grad = jax.value_and_grad(lambda x: model.standardize(x)[0, 0, 0])(jnp.full(shape, 5.0))
     assert value == 0 and np.isfinite(grad).all()
 
 

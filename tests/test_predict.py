@@ -79,9 +79,12 @@ def expected_logits(images):
 
 
 def test_predictions_equal_the_model_whatever_the_batches(checkpoint, tmp_path, capsys):
-    paths = save_images(tmp_path / "photos" / "deep", 3) + save_images(tmp_path / "other", 2, seed=1)
-    (tmp_path / "photos" / "README.txt").write_text("no image")
-    (tmp_path / "photos" / "._0.png").write_bytes(b"what macOS leaves beside an image")
+    save_images(tmp_path / "elsewhere", 3)
+    for name in ("photos/README.txt", "photos/._0.png", "photos/.thumbs/0.png", "photos/folder.png/README.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("no image")
+    (tmp_path / "photos/deep").symlink_to(tmp_path / "elsewhere")
+    paths = [tmp_path / f"photos/deep/{i}.png" for i in range(3)] + save_images(tmp_path / "other", 2, seed=1)
     args = "--checkpoint", checkpoint, tmp_path / "photos", *paths[3:], "--json", "--top", 2, "--batch-size", 2
     assert exit_of(predict.main, *args) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -113,7 +116,7 @@ def test_bad_images_are_named_and_the_rest_go_on(checkpoint, tmp_path, capsys):
     assert len(errors) == 2 and "bad.jpg" in errors[0] and "missing.png: No such file" in errors[1]
 
 
-def test_load_takes_the_averages_where_the_run_kept_them(tmp_path):
+def test_the_averages_are_taken_where_the_run_kept_them(tmp_path):
     plain, averages = tiny_variables(0), tiny_variables(1)
     checkpointer = Checkpointer(tmp_path)
     opt_state = optax.sgd(0.1).init(plain["params"])
@@ -125,6 +128,13 @@ def test_load_takes_the_averages_where_the_run_kept_them(tmp_path):
     model, variables, metadata = predict.load(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, variables, averages)
     assert model == create_model(**TINY) and metadata["class_names"] == METADATA["class_names"]
+    convert.convert(tmp_path, tmp_path / "run.npz")  # with stages without blocks, which shapes alone do not tell
+    for loaded, expected in (
+        (convert.load_pretrained(tmp_path, model), averages),
+        (convert.load_pretrained(tmp_path / "run.npz", model), averages),
+        (convert.load_pretrained(tmp_path, model, ema=False), plain),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, loaded, expected)
 
 
 def test_load_says_what_it_assumes(tmp_path, capsys):
@@ -149,12 +159,16 @@ def test_wrong_checkpoints_end_in_one_clear_line(tool, tmp_path, monkeypatch):
     (tmp_path / "weights.pth").write_bytes(b"PK")
     save_variables(tmp_path / "other", tiny_variables(), METADATA | {"model": TINY | {"dims": [16, 16, 16, 64]}})
     save_variables(tmp_path / "nameless", tiny_variables(), {"class_names": ["ant", "bee", "cat"]})
+    variables = tiny_variables()
+    variables["params"]["norm_0"] = variables["params"].pop("norm")
+    save_variables(tmp_path / "pyramid", variables, METADATA)
     messages = {
         "missing": "no such folder",
         "empty": "No checkpoint in",
         "weights.pth": "is a file",
         "other": "weights of another network",
         "nameless": "does not say which FCViT",
+        "pyramid": "holds a feature pyramid",
     }
     for name, message in messages.items():
         code = exit_of(tool.main, *(arg.format(name) for arg in TOOLS[tool]))
