@@ -61,7 +61,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     except (AttributeError, KeyError, OSError) as error:
         while error.args and isinstance(error.args[0], Exception):
             error = error.args[0]
-        what = "--config cannot be read" if isinstance(error, OSError) else "no such config key"
+        # ml_collections says what key is missing, Python itself which object of a config file lacks an attribute.
+        in_file = isinstance(error, OSError) or getattr(error, "obj", None) is not None
+        what = "--config cannot be read" if in_file else "no such config key"
         sys.exit(f"error: {what}: {error.args[0]}")
 
 

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from fcvit_jax.errors import UserError
 from fcvit_jax.hosts import say
+from fcvit_jax.model import FCViT, create_model
 from fcvit_jax.state import TrainState
 
 
@@ -327,6 +328,21 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
     step = find_step(path)
     with _explained(f"read the metadata of {step}", "It is damaged or not one of ours; try an earlier step."):
         return _load_json(step / "metadata")
+
+
+def load_model(path: str | Path) -> FCViT:
+    """Makes the network that a checkpoint says it holds.
+
+    Args:
+      path: as in `find_step`.
+
+    Raises:
+      UserError: there is no checkpoint, or it does not say.
+    """
+    try:
+        return create_model(**load_metadata(path)["model"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} does not say which FCViT it holds: {type(error).__name__}: {error}") from error
 
 
 def _load_json(item: Path) -> dict[str, Any]:

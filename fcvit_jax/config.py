@@ -16,7 +16,7 @@ from fcvit_jax import mixing, optim
 from fcvit_jax.checkpoint import Checkpointer, local_path
 from fcvit_jax.data import Data, open_dataset
 from fcvit_jax.errors import UserError
-from fcvit_jax.hosts import say
+from fcvit_jax.hosts import check_same, say
 from fcvit_jax.model import FCViT
 from fcvit_jax.sharding import make_mesh
 
@@ -92,8 +92,13 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_sizes(data: Data, mesh: Mesh, model: FCViT, accumulate: int) -> None:
+def check_sizes(data: Data, mesh: Mesh, model: FCViT, accumulate: int = 1, group: int | None = None) -> None:
     """Checks what no function can check alone: that dataset, batch, devices and model fit each other.
+
+    Args:
+      data, mesh, model: of the run.
+      accumulate: parts that a batch is computed in.
+      group: images that share batch statistics in training; None or 0: all of a part.
 
     Raises:
       UserError: they do not.
@@ -109,12 +114,21 @@ def check_sizes(data: Data, mesh: Mesh, model: FCViT, accumulate: int) -> None:
             f"data.batch_size={data.batch_size} cannot be split evenly over train.accumulate={accumulate} parts and "
             f"{mesh.size} devices: choose a multiple of {accumulate * mesh.size}."
         )
-    group = model.bn_group_size
     if group and part % group:
         raise UserError(
             f"A batch of {part} images (data.batch_size={data.batch_size}, train.accumulate={accumulate}) is not a "
             f"multiple of model.bn_group_size={group}: choose one that is, or 0 for all {part}."
         )
+
+
+def check_hosts(config: ConfigDict, data: Data) -> None:
+    """Compares what decides a run's result with the other hosts'; every host must call it.
+
+    Raises:
+      UserError: on every host, if the configs or the datasets differ.
+    """
+    check_same("configs", {key: x for key, x in _flat(config.to_dict()).items() if key not in _FREE_KEYS})
+    check_same("datasets", [data.num_train, data.num_eval, data.class_names])
 
 
 def check_workdir(config: ConfigDict, workdir: str | Path) -> Path:

@@ -1,12 +1,15 @@
 """A run on several hosts: how they find each other, and how all learn what one of them meets."""
 
+import contextlib
 import importlib.util
+import json
 import os
 import signal
 import sys
 import threading
+import zlib
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -68,6 +71,51 @@ def say(text: str) -> None:
         sys.stdout.flush()  # into a file too, where nobody would see it for hours, and a killed run would lose it
 
 
+def raise_together(error: Exception | None) -> None:
+    """Raises on every host what any of them has met; every host must call it.
+
+    Without that, one host would end while the others wait for it in a collective.
+
+    Raises:
+      UserError: with the causes, naming the hosts; on a single host the error itself.
+    """
+    if jax.process_count() == 1:
+        if error is not None:
+            raise error
+        return
+    cause = "" if error is None else str(error) if isinstance(error, UserError) else repr(error)
+    message = cause.encode()[:_MESSAGE_BYTES]
+    messages = multihost_utils.process_allgather(np.frombuffer(message.ljust(_MESSAGE_BYTES, b"\0"), np.uint8))
+    causes = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in messages]
+    if len(set(causes)) > 1:
+        raise UserError("\n".join(f"Host {i}: {cause}" for i, cause in enumerate(causes) if cause)) from error
+    if cause:
+        raise error
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """Passes what is raised inside to `raise_together`; every host must get here."""
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    raise_together(error)
+
+
+def check_same(what: str, value: Any) -> None:
+    """Compares a value that JSON can hold with that of the other hosts; every host must call it.
+
+    Raises:
+      UserError: on every host, if one has another; names `what` differs.
+    """
+    if jax.process_count() > 1:
+        checksum = zlib.crc32(json.dumps(value, sort_keys=True).encode())
+        if len(set(multihost_utils.process_allgather(np.uint32(checksum)).tolist())) > 1:
+            raise UserError(f"The hosts have different {what}: start all with the same.")
+
+
 class StopSignal:
     """Turns SIGTERM and Ctrl-C into a request that the loop polls; a second Ctrl-C stops at once.
 
@@ -124,8 +172,6 @@ class StopSignal:
 class Feed:
     """This host's batches; on several hosts a failure is kept until `check`, which tells it to all.
 
-    Without that, one host would end while the others wait for it in a collective.
-
     Args:
       batches: a closable iterator of dicts of arrays, all of the same shapes.
       num_batches: how many it yields, on every host.
@@ -157,20 +203,8 @@ class Feed:
         return self._last
 
     def check(self) -> None:
-        """Raises, on every host, the failures of all; to be called on every host before anything from the feed is kept.
-
-        Raises:
-          UserError: with the cause, naming the host.
-        """
-        if jax.process_count() == 1:
-            return
-        error = self._error
-        cause = "" if error is None else str(error) if isinstance(error, UserError) else repr(error)
-        message = cause.encode()[:_MESSAGE_BYTES]
-        messages = multihost_utils.process_allgather(np.frombuffer(message.ljust(_MESSAGE_BYTES, b"\0"), np.uint8))
-        causes = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in messages]
-        if any(causes):
-            raise UserError("\n".join(f"Host {i}: {cause}" for i, cause in enumerate(causes) if cause)) from error
+        """As `raise_together`, of what this host has met; to be called before anything from the feed is kept."""
+        raise_together(self._error)
 
     def close(self) -> None:
         """Ends the loader's workers."""

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fcvit_jax.augment import eval_transform
-from fcvit_jax.checkpoint import find_step, load_metadata, load_variables, local_path
+from fcvit_jax.checkpoint import find_step, load_metadata, load_model, load_variables, local_path
 from fcvit_jax.errors import UserError
 from fcvit_jax.mixing import normalize
-from fcvit_jax.model import FCViT, create_model
+from fcvit_jax.model import FCViT
 from fcvit_jax.sources import IMAGE_SUFFIXES
 
 CHECKPOINT_HELP = "a run's folder, its checkpoints or best folder (the newest step is taken), or one step's folder"
@@ -51,10 +51,7 @@ def load(checkpoint: str | Path) -> tuple[FCViT, dict[str, Any], dict[str, Any]]
     variables = load_variables(step)
     if "norm_0" in variables["params"]:
         raise UserError(f"{step} holds a feature pyramid, which has no classes: a classifier is needed here.")
-    try:
-        model = create_model(**metadata["model"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{step} does not say which FCViT it holds: {type(error).__name__}: {error}") from error
+    model = load_model(step)
     expected = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
     if jax.tree.map(np.shape, variables) != jax.tree.map(lambda x: x.shape, expected):
         raise UserError(f"{step} holds the weights of another network than the {metadata['model']} that it names.")

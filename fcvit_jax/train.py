@@ -16,13 +16,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fcvit_jax import mixing, optim
-from fcvit_jax.checkpoint import Checkpointer, find_step, load_metadata, local_path
-from fcvit_jax.config import check_config, check_data, check_sizes, check_workdir, write_config
+from fcvit_jax.checkpoint import Checkpointer, find_step, load_model, local_path
+from fcvit_jax.config import check_config, check_data, check_hosts, check_sizes, check_workdir, write_config
 from fcvit_jax.convert import load_pretrained
 from fcvit_jax.data import Data, eval_batches, open_dataset, train_batches
 from fcvit_jax.errors import UserError
 from fcvit_jax.evaluate import evaluate
-from fcvit_jax.hosts import Feed, StopSignal, say
+from fcvit_jax.hosts import Feed, StopSignal, failing_together, say
 from fcvit_jax.metrics import (
     MetricsWriter,
     Progress,
@@ -160,17 +160,19 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     Raises:
       UserError: the config, the data or the folder is not usable, or the run cannot go on; the message says why.
     """
-    check_config(config)
-    data = open_dataset(**config.data)
-    mesh = make_mesh(**config.mesh)
-    model = create_model(**config.model)
-    tx, schedule = optim.make_optimizer(data.steps_per_epoch, config.train.epochs, data.batch_size, **config.optim)
-    mix = mixing.make(model.num_classes, **config.mixing)
-    check_sizes(data, mesh, model, config.train.accumulate)
-    images = jax.ShapeDtypeStruct((data.batch_size, data.image_size, data.image_size, 3), jnp.uint8)
-    labels = jax.ShapeDtypeStruct((data.batch_size,), jnp.int32)
-    jax.eval_shape(mix, jax.random.key(0), images, labels)  # raises where the batch is no whole number of groups
-    workdir = check_workdir(config, workdir)
+    with failing_together():
+        check_config(config)
+        data = open_dataset(**config.data)
+        mesh = make_mesh(**config.mesh)
+        model = create_model(**config.model)
+        tx, schedule = optim.make_optimizer(data.steps_per_epoch, config.train.epochs, data.batch_size, **config.optim)
+        mix = mixing.make(model.num_classes, **config.mixing)
+        check_sizes(data, mesh, model, config.train.accumulate, model.bn_group_size)
+        images = jax.ShapeDtypeStruct((data.batch_size, data.image_size, data.image_size, 3), jnp.uint8)
+        labels = jax.ShapeDtypeStruct((data.batch_size,), jnp.int32)
+        jax.eval_shape(mix, jax.random.key(0), images, labels)  # raises where the batch is no whole number of groups
+        workdir = check_workdir(config, workdir)
+    check_hosts(config, data)
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
     checkpointer = Checkpointer(workdir, **config.checkpoint)
@@ -197,14 +199,16 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
         state, metadata = restored
         check_data(config, metadata, about)
         metadata |= about
-        best = metadata["best"]["step"]
-        if best == int(state.step):
-            checkpointer.save(state, metadata, best=True)  # where the run was killed between the two
-        elif not checkpointer.has_best(best):
+        if not checkpointer.has_best(metadata["best"]["step"]):
+            # It is lost, or the run was killed before it was written: then it is this one.
             metadata["best"] = _NO_BEST
+            if metadata["evaluated"]["step"] == int(state.step):
+                metadata["best"] = metadata["evaluated"]
+                checkpointer.save(state, metadata, best=True)
         say(f"resuming at step {int(state.step)} of {total}")
     else:
-        weights = load_pretrained(config.init_from, model) if config.init_from else None
+        with failing_together():
+            weights = load_pretrained(config.init_from, model) if config.init_from else None
         state = create_state(model, tx, mesh, seed=config.seed, **sizes)
         if weights is not None:
             state = _start_from(state, weights)
@@ -285,19 +289,21 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
     Raises:
       UserError: the config or the data is not usable, or there is no such checkpoint.
     """
-    check_config(config)
-    data = open_dataset(**config.data)
-    mesh = make_mesh(**config.mesh)
-    model = create_model(**config.model)
-    check_sizes(data, mesh, model, config.train.accumulate)
-    path = find_step(local_path(workdir) / which)
-    classes = create_model(**load_metadata(path)["model"]).num_classes
-    if classes != model.num_classes:
-        raise UserError(
-            f"{path} has {classes} classes, the dataset {model.num_classes}: evaluate on data with the checkpoint's "
-            f"classes, or fine-tune it for these, with --config.init_from={path}."
-        )
-    variables = load_pretrained(path, model)
+    with failing_together():
+        check_config(config)
+        data = open_dataset(**config.data)
+        mesh = make_mesh(**config.mesh)
+        model = create_model(**config.model)
+        check_sizes(data, mesh, model)
+        path = find_step(local_path(workdir) / which)
+        classes = load_model(path).num_classes
+        if classes != model.num_classes:
+            raise UserError(
+                f"{path} has {classes} classes, the dataset {model.num_classes}: evaluate on data with the checkpoint's"
+                f" classes, or fine-tune it for these, with --config.init_from={path}."
+            )
+        variables = load_pretrained(path, model)
+    check_hosts(config, data)
     variables = jax.device_put(variables, state_shardings(variables, mesh))
     result = _evaluate(data, model, variables, mesh)
     say(f"{path}: {describe_accuracy(result)}, loss {result['loss']:.4f}, over {result['count']} examples")

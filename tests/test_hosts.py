@@ -152,8 +152,25 @@ def test_flags_say_where_the_others_are(monkeypatch):
 TWO_HOSTS = """
 import os, signal, sys, time
 import jax
-from fcvit_jax.hosts import StopSignal, start_distributed
+from fcvit_jax.errors import UserError
+from fcvit_jax.hosts import StopSignal, check_same, failing_together, start_distributed
 start_distributed(sys.argv[1], 2, int(sys.argv[2]))
+
+def do(what):
+    if what == sys.argv[2]:
+        raise UserError("no such folder")
+
+for attempt in ("0", "1", "2"):
+    try:
+        with failing_together():
+            do(attempt)
+    except UserError as error:
+        print(error)
+for words in ("same", f"other {sys.argv[2]}"):
+    try:
+        check_same("words", [words])
+    except UserError as error:
+        print(error)
 seen = 0
 with StopSignal() as stop:
     for seen in stop.watch(range(10_000)):
@@ -164,7 +181,7 @@ print(seen, stop.received)
 """
 
 
-def test_hosts_stop_at_the_same_item_of_an_evaluation():
+def test_hosts_fail_together_and_stop_at_the_same_item_of_an_evaluation():
     """Ctrl-C reaches one of two, of which one is slower."""
     command = [sys.executable, "-c", TWO_HOSTS, f"localhost:{free_port()}"]
     options = {"cwd": ROOT, "stdout": -1, "stderr": -1, "text": True}
@@ -174,6 +191,13 @@ def test_hosts_stop_at_the_same_item_of_an_evaluation():
     finally:
         for process in processes:
             process.kill()
+    first, second = ([line for line in text.splitlines() if "Gloo" not in line] for text in (first, second))
     assert first == second, errors
-    seen, received = first.split()
+    *failures, last = first
+    assert failures == [
+        "Host 0: no such folder",
+        "Host 1: no such folder",
+        "The hosts have different words: start all with the same.",
+    ]
+    seen, received = last.split()
     assert received == "True" and 20 <= int(seen) < 9_999

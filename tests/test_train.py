@@ -388,7 +388,7 @@ def test_the_best_is_the_earlier_of_equals_and_survives_a_kill_before_it_is_writ
     train_and_evaluate(config, tmp_path)
     assert "best/20 is newer than step 15, from which the run goes on; moved to" in capsys.readouterr().out
     assert len(list((tmp_path / "set_aside").iterdir())) == 1
-    assert load_metadata(tmp_path / "best")["best"]["top1"] == 0.3
+    assert load_metadata(tmp_path / "best")["best"] == {"step": 15, "loss": 1.0, "top1": 0.4, "top5": 1.0, "count": 40}
 
 
 def test_other_data_under_the_same_config_are_refused(undisturbed, config, at_16, monkeypatch, capsys):
@@ -423,6 +423,14 @@ def test_evaluating_a_checkpoint_gives_the_numbers_of_the_run(undisturbed, confi
     config.model.num_classes = 3
     with pytest.raises(UserError, match="checkpoints/20 has 10 classes, the dataset 3: evaluate on"):
         evaluate_checkpoint(config, workdir)
+
+
+def test_a_finished_run_whose_best_is_lost_keeps_its_end_as_the_best(undisturbed, config, tmp_path, capsys):
+    workdir = shutil.copytree(undisturbed["workdir"], tmp_path / "run")
+    shutil.rmtree(workdir / "best")
+    assert train_and_evaluate(config, workdir) == undisturbed["result"]
+    assert f"at step 20; over 40 examples. Checkpoints: {workdir / 'checkpoints/20'} and" in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, arrays(workdir / "best/20"), arrays(workdir / "checkpoints/20"))
 
 
 def test_a_run_that_is_beyond_its_last_step_is_refused(undisturbed, config, tmp_path):
