@@ -7,6 +7,7 @@ state, and the number of workers and hosts changes nothing.
 
 import dataclasses
 import functools
+import gc
 import multiprocessing
 import os
 import signal
@@ -262,6 +263,7 @@ def _stream(data, load, start, stop):
         ) from error
     finally:
         iterator.close()
+        gc.collect()  # of a cycle in Grain, which would hold the last batch in shared memory, at exit with a warning
 
 
 def _start_worker(index, count):

@@ -208,4 +208,5 @@ class Feed:
 
     def close(self) -> None:
         """Ends the loader's workers."""
+        self._last = None
         self._batches.close()
