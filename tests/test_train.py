@@ -126,9 +126,9 @@ def assert_equal_to_rounding(workdir, undisturbed):
     np.testing.assert_allclose(ours["eval/loss"], theirs["eval/loss"], rtol=1e-4)  # of the averages
 
 
-@pytest.mark.parametrize("data, fsdp", [(2, 1), (1, 4), (4, 2)])
+@pytest.mark.parametrize("data, fsdp", [(2, 1), (4, 2)])
 def test_same_losses_on_any_mesh(undisturbed, config, tmp_path, monkeypatch, capsys, data, fsdp):
-    """With the one device of `undisturbed`: 1, 2, 4 and 8; and the state takes as much of each as was said."""
+    """With the one device of `undisturbed` 1, 2 and 8, and 4 on two processes; the state takes as much as was said."""
     config.mesh.update(data=data, fsdp=fsdp)
     config.checkpoint.save_every = 1000
     config.train.eval_every = 4
@@ -184,7 +184,8 @@ def finish(processes, code):
 
 def test_two_processes_are_one_run_and_stop_as_one(undisturbed, digits_dir, tmp_path):
     data = f"--config.data.data_dir={digits_dir}"
-    processes = start_two(tmp_path, data)
+    layout = "--config.mesh.fsdp=2"
+    processes = start_two(tmp_path, data, layout)
     deadline = time.monotonic() + 250
     while not ((tmp_path / "metrics.jsonl").exists() and losses(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -194,7 +195,7 @@ def test_two_processes_are_one_run_and_stop_as_one(undisturbed, digits_dir, tmp_
     assert step < 20
     assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == step
 
-    texts = finish(start_two(tmp_path, data, "--config.mesh.fsdp=2", slurm=True), code=0)
+    texts = finish(start_two(tmp_path, data, layout, slurm=True), code=0)
     assert f"resuming at step {step} of 20" in texts[0]
     assert "4 of 4 cpu devices on 2 hosts, mesh data 2 x fsdp 2" in texts[0]
     assert [line["step"] for line in record(tmp_path)] == [line["step"] for line in record(undisturbed["workdir"])]
