@@ -67,6 +67,7 @@ def test_the_imagenet_config_trains_on_miniature_imagenet_without_tensorflow(ima
     assert metadata["class_names"][0] == "n01440764"
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_python_of_the_readme_runs(monkeypatch):
     monkeypatch.setitem(fcvit_jax.VARIANTS["fcvit_tiny"], "depths", (0, 0, 0, 2))  # fewer blocks to compile
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
