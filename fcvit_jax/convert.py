@@ -259,7 +259,7 @@ def infer_model(shapes: Mapping[str, tuple[int, ...]]) -> FCViT | Backbone:
         fields["mix_reduction"], fields["mix_min_dim"] = next(fits, (8, 16))
     else:
         fields["mix_reduction"] = 1
-    if find(r"norm\d\."):
+    if _is_pyramid(shapes):
         return Backbone(**fields)
     return FCViT(num_classes=vote(r"head\.") or 0, **fields)
 

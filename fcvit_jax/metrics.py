@@ -142,18 +142,18 @@ class Progress:
             self._start, self._since, self._wait = now, step, 0.0
         if step % self._log_every and step != self._total:
             return
-        shown, left = {"loss": f"{metrics['train/loss']:.3f}"}, ""
+        shown, rates = {"loss": f"{metrics['train/loss']:.3f}"}, ""
         # Not of the odd steps at the end of a run: the last is noted without the wait for data that others include.
         if step > self._since and step % self._log_every == 0:
             rate = (step - self._since) / (now - self._start)
             metrics["train/images_per_second"] = rate * self._batch_size
             metrics["train/data_wait"] = min(self._wait / (now - self._start), 1.0)
             shown["img/s"] = f"{rate * self._batch_size:.0f}"
-            left = f"  {shown['img/s']} img/s  {tqdm.format_interval((self._total - step) / rate)} left"
+            rates = f"  {shown['img/s']} img/s  {tqdm.format_interval((self._total - step) / rate)} left"
             self._start, self._since, self._wait = now, step, 0.0
         self._bar.set_postfix(shown, refresh=False)
         if self._bar.disable:
-            say(f"step {step}/{self._total}  loss {shown['loss']}{left}")
+            say(f"step {step}/{self._total}  loss {shown['loss']}{rates}")
         self._writer.write(step, metrics)
 
     def resume(self) -> None:

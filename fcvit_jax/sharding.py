@@ -36,14 +36,9 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
     return Mesh(np.array(devices[:used]).reshape(data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Splits the first axis of a batch over all devices."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
-
-
-def part_sharding(mesh: Mesh) -> NamedSharding:
-    """Splits the second axis of the parts of a batch (parts, b, ...) over all devices."""
-    return NamedSharding(mesh, P(None, ("data", "fsdp")))
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Splits a batch over all devices, by the axis of its images."""
+    return NamedSharding(mesh, P(*[None] * axis, ("data", "fsdp")))
 
 
 def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

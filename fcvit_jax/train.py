@@ -32,13 +32,7 @@ from fcvit_jax.metrics import (
     describe_run,
 )
 from fcvit_jax.model import FCViT, create_model
-from fcvit_jax.sharding import (
-    MIN_SHARDED_SIZE,
-    global_batch,
-    make_mesh,
-    part_sharding,
-    state_shardings,
-)
+from fcvit_jax.sharding import MIN_SHARDED_SIZE, batch_sharding, global_batch, make_mesh, state_shardings
 from fcvit_jax.state import TrainState, abstract_state, create_state
 
 _NO_BEST = {"step": 0, "top1": -1.0}  # worse than any
@@ -111,7 +105,7 @@ def train_step(
             for x in (images, targets)
         ]
         # Else XLA would split the parts over the devices, and have each compute all of every part.
-        parts = jax.lax.with_sharding_constraint(parts, part_sharding(mesh))
+        parts = jax.lax.with_sharding_constraint(parts, batch_sharding(mesh, axis=1))
         keys = jax.random.split(dropout_key, accumulate)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one_part, images, targets, keys[0]))
         sums, _ = jax.lax.scan(
