@@ -65,11 +65,10 @@ def _weighted_sum(x: jax.Array) -> jax.Array:
 
 def _checksums(items: dict[str, Any], metadata: dict[str, Any]) -> dict[str, int]:
     """Checksums of what is saved; without them a flipped bit in a tensor would be read as a good one."""
+    # An array at a time: as one program, thousands of them take a minute to compile.
     sums = {name: [] for name in items}
     for name, item in items.items():
-        for x in jax.tree.leaves(
-            item
-        ):  # an array at a time: as one program, thousands of them take a minute to compile
+        for x in jax.tree.leaves(item):
             sums[name].append(_weighted_sum(x))
             # Of several sums over split arrays under way, processes on CPUs may each wait for another one for ever.
             if not getattr(x, "is_fully_replicated", True):

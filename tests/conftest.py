@@ -54,11 +54,10 @@ def imagenet_mini(imagenet_mini_dirs):
 def quick_compilation(tmp_path_factory):
     """Programs are compiled quickly rather than well, and kept for all tests and for processes that they start."""
     folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # each worker has a folder of its own in it
     settings = {
-        # xdist gives each of its workers a folder in the run's.
-        "jax_compilation_cache_dir": str(
-            (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled"
-        ),
+        "jax_compilation_cache_dir": str(folder / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_disable_most_optimizations": True,
     }
