@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.core import lift
+from jax.experimental.scheduling_groups import xla_metadata_call
 
 from fcvit_jax.depthwise import depthwise_conv
 from fcvit_jax.errors import UserError
@@ -371,6 +373,34 @@ class Block(nn.Module):
         return x + branch_end(y, 1)
 
 
+def _called(block: Callable) -> Callable:
+    """Lifts a block into a call that XLA does not inline, so that equal blocks go through most of its passes as one."""
+
+    def lifted(scope_fn, repack_fn, variables, rngs, x, train, drop_path):
+        @functools.partial(xla_metadata_call, inlineable="false")
+        def call(variables, rngs, x, drop_path):
+            scope = scope_fn(variables, rngs)
+            return block(scope, x, train, drop_path), repack_fn(scope)
+
+        return call(variables, rngs, x, drop_path)
+
+    return lift.pack(lifted, (True,), (True,), (True,), name="called")
+
+
+def _shared(block: type[nn.Module]) -> type[nn.Module]:
+    """Blocks of equal shapes as one function, where a mesh is in context as in training.
+
+    They are traced once, which takes 0.6 of the time for fcvit_s48; as calls they compile in 0.8 of it on a CPU.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return block
+    # On several devices the gradients of each call would be reduced apart, and XLA for GPUs fuses worse around calls.
+    if mesh.size == 1 and mesh.abstract_device.platform == "cpu":
+        block = nn.transforms.lift_transform(_called, block)
+    return nn.jit(block, static_argnums=(2,))
+
+
 class _Stages(nn.Module):
     """The stem and the four stages, which `FCViT` and `Backbone` share."""
 
@@ -421,7 +451,7 @@ class _Stages(nn.Module):
             spatial_attention=self.spatial_attention,
             **dtypes,
         )
-        block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        block = _shared(nn.remat(Block, static_argnums=(2,)) if self.remat else Block)
         downsample = functools.partial(Downsample, bn_group_size=self.bn_group_size, **dtypes)
         drop_path = [None] * sum(self.depths)
         if train and self.drop_path_rate > 0:

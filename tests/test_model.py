@@ -694,6 +694,45 @@ def test_remat_changes_nothing_but_memory():
     assert remat > plain  # where GELU has its own
 
 
+def test_equal_blocks_are_one_function_on_a_mesh():
+    """The numbers stay, each block has its own dropout, and for one CPU device XLA gets calls that it leaves alone."""
+    network = TINY.clone(depths=(2,), dropout_rate=0.0)
+    rng = np.random.default_rng(0)
+    flat = {path: rng.uniform(0.1, 1, x.shape).astype(np.float32) for path, x in convert._abstract(network).items()}
+    variables, images = traverse_util.unflatten_dict(flat, sep="/"), rng.normal(0, 1, (2, 32, 32, 3))
+
+    def lower(devices, **options):
+        def loss(params):
+            mesh = make_mesh(data=devices).abstract_mesh if devices else jax.sharding.AbstractMesh((), ())
+            with jax.sharding.use_abstract_mesh(mesh):
+                y, updates = network.clone(**options).apply(
+                    variables | {"params": params},
+                    images,
+                    True,
+                    rngs={"dropout": jax.random.key(0)},
+                    mutable=["batch_stats", "intermediates"],
+                    capture_intermediates=lambda module, _: isinstance(module, nn.Dropout),
+                )
+            return jnp.square(y).sum(), updates
+
+        return quick_jit(jax.value_and_grad(loss, has_aux=True)).lower(variables["params"])
+
+    def values(lowered):
+        (loss, updates), grads = lowered.compile()(variables["params"])
+        largest = max(np.abs(x).max() for x in jax.tree.leaves(grads))
+        return loss, updates, jax.tree.map(lambda x: x / largest, grads)
+
+    for plain, called in zip(*(jax.tree.leaves(values(lower(n, remat=n == 1))) for n in (0, 1)), strict=True):
+        np.testing.assert_allclose(called, plain, rtol=1e-4, atol=1e-5)
+
+    lowered = lower(1, dropout_rate=0.5)
+    blocks = values(lowered)[1]["intermediates"]
+    first, second = (blocks[f"stages_0_block_{i}"]["channel_mixer"]["Dropout_0"]["__call__"][0] == 0 for i in range(2))
+    assert 0.4 < (first != second).mean() < 0.6
+    for program, functions in ((lowered, 2), (lower(8), 0)):  # one for each pass
+        assert program.as_text().count("func private @xla_metadata_call") == functions
+
+
 def test_features_are_the_four_stage_outputs():
     network = create_model("fcvit_tiny")
     variables = jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
