@@ -263,7 +263,8 @@ def _stream(data, load, start, stop):
         ) from error
     finally:
         iterator.close()
-        gc.collect()  # of a cycle in Grain, which would hold the last batch in shared memory, at exit with a warning
+        if data.workers:
+            gc.collect()  # a cycle in Grain would hold the last batch in shared memory, at exit with a warning
 
 
 def _start_worker(index, count):
