@@ -566,16 +566,32 @@ class Backbone(_Stages):
         return tuple(group_norm(name=f"norm_{i}", **dtypes)(x) for i, x in enumerate(maps))
 
 
+def _is_floating(dtype: Any) -> bool:
+    try:
+        return jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:  # no dtype at all
+        return False
+
+
 def _options(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """The fields of a variant, by our name or by the original's (fcvit_b12, ...), with `overrides`; lists as tuples."""
     ours = name.replace("fcvit_b", "fcvit_s")
     if ours not in VARIANTS:
         raise UserError(f"Unknown model {name!r}: choose from {', '.join(VARIANTS)}.")
-    for key in ("dropout_rate", "drop_path_rate"):
-        if not 0 <= overrides.get(key, 0) < 1:
-            raise UserError(f"model.{key}={overrides[key]} must be at least 0 and less than 1.")
     # JSON and command lines give lists, with which a module could not be hashed.
-    return VARIANTS[ours] | {key: tuple(x) if isinstance(x, list) else x for key, x in overrides.items()}
+    options = VARIANTS[ours] | {key: tuple(x) if isinstance(x, list) else x for key, x in overrides.items()}
+    for key in ("dropout_rate", "drop_path_rate"):
+        if not 0 <= options.get(key, 0) < 1:
+            raise UserError(f"model.{key}={options[key]} must be at least 0 and less than 1.")
+    for key in ("dtype", "param_dtype"):
+        if not _is_floating(options.get(key, jnp.float32)):
+            raise UserError(f"model.{key}={options[key]!r} is no floating-point dtype: choose float32 or bfloat16.")
+    for size in (*options.get("kernel_sizes", ()), options.get("mlp_kernel_size") or 1):
+        if size % 2 == 0:
+            raise UserError(f"model.kernel_sizes and model.mlp_kernel_size must be odd, which {size} is not.")
+    if len({len(options[key]) for key in ("depths", "dims", "mlp_ratios")}) > 1:
+        raise UserError("model.depths, model.dims and model.mlp_ratios must have one entry for each stage.")
+    return options
 
 
 def create_model(name: str, num_classes: int = 1000, **overrides) -> FCViT:
@@ -591,7 +607,7 @@ def create_model(name: str, num_classes: int = 1000, **overrides) -> FCViT:
       **overrides: attributes of `FCViT`.
 
     Raises:
-      UserError: the name is unknown, or a rate is no probability below 1.
+      UserError: the name is unknown, or a value cannot be: a rate of 1, an even kernel, a dtype that is not floating.
     """
     return FCViT(num_classes=num_classes, **_options(name, overrides))
 
@@ -606,6 +622,6 @@ def create_backbone(name: str, **overrides) -> Backbone:
         c2, c3, c4, c5 = backbone.apply(variables, images)               # strides 4, 8, 16, 32
 
     Raises:
-      UserError: the name is unknown, or a rate is no probability below 1.
+      UserError: the name is unknown, or a value cannot be: a rate of 1, an even kernel, a dtype that is not floating.
     """
     return Backbone(**_options(name, overrides))
