@@ -395,9 +395,9 @@ def _shared(block: type[nn.Module]) -> type[nn.Module]:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return block
-    platform = mesh.abstract_device.platform if mesh.abstract_device else None
+    on_one_cpu = mesh.size == 1 and mesh.abstract_device and mesh.abstract_device.device_kind == "cpu"
     # On several devices the gradients of each call would be reduced apart, and XLA for GPUs fuses worse around calls.
-    if mesh.size == 1 and platform == "cpu":
+    if on_one_cpu and jax.__version_info__ > (0, 10, 0):  # which cannot differentiate them
         block = nn.transforms.lift_transform(_called, block)
     return nn.jit(block, static_argnums=(2,))
 

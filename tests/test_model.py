@@ -729,7 +729,8 @@ def test_equal_blocks_are_one_function_on_a_mesh():
     blocks = values(lowered)[1]["intermediates"]
     first, second = (blocks[f"stages_0_block_{i}"]["channel_mixer"]["Dropout_0"]["__call__"][0] == 0 for i in range(2))
     assert 0.4 < (first != second).mean() < 0.6
-    for program, functions in ((lowered, 2), (lower(8), 0)):  # one for each pass
+    calls = jax.__version_info__ > (0, 10, 0)
+    for program, functions in ((lowered, 2 * calls), (lower(8), 0)):  # one for each pass
         assert program.as_text().count("func private @xla_metadata_call") == functions
 
 
