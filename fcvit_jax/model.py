@@ -397,7 +397,7 @@ def _shared(block: type[nn.Module]) -> type[nn.Module]:
         return block
     on_one_cpu = mesh.size == 1 and mesh.abstract_device and mesh.abstract_device.device_kind == "cpu"
     # On several devices the gradients of each call would be reduced apart, and XLA for GPUs fuses worse around calls.
-    if on_one_cpu and jax.__version_info__ > (0, 10, 0):  # which cannot differentiate them
+    if on_one_cpu and jax.__version_info__ > (0, 10, 0):  # JAX 0.10.0 cannot differentiate calls
         block = nn.transforms.lift_transform(_called, block)
     return nn.jit(block, static_argnums=(2,))
 
@@ -587,8 +587,8 @@ def _options(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     for key in ("dtype", "param_dtype"):
         if not _is_floating(options.get(key, jnp.float32)):
             raise UserError(f"model.{key}={options[key]!r} is no floating-point dtype: choose float32 or bfloat16.")
-    for size in (*options.get("kernel_sizes", ()), options.get("mlp_kernel_size") or 1):
-        if size % 2 == 0:
+    for size in (*options.get("kernel_sizes", ()), options.get("mlp_kernel_size")):
+        if size is not None and size % 2 == 0:
             raise UserError(f"model.kernel_sizes and model.mlp_kernel_size must be odd, which {size} is not.")
     if len({len(options[key]) for key in ("depths", "dims", "mlp_ratios")}) > 1:
         raise UserError("model.depths, model.dims and model.mlp_ratios must have one entry for each stage.")
