@@ -253,7 +253,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
                 step += 1
                 # On a CPU the step is done by now, on an accelerator it has only begun.
                 done = time.perf_counter() if metrics["loss"].is_ready() else None
-                del batch
+                del batch  # else the last one, in memory that a worker shares, outlives the loader
                 if ahead:
                     _report(*ahead, progress, checkpointer)
                 ahead = (step, metrics, done)

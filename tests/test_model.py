@@ -642,9 +642,9 @@ TINY = FCViT((1,), (8,), (1,), num_classes=3, kernel_sizes=(3,), layer_scale_ini
 
 
 @functools.cache
-def tiny():
-    """Random weights of `TINY` and images."""
-    shapes = convert._abstract(TINY)
+def tiny(network=TINY):
+    """Random weights of a network, and images."""
+    shapes = convert._abstract(network)
     rng = np.random.default_rng(0)
     flat = {path: rng.uniform(0.1, 1, x.shape).astype(np.float32) for path, x in shapes.items()}
     return traverse_util.unflatten_dict(flat, sep="/"), rng.normal(0, 1, (2, 32, 40, 3)).astype(np.float32)
@@ -697,9 +697,7 @@ def test_remat_changes_nothing_but_memory():
 def test_equal_blocks_are_one_function_on_a_mesh():
     """The numbers stay, each block has its own dropout, and for one CPU device XLA gets calls that it leaves alone."""
     network = TINY.clone(depths=(2,), dropout_rate=0.0)
-    rng = np.random.default_rng(0)
-    flat = {path: rng.uniform(0.1, 1, x.shape).astype(np.float32) for path, x in convert._abstract(network).items()}
-    variables, images = traverse_util.unflatten_dict(flat, sep="/"), rng.normal(0, 1, (2, 32, 32, 3))
+    variables, images = tiny(network)
 
     def lower(devices, **options):
         def loss(params):
