@@ -10,7 +10,6 @@ import os
 import re
 import sys
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,91 +22,18 @@ from flax import traverse_util
 
 from fcvit_jax.errors import UserError
 from fcvit_jax.model import VARIANTS, Backbone, FCViT, create_backbone, create_model
+from fcvit_jax.original import (
+    from_original,
+    infer_model,
+    is_ours,
+    is_pyramid,
+    original_names,
+    original_shape,
+    to_original,
+)
 
 # Where a .npz keeps what it says of itself, as JSON.
 METADATA = "__metadata__"
-
-# What to replace in our path, one row after the other, to get the original's name of a tensor.
-NAMES = (
-    *((rf"^stages_{s}_block_(\d+)/", rf"network.{2 * s}.\1.") for s in range(4)),
-    *((rf"^downsample_{s}/", f"network.{2 * s - 1}.") for s in range(1, 4)),
-    *((rf"^norm_{s}/", f"norm{2 * s}.") for s in range(4)),
-    (r"^stem/", "patch_embed."),
-    (r"\bconv/", "proj."),
-    (r"layer_scale(\d)", r"layer_scale_\1"),
-    (r"context(\d)/scale", r"gc\1.rescale_weight"),
-    (r"context(\d)/bias", r"gc\1.rescale_bias"),
-    (r"context(\d)/reduce/", r"gc\1.fc1."),
-    (r"context(\d)/expand/", r"gc\1.fc2."),
-    (r"depthwise(\d)/", r"dw\1."),
-    (r"reduce(\d)/", r"fc\1.0."),
-    (r"expand(\d)/", r"fc\1.2."),
-    (r"spatial_attention/depthwise/", "spatial_att.spatial_att.0."),
-    (r"spatial_attention/reduce/", "spatial_att.spatial_att.1."),
-    (r"spatial_attention/expand/", "spatial_att.spatial_att.3."),
-    (r"channel_attention/conv", "channel_att.channelConv"),
-    (r"channel_mixer/expand/", "channel_mixer.fc1."),
-    (r"channel_mixer/depthwise/", "channel_mixer.dwconv."),
-    (r"channel_mixer/reduce/", "channel_mixer.fc2."),
-    (r"(kernel|scale)$", "weight"),
-    (r"(mean|var)$", r"running_\1"),
-    (r"/", "."),
-)
-# Two options change names; these rows then follow.
-NAMES_WITHOUT_COMPETITION = ((r"(gc\d)\.fc1", r"\1.fc.0"), (r"(gc\d)\.fc2", r"\1.fc.2"))
-NAMES_WITHOUT_BOTTLENECK = ((r"(token_mixer\.fc\d)\.2", r"\1"),)
-
-# Axes of our tensor -> axes of the original's, 1 being an axis of length 1. The first row found in our path counts.
-LAYOUTS = (
-    (r"(stem|downsample_\d)/conv/kernel", "HWIO->OIHW"),
-    (r"depthwise\d?/kernel", "HWC->C1HW"),
-    (r"conv\d/kernel", "WIO->OIW"),
-    (r"(head|context\d/\w+)/kernel", "IO->OI"),
-    (r"kernel", "IO->OI11"),
-    (r"", "C->C"),
-)
-
-
-def _to_layout(x: np.ndarray, layout: str) -> np.ndarray:
-    ours, theirs = layout.split("->")
-    x = np.transpose(x, [ours.index(axis) for axis in theirs if axis != "1"])
-    return np.expand_dims(x, [i for i, axis in enumerate(theirs) if axis == "1"])
-
-
-def _from_layout(x: np.ndarray, layout: str) -> np.ndarray:
-    ours, theirs = layout.split("->")
-    x = np.squeeze(x, tuple(i for i, axis in enumerate(theirs) if axis == "1"))
-    return np.transpose(x, [theirs.replace("1", "").index(axis) for axis in ours])
-
-
-def _names(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """The original's name of every one of our paths, given their shapes (from which two options are read off)."""
-    bottleneck = any("token_mixer/reduce" in path for path in shapes)
-    competition = any(
-        re.search(r"context\d/reduce/kernel", path)
-        and shape[1:] == tuple(2 * n for n in shapes.get(path.replace("reduce", "expand"), ())[:1])
-        for path, shape in shapes.items()
-    )
-    rows = (
-        *NAMES,
-        *(() if competition else NAMES_WITHOUT_COMPETITION),
-        *(() if bottleneck else NAMES_WITHOUT_BOTTLENECK),
-    )
-    names = {}
-    for path in shapes:
-        name = path.partition("/")[2]
-        for pattern, replacement in rows:
-            name = re.sub(pattern, replacement, name)
-        names[path] = name
-    return names
-
-
-def _layout(path: str) -> str:
-    return next(layout for pattern, layout in LAYOUTS if re.search(pattern, path))
-
-
-def _torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return _to_layout(np.broadcast_to(0, shape), _layout(path)).shape
 
 
 def _abstract(model: FCViT | Backbone) -> dict[str, jax.ShapeDtypeStruct]:
@@ -156,15 +82,15 @@ def from_torch(state_dict: Mapping[str, np.ndarray], model: FCViT | Backbone) ->
       UserError: tensors are missing, unexpected or misshaped; lists them all.
     """
     abstract = _abstract(model)
-    names = _names({path: x.shape for path, x in abstract.items()})
-    expected = {names[path]: _torch_shape(path, x.shape) for path, x in abstract.items()}
+    names = original_names({path: x.shape for path, x in abstract.items()})
+    expected = {names[path]: original_shape(x.shape, path) for path, x in abstract.items()}
     found = {name: tuple(x.shape) for name, x in state_dict.items()}
     for name in [name for name in found if name.endswith("num_batches_tracked")]:
         if name.replace("num_batches_tracked", "running_var") in expected:
             del found[name]
     _check(found, expected)
     flat = {
-        path: np.array(_from_layout(_as_numpy(state_dict[names[path]]), _layout(path)), x.dtype, order="C")
+        path: np.array(from_original(_as_numpy(state_dict[names[path]]), path), x.dtype, order="C")
         for path, x in abstract.items()
     }
     return traverse_util.unflatten_dict(flat, sep="/")
@@ -192,85 +118,16 @@ def to_torch(variables: Mapping[str, Any], model: FCViT | Backbone) -> dict[str,
     shapes = {path: x.shape for path, x in _abstract(model).items()}
     _check({path: tuple(x.shape) for path, x in flat.items()}, shapes)
     state_dict = {}
-    for path, name in _names(shapes).items():
-        state_dict[name] = np.array(_to_layout(np.asarray(flat[path]), _layout(path)), np.float32, order="C")
+    for path, name in original_names(shapes).items():
+        state_dict[name] = np.array(to_original(np.asarray(flat[path]), path), np.float32, order="C")
         if name.endswith("running_var"):
             state_dict[name.replace("running_var", "num_batches_tracked")] = np.array(0, np.int64)
     return state_dict
 
 
-def infer_model(shapes: Mapping[str, tuple[int, ...]]) -> FCViT | Backbone:
-    """Finds the network that weights belong to; tensors that do not fit the rest are outvoted, not refused.
-
-    What shapes cannot tell keeps its default and changes no output: the heads of an unweighted context, `mix_reduction`
-    against `mix_min_dim`, and what acts in training alone.
-
-    Args:
-      shapes: by the original's names or by our paths ("params/stem/conv/kernel", ...).
-
-    Raises:
-      UserError: these are no weights of an FCViT.
-    """
-    if _is_ours(shapes):
-        kept = {path: shape for path, shape in shapes.items() if len(shape) == _layout(path).index("->")}
-        shapes = {name: _torch_shape(path, kept[path]) for path, name in _names(kept).items()}
-
-    def find(pattern: str, axis: int = 0) -> list[int]:
-        """The length of an axis in every tensor whose name starts with the pattern."""
-        return [shape[axis] for name, shape in shapes.items() if re.match(pattern, name) and len(shape) > abs(axis)]
-
-    def vote(pattern: str, axis: int = 0) -> int | None:
-        lengths = Counter(find(pattern, axis))
-        return lengths.most_common(1)[0][0] if lengths else None
-
-    blocks = [re.match(r"network\.(\d+)\.(\d+)\.", name) for name in shapes]
-    blocks = {(int(found[1]) // 2, int(found[2])) for found in blocks if found}
-    stages = range(1 + max((s for s, _ in blocks), default=-1))
-    depths = [1 + max((b for stage, b in blocks if stage == s), default=-1) for s in stages]
-    dims = [vote(rf"network\.{2 * s}\.\d+\.(norm\d|channel_mixer\.fc2\.bias)") for s in stages]
-    hidden = [vote(rf"network\.{2 * s}\.\d+\.channel_mixer\.fc1\.") for s in stages]
-    if not dims or not all(dims) or not all(hidden):
-        raise UserError("These are no weights of an FCViT: the blocks of its stages are not among the tensors.")
-
-    mixer = r"network\.\d+\.\d+\.token_mixer"
-    fields = {
-        "depths": tuple(depths),
-        "dims": tuple(dims),
-        "mlp_ratios": tuple(max(h // dim, 1) for h, dim in zip(hidden, dims, strict=True)),
-        "kernel_sizes": tuple(k for i in range(1, 10) if (k := vote(rf"{mixer}\.dw{i}\.weight", -1))),
-        "use_context": bool(find(rf"{mixer}\.gc")),
-        "mlp_kernel_size": vote(r"network\.\d+\.\d+\.channel_mixer\.dwconv\.weight", -1),
-        "spatial_attention": bool(find(rf"{mixer}\.spatial_att")),
-        "channel_attention": bool(find(r"network\.\d+\.\d+\.channel_mixer\.channel_att")),
-        "layer_scale_init": 1e-5 if find(r"network\.\d+\.\d+\.layer_scale") else None,
-    }
-    reductions = (8, *range(2, max(dims) + 1))
-    if fields["use_context"]:
-        fields["competition"] = bool(find(rf"{mixer}\.gc\d\.fc1\."))
-        fields["weighted_context"] = bool(find(rf"{mixer}\.gc\d\.rescale"))
-        fields["context_heads"] = vote(rf"{mixer}\.gc\d\.rescale") or 8
-        hidden = [vote(rf"network\.{2 * s}\.\d+\.token_mixer\.gc\d\.fc\.?2\.weight", 1) for s in stages]
-        fits = (r for r in (*reductions, 1) if [dim // r for dim in dims] == hidden)
-        fields["context_reduction"] = next(fits, 8)
-    hidden = [vote(rf"network\.{2 * s}\.\d+\.token_mixer\.fc\d\.0\.") for s in stages]
-    if any(hidden):
-        least = min(h for h in hidden if h)
-        fits = ((r, m) for r in reductions for m in (16, least) if [max(dim // r, m) for dim in dims] == hidden)
-        fields["mix_reduction"], fields["mix_min_dim"] = next(fits, (8, 16))
-    else:
-        fields["mix_reduction"] = 1
-    if _is_pyramid(shapes):
-        return Backbone(**fields)
-    return FCViT(num_classes=vote(r"head\.") or 0, **fields)
-
-
-def _is_ours(names: Mapping[str, Any]) -> bool:
-    return any(name.startswith("params/") for name in names)
-
-
 def _variables(weights: Mapping[str, np.ndarray], model: FCViT | Backbone) -> dict[str, Any]:
     """The model's variables of weights by the original's names or by our paths."""
-    if not _is_ours(weights):
+    if not is_ours(weights):
         return from_torch(weights, model)
     abstract = _abstract(model)
     _check({path: x.shape for path, x in weights.items()}, {path: x.shape for path, x in abstract.items()})
@@ -292,10 +149,6 @@ def _fit(path: str | Path, weights: Mapping[str, np.ndarray], model: FCViT | Bac
             f"{path} holds another network than the model: depths {theirs[0]} and dims {theirs[1]}, "
             f"the model has {ours[0]} and {ours[1]}."
         ) from error
-
-
-def _is_pyramid(names: Mapping[str, Any]) -> bool:
-    return any(re.match(r"params/norm_\d/|norm\d\.", name) for name in names)
 
 
 def load_pretrained(path: str | Path, model: FCViT | Backbone, *, ema: bool | None = None) -> dict[str, Any]:
@@ -324,9 +177,9 @@ def load_pretrained(path: str | Path, model: FCViT | Backbone, *, ema: bool | No
         lists every tensor.
     """
     weights, _ = _read(Path(path), ema)
-    if isinstance(model, Backbone) and _is_pyramid(weights):
+    if isinstance(model, Backbone) and is_pyramid(weights):
         return _fit(path, weights, model)
-    kernel, axis = ("params/head/kernel", -1) if _is_ours(weights) else ("head.weight", 0)
+    kernel, axis = ("params/head/kernel", -1) if is_ours(weights) else ("head.weight", 0)
     classes = weights[kernel].shape[axis] if kernel in weights and weights[kernel].ndim == 2 else 0
     if isinstance(model, Backbone):
         variables = _fit(path, weights, FCViT(num_classes=classes, **_fields(model)))
@@ -367,7 +220,7 @@ def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None) ->
     dest = Path(dest).expanduser()
     weights, metadata = _read(Path(source), ema)
     if "model" in metadata:
-        model = (create_backbone if _is_pyramid(weights) else create_model)(**metadata["model"])
+        model = (create_backbone if is_pyramid(weights) else create_model)(**metadata["model"])
     else:
         model = infer_model({name: x.shape for name, x in weights.items()})
     variables = _variables(weights, model)

@@ -12,8 +12,10 @@ import jax.extend
 import jax.numpy as jnp
 from flax import linen as nn
 
+from fcvit_jax.blocks import Block, GlobalContext
 from fcvit_jax.errors import UserError
-from fcvit_jax.model import VARIANTS, Block, DepthwiseConv, FCViT, GlobalContext, create_model
+from fcvit_jax.layers import DepthwiseConv
+from fcvit_jax.model import VARIANTS, FCViT, create_model
 from fcvit_jax.predict import CHECKPOINT_HELP, load
 
 

@@ -18,6 +18,7 @@ from fcvit_jax import convert, optim
 from fcvit_jax.config import check_config
 from fcvit_jax.errors import UserError
 from fcvit_jax.model import Backbone, FCViT, create_model
+from fcvit_jax.original import infer_model
 
 SIZES = {"depths": (1, 2), "dims": (16, 32), "mlp_ratios": (2, 1)}
 OPTIONS = [
@@ -70,13 +71,13 @@ def test_conversion_is_exact_and_shapes_tell_the_network(options):
     model = Backbone(**SIZES) if "pyramid" in options else FCViT(**{**SIZES, "num_classes": 7, **options})
     variables = convert.from_torch(state_dict, model)
     assert_same(convert.to_torch(variables, model), state_dict)
-    assert convert.infer_model(shapes(state_dict)) == model
-    assert convert.infer_model(shapes(traverse_util.flatten_dict(variables, sep="/"))) == model
+    assert infer_model(shapes(state_dict)) == model
+    assert infer_model(shapes(traverse_util.flatten_dict(variables, sep="/"))) == model
 
 
 def test_variants_are_recognised():
     module = torch_reference.FCViT((2, 2, 6, 2), (64, 128, 320, 512), (8, 8, 4, 4))
-    assert convert.infer_model(shapes(module.state_dict())) == create_model("fcvit_s12")
+    assert infer_model(shapes(module.state_dict())) == create_model("fcvit_s12")
 
 
 def test_files_round_trip(tmp_path):

@@ -1,25 +1,23 @@
-"""The network equals the original: against stored outputs of it, and module by module against torch_reference.py."""
+"""The network equals the original: against stored outputs of it, and with every option against torch_reference.py."""
 
 import functools
 import json
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import torch_reference
+from equality import assert_close, assert_module_equals, formula_weights, nhwc, quick_jit
 from flax import linen as nn
 from flax import nnx, traverse_util
-from hypothesis import Phase, given, settings
 
 from fcvit_jax import convert, model, optim, train
+from fcvit_jax.blocks import Block
 from fcvit_jax.errors import UserError
 from fcvit_jax.model import VARIANTS, Backbone, FCViT, create_backbone, create_model
 from fcvit_jax.sharding import make_mesh
@@ -38,8 +36,6 @@ CANCELLING = {
     ("fcvit_small", "network.2.0.token_mixer.gc1.fc1.bias"): 5e-5,
     ("fcvit_small_attention", "network.4.0.channel_mixer.channel_att.channelConv1.bias"): 3e-4,
 }
-# Gradients of small networks run in no time and compile for long: twice as fast without LLVM's optimiser.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.cache
@@ -59,18 +55,6 @@ def small(name, make=FCViT, **options):
     sizes = {"depths": "layers", "dims": "embed_dims", "mlp_ratios": "mlp_ratios"}
     model = make(**{field: tuple(meta[key]) for field, key in sizes.items()}, **options)
     return model, convert.from_torch(state_dict, model)
-
-
-def nhwc(x):
-    return np.moveaxis(np.asarray(x), 1, -1)
-
-
-def assert_close(actual, expected, what, tolerance=1e-5):
-    """Within `tolerance` of the largest value."""
-    actual, expected = np.asarray(actual), np.asarray(expected)
-    assert actual.shape == expected.shape, f"{what}: {actual.shape}, should be {expected.shape}"
-    error = np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30)
-    assert error <= tolerance, f"{what}: {error:.2e} of the largest value apart"
 
 
 def smoothed_cross_entropy(logits, labels):
@@ -168,35 +152,6 @@ def test_pyramid_equals_the_originals():
         assert_close(x, nhwc(arrays[f"in0/feature{i}"]), f"map {i}")
 
 
-def formula_weights(shapes, seed):
-    """Weights that take no room in the repository: drawn from the seed, the name and the shape of each tensor.
-
-    Layer scales are near 1: at their initial 1e-5 a block is almost the identity, and a wrong one goes unseen.
-    """
-    weights = {}
-    for name, shape in shapes.items():
-        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        if name.endswith("num_batches_tracked"):
-            weights[name] = np.zeros(shape, np.int64)
-            continue
-        if name.endswith("running_var") or "rescale_weight" in name:
-            x = rng.uniform(0.5, 1.5, shape)
-        elif name.endswith("running_mean"):
-            x = rng.normal(0, 0.1, shape)
-        elif "layer_scale" in name:
-            x = rng.uniform(0.3, 1, shape)
-        elif "rescale_bias" in name:
-            x = rng.normal(0, 0.3, shape)
-        elif name.endswith("bias"):
-            x = rng.normal(0, 0.1, shape)
-        elif len(shape) == 1:
-            x = rng.uniform(0.5, 1.5, shape)
-        else:
-            x = rng.normal(0, 1 / np.sqrt(np.prod(shape[1:])), shape)
-        weights[name] = x.astype(np.float16).astype(np.float32)
-    return weights
-
-
 @pytest.mark.parametrize("name", ["fcvit_tiny", "fcvit_s12"])
 def test_full_size_equals_the_originals(name):
     arrays, meta, _ = golden(f"{name}_full")
@@ -284,144 +239,6 @@ def test_every_variant_is_pinned():
         create_model("fcvit_s13")
 
 
-# Modules one by one, with sizes and options at random, in float64 on PyTorch's side.
-
-kernels = st.sampled_from([1, 3, 5, 7, 11])
-contexts = {"heads": st.sampled_from([2, 4, 8]), "reduction": st.sampled_from([2, 4, 8])}
-mixers = {
-    "kernel_sizes": st.lists(kernels, min_size=1, max_size=2).map(tuple),
-    "use_context": st.booleans(),
-    "weighted_context": st.booleans(),
-    "competition": st.booleans(),
-    "context_heads": contexts["heads"],
-    "context_reduction": contexts["reduction"],
-    "mix_reduction": st.sampled_from([1, 2, 8]),
-    "mix_min_dim": st.sampled_from([3, 16]),
-    "spatial_attention": st.booleans(),
-}
-channel_mixers = {"ratio": st.integers(1, 4), "kernel_size": st.none() | kernels, "channel_attention": st.booleans()}
-
-
-def at_random(**options):
-    """Runs a test with random options, a random (N, H, W, C) and a random seed; the same ones every time.
-
-    Every example is compiled, so there are few of them, and a failing one is not made smaller.
-    """
-    shapes = st.tuples(st.integers(1, 3), st.integers(2, 9), st.integers(2, 9), st.sampled_from([8, 24, 40]))
-    drawn = given(shape=shapes, seed=st.integers(0, 999), options=st.fixed_dictionaries(options))
-    few = settings(max_examples=3, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
-    return lambda test: few(drawn(test))
-
-
-def assert_module_equals(ours, theirs, place, shape, seed, *args):
-    """Compares a module's output, the gradients of its parameters and of its input, and the similarities it sows.
-
-    Args:
-      ours: a linen module.
-      theirs: the same in PyTorch.
-      place: our path and the original's name of such a module in the whole network.
-      shape: of the input, (N, H, W, C).
-      seed: of the weights, the input and the gradient that comes from above.
-      *args: further arguments of our module.
-    """
-    weights = formula_weights({name: tuple(x.shape) for name, x in theirs.state_dict().items()}, seed)
-    theirs.load_state_dict({name: torch.from_numpy(x) for name, x in weights.items()})
-    theirs.double()
-    rng = np.random.default_rng(seed)
-    images = rng.normal(0, 1, shape).astype(np.float32)
-
-    path, name = place
-    flat = traverse_util.flatten_dict(jax.eval_shape(lambda: ours.init(jax.random.key(0), images, *args)), sep="/")
-    whole = {key: key.replace("/", f"/{path}/" if path else "/", 1) for key in flat}
-    names = convert._names({whole[key]: x.shape for key, x in flat.items()})
-    names = {key: names[whole[key]].removeprefix(name and f"{name}.") for key in flat}
-    layouts = {key: convert._layout(whole[key]) for key in flat}
-    variables = {key: convert._from_layout(weights[names[key]], layouts[key]) for key in flat}
-    assert {names[key] for key in flat} == {key for key in weights if "num_batches_tracked" not in key}
-
-    @quick_jit
-    def run(variables, images, cotangent):
-        def outputs(params, images):
-            tree = {"params": params, **{k: x for k, x in variables.items() if k != "params"}}
-            return ours.apply(tree, images, *args, mutable=["batch_stats", "intermediates"])
-
-        y, vjp, state = jax.vjp(outputs, variables["params"], images, has_aux=True)
-        return y, vjp(cotangent), state.get("intermediates", {})
-
-    theirs_x = torch.from_numpy(np.moveaxis(images, -1, 1)).double().requires_grad_()
-    theirs_y = theirs(theirs_x)
-    cotangent = rng.normal(0, 1, theirs_y.shape).astype(np.float32)
-    theirs_y.backward(torch.from_numpy(cotangent).double())
-    cotangent = nhwc(cotangent) if cotangent.ndim == 4 else cotangent
-    y, (grads, image_grad), sown = run(traverse_util.unflatten_dict(variables, sep="/"), images, cotangent)
-
-    theirs_y = theirs_y.detach().numpy()
-    assert_close(y, nhwc(theirs_y) if theirs_y.ndim == 4 else theirs_y, "output")
-    assert_close(image_grad, nhwc(theirs_x.grad), "gradient of the input", 2e-5)
-    expected = {name: x.grad.numpy() for name, x in theirs.named_parameters()}
-    largest = max(np.abs(x).max() for x in expected.values())
-    for key, grad in traverse_util.flatten_dict({"params": grads}, sep="/").items():
-        grad, right = convert._to_layout(np.asarray(grad), layouts[key]), expected[names[key]]
-        # Some sums cancel: they are as exact as their terms are large.
-        np.testing.assert_allclose(grad, right, rtol=0, atol=1e-5 * np.abs(right).max() + 2e-6 * largest, err_msg=key)
-    return sown, theirs_x
-
-
-@pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("competition", [True, False])
-@at_random(**contexts)
-def test_global_context_equals_the_reference(weighted, competition, shape, seed, options):
-    options |= {"weighted": weighted, "competition": competition}
-    ours, theirs = model.GlobalContext(**options), torch_reference.GlobalContext(shape[-1], **options)
-    place = "stages_0_block_0/token_mixer/context1", "network.0.0.token_mixer.gc1"
-    sown, x = assert_module_equals(ours, theirs, place, shape, seed)
-    if weighted:
-        similarity = theirs.similarity(x, x.mean((2, 3))).detach()
-        assert_close(sown["similarity"][0], nhwc(similarity), "similarity")
-    else:
-        assert not sown
-
-
-@at_random(**mixers)
-def test_token_mixer_equals_the_reference(shape, seed, options):
-    ours, theirs = model.TokenMixer(**options), torch_reference.TokenMixer(shape[-1], **options)
-    place = "stages_0_block_0/token_mixer", "network.0.0.token_mixer"
-    assert_module_equals(ours, theirs, place, shape, seed)
-
-
-@at_random(**channel_mixers)
-def test_channel_mixer_equals_the_reference(shape, seed, options):
-    ours, theirs = model.ChannelMixer(**options), torch_reference.ChannelMixer(shape[-1], **options)
-    place = "stages_0_block_0/channel_mixer", "network.0.0.channel_mixer"
-    assert_module_equals(ours, theirs, place, shape, seed, True)
-
-
-@at_random(layer_scale=st.booleans(), mixer=st.fixed_dictionaries(channel_mixers))
-def test_block_equals_the_reference(shape, seed, options):
-    channels, mixer = shape[-1], options["mixer"]
-    ours = model.Block(
-        functools.partial(model.TokenMixer, kernel_sizes=(5,)),
-        functools.partial(model.ChannelMixer, **mixer),
-        layer_scale_init=1e-5 if options["layer_scale"] else None,
-    )
-    theirs = torch_reference.Block(
-        channels,
-        torch_reference.TokenMixer(channels, kernel_sizes=(5,)),
-        torch_reference.ChannelMixer(channels, **mixer),
-        options["layer_scale"],
-    )
-    assert_module_equals(ours, theirs, ("stages_0_block_0", "network.0.0"), shape, seed, True)
-
-
-@at_random(kernel=st.sampled_from([(7, 4), (3, 2)]), train=st.booleans())
-def test_downsampling_equals_the_reference(shape, seed, options):
-    (kernel_size, stride), train = options["kernel"], options["train"]
-    ours = model.Downsample(16, kernel_size, stride)
-    theirs = torch_reference.Downsample(shape[-1], 16, kernel_size, stride).train(train)
-    shape = (shape[0] + 1, *(4 * n for n in shape[1:3]), shape[3])
-    assert_module_equals(ours, theirs, ("stem", "patch_embed"), shape, seed, train)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -442,12 +259,6 @@ def test_options_equal_the_reference(options):
 # Numerical safety.
 
 
-def test_an_empty_batch_can_be_evaluated():
-    """As a detector gives it that has found nothing."""
-    y, _ = model.BatchNorm(group_size=4).init_with_output(jax.random.key(0), jnp.zeros((0, 2, 2, 3)), train=False)
-    assert y.shape == (0, 2, 2, 3)
-
-
 def test_gradients_are_finite_for_blank_images():
     """A blank image at initialisation, with its zero biases, is a zero feature map all the way."""
     network, variables = small("fcvit_small")
@@ -460,12 +271,6 @@ def test_gradients_are_finite_for_blank_images():
     for blank in (0, 1.7):
         step = train_step(network, variables, np.full((2, 64, 64, 3), blank, np.float32), np.array([3, 1]))
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(step)), blank
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 1, 1)])
-def test_standardize_of_a_constant_is_zero_with_a_finite_gradient(shape):
-    value, grad = jax.value_and_grad(lambda x: model.standardize(x)[0, 0, 0])(jnp.full(shape, 5.0))
-    assert value == 0 and np.isfinite(grad).all()
 
 
 def reductions(jaxpr):
@@ -500,27 +305,6 @@ def test_bfloat16_is_close_to_float32():
     assert_close(logits, arrays["in0/logits"], "logits", 2e-2)
 
 
-def test_batch_statistics_of_groups():
-    """Groups are normalised apart; the running averages move to the mean over the groups."""
-    x = np.random.default_rng(0).normal(3, 2, (6, 2, 2, 5)).astype(np.float32)
-    module = model.BatchNorm(group_size=2)
-    variables = {
-        "params": {"scale": np.ones(5, np.float32), "bias": np.zeros(5, np.float32)},
-        "batch_stats": {"mean": np.zeros(5, np.float32), "var": np.ones(5, np.float32)},
-    }
-    y, state = module.apply(variables, x, True, mutable=["batch_stats"])
-    groups = x.reshape(3, 2, 2, 2, 5)
-    mean, var = groups.mean((1, 2, 3), keepdims=True), groups.var((1, 2, 3), keepdims=True)
-    np.testing.assert_allclose(y, ((groups - mean) / np.sqrt(var + 1e-5)).reshape(x.shape), atol=1e-5)
-    np.testing.assert_allclose(state["batch_stats"]["mean"], 0.1 * mean.mean((0, 1, 2, 3)), rtol=1e-5)
-    np.testing.assert_allclose(state["batch_stats"]["var"], 0.9 + 0.1 * var.mean((0, 1, 2, 3)), rtol=1e-5)
-    with pytest.raises(UserError, match="batch of 5 images.*bn_group_size=2"):
-        module.apply(variables, x[:5], True, mutable=["batch_stats"])
-
-
-# Drop-path and dropout.
-
-
 def test_drop_path_rates_rise_linearly_and_every_block_has_its_draw(monkeypatch):
     seen = {}
 
@@ -529,7 +313,7 @@ def test_drop_path_rates_rise_linearly_and_every_block_has_its_draw(monkeypatch)
         return np.broadcast_to(np.arange(len(rates))[:, None, None], (len(rates), 2, batch_size))
 
     def record(call, args, kwargs, context):
-        if isinstance(context.module, model.Block):
+        if isinstance(context.module, Block):
             seen[context.module.name] = args[2]
         return call(*args, **kwargs)
 
@@ -545,56 +329,6 @@ def test_drop_path_rates_rise_linearly_and_every_block_has_its_draw(monkeypatch)
             np.testing.assert_allclose(seen.pop("rates"), [0, 0.1, 0.2, 0.3], atol=1e-12)
         else:
             assert drawn == [None] * 4 and not seen
-
-
-def test_drop_path_leaves_out_whole_branches_of_single_examples():
-    block = model.Block(
-        functools.partial(model.TokenMixer, kernel_sizes=(3,)),
-        functools.partial(model.ChannelMixer, ratio=1),
-        layer_scale_init=1.0,
-    )
-    x = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, 4, 4, 16)), (400, 4, 4, 16))
-    variables = quick_jit(lambda: block.init(jax.random.key(1), x, False))()
-    apply = quick_jit(block.apply, static_argnums=2)
-    factors = model.drop_path_factors(jax.random.key(2), np.array([0, 0.25, 1]), 400)
-    np.testing.assert_array_equal(factors[0], 1)
-    np.testing.assert_array_equal(factors[2], 0)
-    kept = []
-    for branch in (1, 2):
-        other = {f"layer_scale{3 - branch}": jnp.zeros(16)}  # what remains is x plus this branch
-        alone = {"params": variables["params"] | other}
-        whole = apply(alone, x, False) - x
-        dropped = apply(alone, x, True, factors[1]) - x
-        factor = (dropped * whole).sum((1, 2, 3)) / jnp.square(whole).sum((1, 2, 3))
-        np.testing.assert_allclose(dropped, factor[:, None, None, None] * whole, atol=1e-4)
-        kept.append(np.asarray(factor > 0.5))
-        np.testing.assert_allclose(factor, kept[-1] / 0.75, atol=1e-4)
-        assert abs(kept[-1].mean() - 0.75) < 4 * (0.25 * 0.75 / 400) ** 0.5
-    assert abs(np.corrcoef(*kept)[0, 1]) < 4 / 20
-
-
-def test_dropout_acts_twice_in_the_channel_mixer_and_in_training_alone():
-    mixer = model.ChannelMixer(ratio=2, kernel_size=None, dropout_rate=0.4)
-    x = jax.random.normal(jax.random.key(0), (8, 8, 8, 16))
-    variables = quick_jit(lambda: mixer.init(jax.random.key(1), x, False))()
-
-    @quick_jit
-    def in_training(key):
-        def is_dropout(module, _):
-            return isinstance(module, nn.Dropout)
-
-        rngs = {"dropout": key}
-        return mixer.apply(variables, x, True, rngs=rngs, capture_intermediates=is_dropout, mutable=["intermediates"])
-
-    y, state = in_training(jax.random.key(2))
-    (hidden,), (last,) = (state["intermediates"][f"Dropout_{i}"]["__call__"] for i in range(2))
-    assert hidden.shape[-1] == 32 and (last == y).all()
-    for x_dropped in (hidden, last):
-        assert abs((x_dropped == 0).mean() - 0.4) < 0.02
-    assert (quick_jit(lambda: mixer.apply(variables, x, False))() != 0).all()
-
-
-# Initial weights.
 
 
 def test_initial_weights():

@@ -1,0 +1,246 @@
+"""FCViT's blocks and what they are made of: the global context, the token mixer and the channel mixer."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from fcvit_jax.errors import UserError
+from fcvit_jax.layers import DepthwiseConv, conv1x1, gelu, group_norm, normal
+
+
+def standardize(x: jax.Array) -> jax.Array:
+    """Zero mean and unit standard deviation over all axes but the first; the gradient stays finite where x is constant.
+
+    Args:
+      x: float32, (N, ...). Bessel's correction is applied, and 1e-5 added to the standard deviation.
+    """
+    axes = tuple(range(1, x.ndim))
+    centred = x - x.mean(axes, keepdims=True)
+    variance = jnp.square(centred).sum(axes, keepdims=True) / max(math.prod(x.shape[1:]) - 1, 1)
+    # Two wheres: sqrt has an infinite slope at 0, and infinity times the outer where's 0 would be NaN.
+    std = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)
+    return centred / (std + 1e-5)
+
+
+class GlobalContext(nn.Module):
+    """The query-irrelevant attention: how much each position resembles the image's mean, times a gated mean.
+
+    Attributes:
+      heads: groups of channels with a similarity of their own; must divide the channels.
+      reduction: the bottleneck that transforms the mean has C // reduction channels.
+      weighted: weight positions by similarity; False: the same context everywhere.
+      competition: the bottleneck is the maximum of two linear maps; False: one linear map and GELU.
+      dtype: compute dtype; the mean and the similarity's statistics are float32.
+      param_dtype: dtype of the parameters.
+    """
+
+    heads: int = 8
+    reduction: int = 8
+    weighted: bool = True
+    competition: bool = True
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: (N, H, W, C). Returns the context, (N, H, W, C), or (N, 1, 1, C) where `weighted` is off."""
+        n, height, width, channels = x.shape
+        mean = x.mean((1, 2), dtype=jnp.float32)
+        linear = functools.partial(nn.Dense, kernel_init=normal(0.02), dtype=self.dtype, param_dtype=self.param_dtype)
+        bottleneck = channels // self.reduction
+        if self.competition:
+            hidden = linear(2 * bottleneck, name="reduce")(mean)
+            hidden = jnp.maximum(*jnp.split(hidden, 2, axis=-1))
+        else:
+            hidden = gelu(linear(bottleneck, name="reduce")(mean))
+        context = linear(channels, name="expand")(hidden)
+        if not self.weighted:
+            return context[:, None, None, :]
+
+        if channels % self.heads:
+            raise UserError(f"context_heads={self.heads} does not divide the {channels} channels of a stage.")
+        head_dim = channels // self.heads
+        # Products with (C, heads) block-diagonal matrices keep channels last, where a reshape to (heads, d) transposes.
+        in_head = jnp.repeat(jnp.eye(self.heads, dtype=jnp.float32), head_dim, axis=0)
+        tokens = x.reshape(n, height * width, channels)
+        query = (mean[:, :, None] * (in_head * head_dim**-0.5)).astype(x.dtype)
+        similarity = jnp.einsum("npc,nch->nph", tokens, query, preferred_element_type=jnp.float32)
+        similarity = standardize(similarity)
+        self.sow("intermediates", "similarity", similarity.reshape(n, height, width, self.heads))
+        scale = self.param("scale", nn.initializers.ones, (self.heads,), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.heads,), self.param_dtype)
+        similarity = (similarity * scale + bias).astype(self.dtype)
+        value = context[:, None, :] * in_head.T.astype(self.dtype)
+        return jnp.einsum("nph,nhc->npc", similarity, value).reshape(x.shape)
+
+
+class SpatialAttention(nn.Module):
+    """A sigmoid gate per position and channel, from a 3x3 depthwise convolution and a bottleneck of C // 8."""
+
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels, dtypes = x.shape[-1], {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        gate = DepthwiseConv(3, name="depthwise", **dtypes)(x)
+        gate = gelu(conv1x1(channels // 8, name="reduce", **dtypes)(gate))
+        return x * nn.sigmoid(conv1x1(channels, name="expand", **dtypes)(gate))
+
+
+class ChannelAttention(nn.Module):
+    """Adds to every position what two convolutions along the channel axis make of the mean of GELU(x)."""
+
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def channel_conv(taps: int, name: str) -> nn.Conv:
+            def init(key, shape, dtype):
+                return jax.random.uniform(key, shape, dtype, -(taps**-0.5), taps**-0.5)
+
+            dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+            return nn.Conv(1, taps, padding=taps // 2, kernel_init=init, bias_init=init, name=name, **dtypes)
+
+        mean = gelu(x).mean((1, 2), dtype=jnp.float32)[..., None]
+        weights = channel_conv(5, "conv2")(gelu(channel_conv(3, "conv1")(mean)))
+        return x + weights[:, None, None, :, 0]
+
+
+class TokenMixer(nn.Module):
+    """Mixes positions: per kernel size, add the global context, convolve depthwise, and mix channels in a bottleneck.
+
+    Attributes:
+      kernel_sizes: one step for each; odd.
+      use_context: add the global context; the four options after it are those of `GlobalContext`.
+      mix_reduction: the bottleneck has max(C // mix_reduction, mix_min_dim) channels; 1: a single 1x1 convolution.
+      mix_min_dim: smallest bottleneck.
+      spatial_attention: end with `SpatialAttention`.
+      dtype: compute dtype.
+      param_dtype: dtype of the parameters.
+    """
+
+    kernel_sizes: Sequence[int] = (11, 11)
+    use_context: bool = True
+    weighted_context: bool = True
+    competition: bool = True
+    context_heads: int = 8
+    context_reduction: int = 8
+    mix_reduction: int = 8
+    mix_min_dim: int = 16
+    spatial_attention: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels, dtypes = x.shape[-1], {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        for i, kernel_size in enumerate(self.kernel_sizes, 1):
+            if self.use_context:
+                x = x + GlobalContext(
+                    heads=self.context_heads,
+                    reduction=self.context_reduction,
+                    weighted=self.weighted_context,
+                    competition=self.competition,
+                    name=f"context{i}",
+                    **dtypes,
+                )(x)
+            x = DepthwiseConv(kernel_size, name=f"depthwise{i}", **dtypes)(x)
+            if self.mix_reduction != 1:
+                x = gelu(conv1x1(max(channels // self.mix_reduction, self.mix_min_dim), name=f"reduce{i}", **dtypes)(x))
+            x = gelu(conv1x1(channels, name=f"expand{i}", **dtypes)(x))
+        if self.spatial_attention:
+            x = SpatialAttention(name="spatial_attention", **dtypes)(x)
+        return x
+
+
+class ChannelMixer(nn.Module):
+    """Mixes channels: expand, convolve depthwise, GELU, and back, with dropout after both halves.
+
+    Attributes:
+      ratio: the hidden layer has ratio * C channels.
+      kernel_size: of the depthwise convolution, odd; None: none.
+      channel_attention: end with `ChannelAttention`.
+      dropout_rate: of both dropouts; rng "dropout".
+      dtype: compute dtype.
+      param_dtype: dtype of the parameters.
+    """
+
+    ratio: int
+    kernel_size: int | None = 3
+    channel_attention: bool = False
+    dropout_rate: float = 0.0
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        channels, dtypes = x.shape[-1], {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = conv1x1(self.ratio * channels, name="expand", **dtypes)(x)
+        if self.kernel_size is not None:
+            x = DepthwiseConv(self.kernel_size, name="depthwise", **dtypes)(x)
+        x = nn.Dropout(self.dropout_rate, deterministic=not train)(gelu(x))
+        x = conv1x1(channels, name="reduce", **dtypes)(x)
+        x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+        if self.channel_attention:
+            x = ChannelAttention(name="channel_attention", **dtypes)(x)
+        return x
+
+
+def drop_path_factors(key: jax.Array, rates: np.ndarray, batch_size: int) -> jax.Array:
+    """Draws which branches drop-path leaves out for which examples: factors 0, or 1 / (1 - rate) to keep the mean.
+
+    All blocks in one draw: with one for each branch fcvit_s48's step took 1.4 times as long to compile.
+
+    Args:
+      key: random key.
+      rates: (blocks,), the probability that a branch is left out.
+      batch_size: number of examples, N.
+
+    Returns:
+      (blocks, 2, N) float32.
+    """
+    keep = 1 - jnp.array(rates)[:, None, None]
+    return jnp.where(jax.random.bernoulli(key, keep, (len(rates), 2, batch_size)), 1 / keep, 0)
+
+
+class Block(nn.Module):
+    """Two residual branches, each behind a norm, a layer scale and drop-path: the token mixer and the channel mixer.
+
+    Attributes:
+      token_mixer: makes the first branch's module from a name.
+      channel_mixer: makes the second branch's module from a name.
+      layer_scale_init: start of the learned scale per channel; None: no scale.
+      dtype: compute dtype.
+      param_dtype: dtype of the parameters.
+    """
+
+    token_mixer: Callable[..., nn.Module]
+    channel_mixer: Callable[..., nn.Module]
+    layer_scale_init: float | None = 1e-5
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, drop_path: jax.Array | None = None) -> jax.Array:
+        """x: (N, H, W, C); drop_path: (2, N) float32 as `drop_path_factors` draws them, None: all branches stay."""
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+        def branch_end(y: jax.Array, branch: int) -> jax.Array:
+            if self.layer_scale_init is not None:
+                init = nn.initializers.constant(self.layer_scale_init)
+                scale = self.param(f"layer_scale{branch + 1}", init, (x.shape[-1],), self.param_dtype)
+                y = y * scale.astype(self.dtype)
+            return y if drop_path is None else (y * drop_path[branch, :, None, None, None]).astype(self.dtype)
+
+        y = self.token_mixer(name="token_mixer")(group_norm(name="norm1", **dtypes)(x))
+        x = x + branch_end(y, 0)
+        y = self.channel_mixer(name="channel_mixer")(group_norm(name="norm2", **dtypes)(x), train)
+        return x + branch_end(y, 1)

@@ -1,0 +1,129 @@
+"""The network's basic layers: norms, convolutions and GELU, in the forms that XLA computes fast and exactly enough."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from fcvit_jax.depthwise import depthwise_conv
+from fcvit_jax.errors import UserError
+
+# `variance_scaling(2, "fan_out")` ignores groups, so the standard deviations are written out.
+normal = nn.initializers.normal
+
+
+@jax.checkpoint  # the gradient from the input alone: what it would keep of the forward pass is three maps
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, in float32 inside; XLA's erf is cheaper than the erfc that `jax.nn.gelu` takes."""
+    y = x.astype(jnp.float32)
+    return (0.5 * y * (1 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dot_general(x, kernel, dimension_numbers, precision):
+    return jax.lax.dot_general(x, kernel, dimension_numbers, precision)
+
+
+def _dot_general_fwd(x, kernel, dimension_numbers, precision):
+    return _dot_general(x, kernel, dimension_numbers, precision), (x, kernel)
+
+
+def _dot_general_bwd(dimension_numbers, precision, residuals, g):
+    x, kernel = residuals
+    rows = tuple(range(x.ndim - 1))
+    # XLA:CPU transposes the left factor of this product in memory, and JAX's own rule puts g there: take the narrower.
+    if x.shape[-1] < g.shape[-1]:
+        kernel_grad = jnp.tensordot(x, g, (rows, rows), precision=precision)
+    else:
+        kernel_grad = jnp.tensordot(g, x, (rows, rows), precision=precision).T
+    return jnp.matmul(g, kernel.T, precision=precision), kernel_grad
+
+
+_dot_general.defvjp(_dot_general_fwd, _dot_general_bwd)
+
+
+def conv1x1(features: int, **kwargs) -> nn.Dense:
+    """A 1x1 convolution as a matrix product over channels, initialised as a convolution."""
+    return nn.Dense(features, kernel_init=normal((2 / features) ** 0.5), dot_general=_dot_general, **kwargs)
+
+
+def group_norm(**kwargs) -> nn.GroupNorm:
+    """GroupNorm with one group: statistics over H, W and C together, affine per channel."""
+    return nn.GroupNorm(num_groups=1, epsilon=1e-5, use_fast_variance=False, **kwargs)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over groups of the batch, so that statistics depend on neither devices nor hosts.
+
+    The running averages take the mean over the groups, and keep the biased variance (PyTorch keeps the unbiased one).
+
+    Attributes:
+      group_size: images (consecutive in the batch) that share statistics; None or 0: the whole batch.
+      dtype: dtype of the result; statistics are float32.
+      param_dtype: dtype of scale and bias.
+    """
+
+    group_size: int | None = None
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+        if train:
+            size = self.group_size or x.shape[0]
+            if x.shape[0] % size:
+                raise UserError(
+                    f"BatchNorm: the batch of {x.shape[0]} images is not a multiple of bn_group_size={size}."
+                )
+            groups = x.reshape(-1, size, *x.shape[1:]).astype(jnp.float32)
+            mean = groups.mean((1, 2, 3), keepdims=True)
+            var = groups.var((1, 2, 3), keepdims=True)
+            if not self.is_initializing():
+                running_mean.value = 0.9 * running_mean.value + 0.1 * mean.mean((0, 1, 2, 3))
+                running_var.value = 0.9 * running_var.value + 0.1 * var.mean((0, 1, 2, 3))
+        else:
+            groups, mean, var = x.astype(jnp.float32), running_mean.value, running_var.value
+        groups = (groups - mean) * (jax.lax.rsqrt(var + 1e-5) * scale) + bias
+        return groups.reshape(x.shape).astype(self.dtype)
+
+
+class DepthwiseConv(nn.Module):
+    """Depthwise convolution with stride 1, same size and bias; kernel (k, k, C)."""
+
+    kernel_size: int
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        k, channels = self.kernel_size, x.shape[-1]
+        kernel = self.param("kernel", normal(2**0.5 / k), (k, k, channels), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return depthwise_conv(x, kernel) + bias
+
+
+class Downsample(nn.Module):
+    """A strided convolution, padded by k // 2 on every side, then BatchNorm: the stem and the steps between stages."""
+
+    features: int
+    kernel_size: int
+    stride: int
+    bn_group_size: int | None = None
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        k, dtypes = self.kernel_size, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        std = (2 / (k * k * self.features)) ** 0.5
+        # 'SAME' would pad a strided convolution by less on the top left than on the bottom right.
+        conv = nn.Conv(self.features, (k, k), self.stride, k // 2, kernel_init=normal(std), name="conv", **dtypes)
+        return BatchNorm(self.bn_group_size, name="norm", **dtypes)(conv(x), train)
