@@ -8,8 +8,8 @@ libraries' bicubic resize differs from it by up to tens of grey levels.
 
 import io
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
@@ -23,23 +23,27 @@ RESAMPLE = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
 
 
 def train_transform(
-    encoded,
-    rng,
-    image_size=224,
+    encoded: bytes,
+    rng: np.random.Generator,
+    image_size: int = 224,
     *,
-    crop_scale=(0.08, 1.0),
-    crop_ratio=(3 / 4, 4 / 3),
-    flip=0.5,
-    rand_augment=(2, 9.0, 0.5),
-):
-    """Decode one training image, crop and resize it at random, flip it and apply RandAugment.
+    crop_scale: Sequence[float] = (0.08, 1.0),
+    crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
+    flip: float = 0.5,
+    rand_augment: Sequence[float] | None = (2, 9.0, 0.5),
+) -> np.ndarray:
+    """Decodes one training image, crops and resizes it at random, flips it and applies RandAugment.
 
     A pure function of the bytes, the arguments and the state of `rng`, from which it draws, in this order: the crop
     (`crop_box`), the filter of the resize (bilinear or bicubic, 1/2 each), the flip and the ops (`draw_ops`).
 
+    Example::
+
+        pixels = train_transform(open("cat.jpg", "rb").read(), np.random.default_rng(0))
+
     Args:
-      encoded: bytes of an image file in any format Pillow reads.
-      rng: numpy Generator.
+      encoded: an image file in any format Pillow reads.
+      rng: what decides.
       image_size: side of the output in pixels.
       crop_scale: smallest and largest share of the image's area in the crop.
       crop_ratio: smallest and largest width / height of the crop.
@@ -51,9 +55,6 @@ def train_transform(
 
     Raises:
       UserError: see `decode`.
-
-    Example:
-      pixels = train_transform(open("cat.jpg", "rb").read(), np.random.default_rng(0))
     """
     box = crop_box(rng, *_open(encoded).size, crop_scale, crop_ratio)
     resample = _draw_resample(rng)
@@ -68,14 +69,16 @@ def train_transform(
     return np.asarray(image)
 
 
-def check_augmentation(*, crop_scale, crop_ratio, flip, rand_augment):
-    """Check arguments of `train_transform` before any image is read.
+def check_augmentation(
+    *, crop_scale: Sequence[float], crop_ratio: Sequence[float], flip: float, rand_augment: Sequence[float] | None
+) -> None:
+    """Checks arguments of `train_transform` before any image is read.
 
     Raises:
       UserError: one is out of its range; names it.
     """
 
-    def is_range(pair, most):
+    def is_range(pair: Sequence[float], most: float) -> bool:
         return len(pair) == 2 and 0 < pair[0] <= pair[1] <= most
 
     ops = rand_augment or (1, 0, 0)
@@ -90,11 +93,15 @@ def check_augmentation(*, crop_scale, crop_ratio, flip, rand_augment):
             raise UserError(f"data.{name} is {value}: it must be {wanted}")
 
 
-def eval_transform(encoded, image_size=224, crop_pct=0.9):
-    """Decode one image, resize its shorter side to image_size / crop_pct (bicubic) and crop the centre.
+def eval_transform(encoded: bytes, image_size: int = 224, crop_pct: float = 0.9) -> np.ndarray:
+    """Decodes one image, resizes its shorter side to image_size / crop_pct (bicubic) and crops the centre.
+
+    Example::
+
+        pixels = eval_transform(open("cat.jpg", "rb").read(), crop_pct=0.95)
 
     Args:
-      encoded: bytes of an image file in any format Pillow reads.
+      encoded: an image file in any format Pillow reads.
       image_size: side of the output in pixels.
       crop_pct: share of the resized shorter side that the crop keeps, in (0, 1].
 
@@ -103,22 +110,25 @@ def eval_transform(encoded, image_size=224, crop_pct=0.9):
 
     Raises:
       UserError: see `decode` and `eval_geometry`.
-
-    Example:
-      pixels = eval_transform(open("cat.jpg", "rb").read(), crop_pct=0.95)
     """
     image = decode(encoded)
     size, box = eval_geometry(*image.size, image_size, crop_pct)
     return np.asarray(image.resize(size, Image.BICUBIC).crop(box))
 
 
-def crop_box(rng, width, height, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
-    """Draw the box of a random resized crop.
+def crop_box(
+    rng: np.random.Generator,
+    width: int,
+    height: int,
+    scale: Sequence[float] = (0.08, 1.0),
+    ratio: Sequence[float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+    """Draws the box of a random resized crop.
 
     Draws area and aspect up to ten times, until the box fits, and then top and left; if none fits, takes the centre.
 
     Args:
-      rng: numpy Generator, or anything with its `uniform(low, high)` and `integers(low, high, endpoint=True)`.
+      rng: what decides; anything with a generator's `uniform(low, high)` and `integers(low, high, endpoint=True)`.
       width, height: of the image in pixels, at least 1.
       scale: smallest and largest share of the image's area.
       ratio: smallest and largest width / height.
@@ -144,8 +154,10 @@ def crop_box(rng, width, height, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
     return left, top, left + w, top + h
 
 
-def eval_geometry(width, height, image_size, crop_pct):
-    """Compute the sizes and offsets of the evaluation transform.
+def eval_geometry(
+    width: int, height: int, image_size: int, crop_pct: float
+) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """Computes the sizes and offsets of the evaluation transform.
 
     The shorter side becomes floor(image_size / crop_pct), the longer is truncated, offsets are rounded half to even.
 
@@ -170,17 +182,17 @@ def eval_geometry(width, height, image_size, crop_pct):
     return size, (left, top, left + image_size, top + image_size)
 
 
-def decode(encoded):
-    """Decode an image file to RGB.
+def decode(encoded: bytes) -> Image.Image:
+    """Decodes an image file to RGB.
 
     Grey, palette, CMYK and transparent images become RGB as by Pillow's `convert("RGB")`, which ignores alpha; 16-bit
     grey keeps its upper byte, as 16-bit colour does in Pillow. The EXIF orientation is ignored.
 
     Args:
-      encoded: bytes of an image file in any format Pillow reads.
+      encoded: an image file in any format Pillow reads.
 
     Returns:
-      RGB PIL image; of several frames, the first.
+      An RGB image; of several frames, the first.
 
     Raises:
       UserError: no image, a truncated or broken one, or more pixels than Pillow accepts (a decompression bomb); the
@@ -197,7 +209,7 @@ def decode(encoded):
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _open(encoded):
+def _open(encoded: bytes) -> Image.Image:
     """The image with its header read, and its pixels not yet."""
     try:
         return Image.open(io.BytesIO(encoded))
@@ -215,7 +227,7 @@ JPEG_TABLES = {bytes((0xFF, marker)) for marker in (0xC4, 0xDB, 0xDD, 0xFE, *ran
 JPEG_FRAMES = {b"\xff\xc0", b"\xff\xc1"}
 
 
-def _keep_rows(encoded, rows):
+def _keep_rows(encoded: bytes, rows: int) -> bytes:
     """The same JPEG with a smaller height in its header: decoding ends soon after the first `rows`, which stay exact.
 
     Other files are returned as they are, and so is a JPEG without its end marker: the truncation must be noticed.
@@ -235,40 +247,40 @@ def _keep_rows(encoded, rows):
 class Op(NamedTuple):
     """A RandAugment op: the level gives an argument, the argument gives the pixels."""
 
-    argument: Callable  # level -> argument
-    pixels: Callable  # (image, argument, resample) -> image
+    argument: Callable[[float], Any]
+    pixels: Callable[[Image.Image, Any, Image.Resampling], Image.Image]  # of image, argument and resample
     signed: bool = False  # takes levels in [-10, 10] rather than [0, 10]
 
 
-def _up_to(limit):
+def _up_to(limit: float) -> Callable[[float], float]:
     return lambda level: level / 10 * limit
 
 
-def _no_argument(level):
+def _no_argument(level: float) -> None:
     return None
 
 
-def _factor(level):
+def _factor(level: float) -> float:
     return max(0.1, 1.0 + level / 10 * 0.9)
 
 
-def _lookup(function):
+def _lookup(function: Callable[[int, int], int]) -> Callable:
     """Pixels from a function of (value, argument)."""
     return lambda image, argument, _: image.point([function(value, argument) for value in range(256)] * 3)
 
 
-def _enhance(enhancer):
+def _enhance(enhancer: Callable) -> Callable:
     return lambda image, factor, _: enhancer(image).enhance(factor)
 
 
-def _affine(matrix):
+def _affine(matrix: Callable[[Image.Image, float], tuple[float, ...]]) -> Callable:
     """Pixels from a function of (image, argument) that gives the map from output to input, origin at the top left."""
     return lambda image, argument, resample: image.transform(
         image.size, Image.AFFINE, matrix(image, argument), resample, fillcolor=FILL
     )
 
 
-def _rotate(image, degrees, resample):
+def _rotate(image: Image.Image, degrees: float, resample: Image.Resampling) -> Image.Image:
     return image.rotate(degrees, resample, fillcolor=FILL)
 
 
@@ -300,18 +312,21 @@ OPS = {
 }
 
 
-def draw_ops(rng, num_ops=2, magnitude=9.0, magnitude_std=0.5):
-    """Draw the RandAugment ops of one image.
+def draw_ops(
+    rng: np.random.Generator, num_ops: int = 2, magnitude: float = 9.0, magnitude_std: float = 0.5
+) -> list[tuple[str, float, int, str]]:
+    """Draws the RandAugment ops of one image.
 
     Draws, in this order: the names, uniformly with replacement; then for each whether it is executed (probability 1/2)
     and, if so, its level from N(magnitude, magnitude_std) clipped to [0, 10], its sign and its resample.
 
     Args:
-      rng: numpy Generator.
-      num_ops, magnitude, magnitude_std: int, and floats in units of the level.
+      rng: what decides.
+      num_ops: how many are drawn.
+      magnitude, magnitude_std: mean and standard deviation of the level.
 
     Returns:
-      List of (name, level, sign, resample), as `apply_op` takes them, in the order of execution; 0 to num_ops of them.
+      (name, level, sign, resample), as `apply_op` takes them, in the order of execution; 0 to num_ops of them.
     """
     names = list(OPS)
     drawn = []
@@ -323,17 +338,21 @@ def draw_ops(rng, num_ops=2, magnitude=9.0, magnitude_std=0.5):
     return drawn
 
 
-def _draw_resample(rng):
+def _draw_resample(rng: np.random.Generator) -> str:
     return "bilinear" if rng.random() < 0.5 else "bicubic"
 
 
-def apply_op(image, name, level, sign=1, resample="bicubic"):
-    """Apply one RandAugment op to an RGB image.
+def apply_op(image: Image.Image, name: str, level: float, sign: int = 1, resample: str = "bicubic") -> Image.Image:
+    """Applies one RandAugment op to an RGB image.
+
+    Example::
+
+        apply_op(Image.new("RGB", (64, 48)), "Rotate", 9.0, sign=-1, resample="bilinear").size      # (64, 48)
 
     Args:
-      image: RGB PIL image of any size.
+      image: RGB, of any size.
       name: a key of `OPS`.
-      level: float in [0, 10]; AutoContrast, Equalize and Invert ignore it.
+      level: in [0, 10]; AutoContrast, Equalize and Invert ignore it.
       sign: -1 negates the level of a signed op; other ops ignore it.
       resample: "bilinear" or "bicubic", for rotation, shear and translation; other ops ignore it.
 
@@ -342,10 +361,6 @@ def apply_op(image, name, level, sign=1, resample="bicubic"):
 
     Raises:
       ValueError: no such op or resample.
-
-    Example:
-      >>> apply_op(Image.new("RGB", (64, 48)), "Rotate", 9.0, sign=-1, resample="bilinear").size
-      (64, 48)
     """
     if name not in OPS:
         raise ValueError(f"no op {name!r}; there are {', '.join(OPS)}")

@@ -12,7 +12,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -20,6 +21,9 @@ from absl import flags
 
 from fcvit_jax import augment, sources
 from fcvit_jax.errors import UserError
+
+Split = sources.Records | sources.Files
+Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +41,8 @@ class Data:
       augmentation: keyword arguments of `augment.train_transform`.
     """
 
-    train: sources.Records | sources.Files | None
-    eval: sources.Records | sources.Files | None
+    train: Split | None
+    eval: Split | None
     num_train: int
     num_eval: int
     class_names: tuple[str, ...]
@@ -47,7 +51,7 @@ class Data:
     workers: int
     prefetch: int
     crop_pct: float
-    augmentation: dict
+    augmentation: dict[str, Any]
 
     @property
     def num_classes(self) -> int:
@@ -60,44 +64,45 @@ class Data:
 
 def open_dataset(
     *,
-    dataset,
-    batch_size,
-    data_dir="~/tensorflow_datasets",
-    image_size=224,
-    workers=0,
-    prefetch=1,
-    train_split="train",
-    eval_split="validation",
-    crop_pct=0.9,
-    crop_scale=(0.08, 1.0),
-    crop_ratio=(3 / 4, 4 / 3),
-    flip=0.5,
-    rand_augment=(2, 9.0, 0.5),
+    dataset: str,
+    batch_size: int,
+    data_dir: str = "~/tensorflow_datasets",
+    image_size: int = 224,
+    workers: int = 0,
+    prefetch: int = 1,
+    train_split: str = "train",
+    eval_split: str = "validation",
+    crop_pct: float = 0.9,
+    crop_scale: Sequence[float] = (0.08, 1.0),
+    crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
+    flip: float = 0.5,
+    rand_augment: Sequence[float] | None = (2, 9.0, 0.5),
 ) -> Data:
     """Opens a dataset for `train_batches` and `eval_batches`; reads no image yet.
+
+    Example::
+
+        data = open_dataset(dataset="digits", batch_size=128, image_size=32, rand_augment=None)
+        for batch in train_batches(data, seed=0, start_step=0, num_steps=data.steps_per_epoch):
+            batch["image"], batch["label"]                  # uint8 (128, 32, 32, 3), int32 (128,)
 
     Args:
       dataset: "digits"; a TFDS name such as "imagenet2012", with the features image and label; "folder:PATH", a folder
         with train/CLASS/*.jpg and val/CLASS/*.jpg (or validation/; also .jpeg, .png, .webp); or "synthetic", one batch
         of noise, for measuring the training step alone: as many images and classes as ImageNet, one batch to evaluate.
-      batch_size: images per step over all hosts (int).
-      data_dir: where TFDS keeps its data (str).
-      image_size: height and width of the images in pixels (int).
-      workers: decoding processes on this host (int); 0 decodes in a thread of this process; -1 takes one for every core
+      batch_size: images per step over all hosts.
+      data_dir: where TFDS keeps its data.
+      image_size: height and width of the images in pixels.
+      workers: decoding processes on this host; 0 decodes in a thread of this process; -1 takes one for every core
         that this process may use, less one for the training, and at least one.
-      prefetch: finished batches that each worker keeps ready (int).
-      train_split, eval_split: TFDS splits (str), slices such as "train[:1%]" included.
-      crop_pct: share of the resized image that evaluation crops (float).
+      prefetch: finished batches that each worker keeps ready.
+      train_split, eval_split: TFDS splits, slices such as "train[:1%]" included.
+      crop_pct: share of the resized image that evaluation crops.
       crop_scale, crop_ratio, flip, rand_augment: see `augment.train_transform`.
 
     Raises:
       UserError: a value is out of its range; or the dataset is unknown, not prepared, or not made of images and labels;
         the message says what to do.
-
-    Example:
-      data = open_dataset(dataset="digits", batch_size=128, image_size=32, rand_augment=None)
-      for batch in train_batches(data, seed=0, start_step=0, num_steps=data.steps_per_epoch):
-          batch["image"], batch["label"]  # uint8 (128, 32, 32, 3), int32 (128,)
     """
     for name, value, least in (
         ("batch_size", batch_size, 1),
@@ -148,12 +153,14 @@ def available_cores() -> int:
     return os.cpu_count()
 
 
-def train_batches(data, seed, start_step, num_steps, process_index=0, process_count=1) -> Iterator[dict]:
+def train_batches(
+    data: Data, seed: int, start_step: int, num_steps: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
     """Yields this process's share of the training batches of steps start_step, ..., start_step + num_steps - 1.
 
     Args:
       data: from `open_dataset`.
-      seed: of the order and the augmentation (int, not negative).
+      seed: of the order and the augmentation, not negative.
       start_step, num_steps: first step (its batch costs no more than any other) and number of batches.
       process_index, process_count: process p gets rows p * b, ..., (p + 1) * b - 1 of every global batch.
 
@@ -174,7 +181,7 @@ def train_batches(data, seed, start_step, num_steps, process_index=0, process_co
     return _stream(data, functools.partial(_train_batch, data, seed, rows), start_step, start_step + num_steps)
 
 
-def eval_batches(data, process_index=0, process_count=1) -> Iterator[dict]:
+def eval_batches(data: Data, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
     """Yields this process's share of the evaluation images, every example exactly once over all processes.
 
     Args:
@@ -194,14 +201,14 @@ def eval_batches(data, process_index=0, process_count=1) -> Iterator[dict]:
     return _stream(data, functools.partial(_eval_batch, data, rows), 0, -(-data.num_eval // data.batch_size))
 
 
-def _rows(data, process_index, process_count):
+def _rows(data: Data, process_index: int, process_count: int) -> range:
     if data.batch_size % process_count:
         raise UserError(f"data.batch_size is {data.batch_size}: it must be a multiple of the {process_count} processes")
     size = data.batch_size // process_count
     return range(process_index * size, (process_index + 1) * size)
 
 
-def _train_batch(data, seed, rows, step):
+def _train_batch(data: Data, seed: int, rows: range, step: int) -> Batch:
     epoch, position = divmod(step, data.steps_per_epoch)
     indices = _epoch_order(seed, epoch, data.num_train)[position * data.batch_size :][rows.start : rows.stop].tolist()
 
@@ -212,7 +219,7 @@ def _train_batch(data, seed, rows, step):
     return _load(data.train, indices, transform, len(rows), data.image_size)
 
 
-def _eval_batch(data, rows, number):
+def _eval_batch(data: Data, rows: range, number: int) -> Batch:
     start = number * data.batch_size
     indices = list(range(min(start + rows.start, data.num_eval), min(start + rows.stop, data.num_eval)))
 
@@ -224,12 +231,14 @@ def _eval_batch(data, rows, number):
 
 
 @functools.lru_cache(maxsize=2)  # a worker may hold batches of two epochs
-def _epoch_order(seed, epoch, num_examples):
+def _epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     # The last word keeps this stream apart from those of the examples: numpy ignores trailing zeros.
     return np.random.default_rng([seed, epoch, 0, 1]).permutation(num_examples)
 
 
-def _load(split, indices, transform, batch_size, image_size):
+def _load(
+    split: Split, indices: list[int], transform: Callable[[bytes, int], np.ndarray], batch_size: int, image_size: int
+) -> Batch:
     images = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
     labels = np.zeros(batch_size, np.int32)
     for row, (index, (encoded, label)) in enumerate(zip(indices, split.read(indices), strict=True)):
@@ -241,7 +250,7 @@ def _load(split, indices, transform, batch_size, image_size):
     return {"image": images, "label": labels}
 
 
-def _stream(data, load, start, stop):
+def _stream(data: Data, load: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
     if data.workers and not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, which absl refuses outside of app.run
     threads = 0 if data.workers else 1
@@ -267,7 +276,7 @@ def _stream(data, load, start, stop):
             gc.collect()  # a cycle in Grain would hold the last batch in shared memory, at exit with a warning
 
 
-def _start_worker(index, count):
+def _start_worker(index: int, count: int) -> None:
     del index, count
     # Ctrl-C and SLURM's SIGTERM reach all processes; the parent still needs a batch or so, and ends its workers itself.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -275,12 +284,12 @@ def _start_worker(index, count):
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _exit_with_parent():
+def _exit_with_parent() -> None:
     multiprocessing.parent_process().join()  # returns when it is gone, killed too; Grain's workers would stay for ever
     os._exit(1)
 
 
-def _noise(data, batch_size):
+def _noise(data: Data, batch_size: int) -> Batch:
     rng = np.random.default_rng(0)
     return {
         "image": rng.integers(0, 256, (batch_size, data.image_size, data.image_size, 3), np.uint8),

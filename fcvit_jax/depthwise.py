@@ -6,7 +6,9 @@ that in `_tpu_impl` from `benchmarks/tpu_schedule.py`; the figures are in docs/p
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +23,12 @@ _LANES = 128  # a side of a TPU's matrix unit
 _TPU_TAPS = 25  # of a filter, from which on the matrix units are faster
 
 
-def depthwise_conv(x, kernel, impl=None):
-    """Convolve every channel with its own k x k filter: stride 1, zero padding k // 2, no bias.
+def depthwise_conv(x: jax.Array, kernel: jax.Array, impl: str | None = None) -> jax.Array:
+    """Convolves every channel with its own k x k filter: stride 1, zero padding k // 2, no bias.
+
+    Example::
+
+        depthwise_conv(jnp.ones((2, 56, 56, 32)), jnp.ones((11, 11, 32))).shape                     # (2, 56, 56, 32)
 
     Args:
       x: (N, H, W, C), float32 or bfloat16.
@@ -34,10 +40,6 @@ def depthwise_conv(x, kernel, impl=None):
 
     Raises:
       ValueError: shapes that do not fit, even k, unknown impl.
-
-    Example:
-      >>> depthwise_conv(jnp.ones((2, 56, 56, 32)), jnp.ones((11, 11, 32))).shape
-      (2, 56, 56, 32)
     """
     if x.ndim != 4 or kernel.ndim != 3 or kernel.shape[0] != kernel.shape[1] or kernel.shape[0] % 2 == 0:
         raise ValueError(f"expected x (N, H, W, C) and kernel (k, k, C) with odd k, got {x.shape} and {kernel.shape}")
@@ -50,18 +52,18 @@ def depthwise_conv(x, kernel, impl=None):
     return _conv(x, kernel[rows : kernel.shape[0] - rows, cols : kernel.shape[1] - cols], impl)
 
 
-def _cpu_impl(shape, window):
+def _cpu_impl(shape: tuple[int, ...], window: tuple[int, int]) -> str:
     """The fastest on a CPU: the one whose loop is shorter, over positions or over taps."""
     return "banded" if shape[1] * shape[2] <= window[0] * window[1] else "shift"
 
 
-def _tpu_impl(shape, window):
+def _tpu_impl(shape: tuple[int, ...], window: tuple[int, int]) -> str:
     """The faster on a TPU by its compiler's schedules: the matrix units, unless filters are small or rows long."""
     return "toeplitz" if window[0] * window[1] >= _TPU_TAPS and shape[2] <= _LANES else "lax"
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _conv(x, kernel, impl):
+def _conv(x: jax.Array, kernel: jax.Array, impl: str | None) -> jax.Array:
     if impl is not None:
         return _FORWARD[impl](x, kernel)
     cpu, tpu = (_FORWARD[choose(x.shape, kernel.shape)] for choose in (_cpu_impl, _tpu_impl))
@@ -81,7 +83,7 @@ _conv.defvjp(_conv_fwd, _conv_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _weight_grad(x, g, window, impl):
+def _weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int], impl: str | None) -> jax.Array:
     """Sum x[n, h + i - p, w + j - p, c] * g[n, h, w, c] over n, h, w: (*window, C) in float32."""
     if impl is not None:
         return _WEIGHT_GRAD[impl](x, g, window)
@@ -101,7 +103,7 @@ def _weight_grad_bwd(window, impl, residuals, t):
 _weight_grad.defvjp(_weight_grad_fwd, _weight_grad_bwd)
 
 
-def _lax(x, kernel):
+def _lax(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.conv_general_dilated(
         x,
         kernel[:, :, None].astype(x.dtype),
@@ -112,13 +114,13 @@ def _lax(x, kernel):
     )
 
 
-def _lax_weight_grad(x, g, window):
+def _lax_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax.Array:
     kernel = jax.ShapeDtypeStruct((*window, x.shape[3]), x.dtype)
     return jax.linear_transpose(partial(_lax, x), kernel)(g)[0].astype(jnp.float32)
 
 
 @jax.jit
-def _correlate(a, b):
+def _correlate(a: jax.Array, b: jax.Array) -> jax.Array:
     """Sum a[n, s + t, c] * b[n, t, c] over the positions t of b, for every s that fits; a batch of one is shared.
 
     A loop over blocks of t whose body is one fused, vectorised pass over the sums, so the program does not grow with b.
@@ -146,12 +148,12 @@ def _correlate(a, b):
     return lax.fori_loop(0, row_blocks * col_blocks, add_block, total)
 
 
-def _pad(x, rows, cols):
+def _pad(x: jax.Array, rows: int, cols: int) -> jax.Array:
     return jnp.pad(x.astype(jnp.float32), ((0, 0), (rows, rows), (cols, cols), (0, 0)))
 
 
-def _by_channels(f, terms, out, *arrays):
-    """Fill `out` with `f`, a sum of `terms` products, of each block of channels (the last axis) of the arrays."""
+def _by_channels(f: Callable[..., jax.Array], terms: int, out: jax.Array, *arrays: jax.Array) -> jax.Array:
+    """Fills `out` with `f`, a sum of `terms` products, of each block of channels (the last axis) of the arrays."""
     channels = out.shape[-1]
     # A sum of a single turn is fused with what is around it, which a loop over blocks would prevent.
     if channels % _CHANNELS or terms <= _TERMS:
@@ -165,7 +167,7 @@ def _by_channels(f, terms, out, *arrays):
     return lax.fori_loop(0, channels // _CHANNELS, fill, out)
 
 
-def _shift(x, kernel):
+def _shift(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The output summed over the taps, each a shifted copy of the padded map times a filter value."""
     height, width = kernel.shape[:2]
 
@@ -175,7 +177,7 @@ def _shift(x, kernel):
     return _by_channels(block, height * width, jnp.zeros_like(x), x, kernel)
 
 
-def _shift_weight_grad(x, g, window):
+def _shift_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax.Array:
     """The taps summed over the positions; images stay apart until the end, so a sharded batch is reduced once."""
     height, width = window
 
@@ -186,7 +188,7 @@ def _shift_weight_grad(x, g, window):
     return _by_channels(block, height * width, total, x, g).sum(0)
 
 
-def _banded(x, kernel):
+def _banded(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Each channel's map times its banded (Toeplitz) matrix, whose rows are windows of the flipped filter."""
     height, width = x.shape[1:3]
     rows, cols = (size - 1 - taps // 2 for size, taps in zip((height, width), kernel.shape[:2], strict=True))
@@ -198,7 +200,7 @@ def _banded(x, kernel):
     return _by_channels(block, height * width, jnp.zeros_like(x), x, kernel)
 
 
-def _tiles(shape, window):
+def _tiles(shape: tuple[int, ...], window: tuple[int, int]) -> tuple[int, int, int]:
     """A tile's rows, of some `_LANES` positions together; the map's tiles; how many tiles away a tap gets."""
     height, width = shape[1:3]
     tiles = -(-height // max(1, _LANES // width))
@@ -206,14 +208,14 @@ def _tiles(shape, window):
     return rows, tiles, min(tiles - 1, -(-(window[0] // 2) // rows))
 
 
-def _to_tiles(x, rows, tiles):
+def _to_tiles(x: jax.Array, rows: int, tiles: int) -> jax.Array:
     """(N, H, W, C) to (N, tiles, C * rows * W)."""
     n, height, width, channels = x.shape
     x = jnp.pad(x, ((0, 0), (0, tiles * rows - height), (0, 0), (0, 0)))
     return x.reshape(n, tiles, rows * width, channels).swapaxes(2, 3).reshape(n, tiles, -1)
 
 
-def _bands(rows, reach, width, window, dtype):
+def _bands(rows: int, reach: int, width: int, window: tuple[int, int], dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Where tap i leads from row a, q tiles away, to row b: (q, a, b, i); tap j from column v to w: (v, w, j)."""
     q, a, b = jnp.ogrid[-reach : reach + 1, :rows, :rows]
     v, w = jnp.ogrid[:width, :width]
@@ -221,7 +223,7 @@ def _bands(rows, reach, width, window, dtype):
     return jax.nn.one_hot(i, window[0], dtype=dtype), jax.nn.one_hot(j, window[1], dtype=dtype)
 
 
-def _batch_axes(x):
+def _batch_axes(x: jax.Array) -> tuple[str, ...]:
     """The axes of the mesh in context over which a batch is split evenly; none without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = mesh.auto_axes
@@ -229,7 +231,7 @@ def _batch_axes(x):
 
 
 @jax.jit
-def _toeplitz(x, kernel):
+def _toeplitz(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Each channel's tiles of whole rows times the banded (Toeplitz) matrices that lead from tile to tile."""
 
     def conv(x, kernel):
@@ -256,7 +258,7 @@ def _toeplitz(x, kernel):
 
 
 @partial(jax.jit, static_argnames="window")
-def _toeplitz_weight_grad(x, g, window):
+def _toeplitz_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax.Array:
     """The gradient of the matrices, summed along their bands."""
     axes = _batch_axes(x)
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -15,7 +17,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def _info(self):
+    def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
             description="The test set of the UCI Optical Recognition of Handwritten Digits data, from scikit-learn.",
@@ -29,14 +31,14 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,  # so that record i of a split can be looked up in scikit-learn
         )
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         del dl_manager
         return {
             "train": self._generate_examples(validation=False),
             "validation": self._generate_examples(validation=True),
         }
 
-    def _generate_examples(self, validation):
+    def _generate_examples(self, validation: bool) -> Iterator[tuple[int, dict[str, Any]]]:
         from sklearn.datasets import load_digits  # slow to import, and needed only to write the records
 
         digits = load_digits()
@@ -48,13 +50,13 @@ class Digits(tfds.core.GeneratorBasedBuilder):
                 yield index, {"image": file.getvalue(), "label": int(label)}  # encoded: TFDS needs TensorFlow to encode
 
 
-def prepare(data_dir):
+def prepare(data_dir: str) -> Digits:
     """Returns the builder of the digits, whose records it writes first if they are not there.
 
-    Args:
-      data_dir: folder of TFDS data (str); the records go to `digits/1.0.0` in it.
-
     Several processes may call this at once: each writes a folder of its own, and the first to finish renames it.
+
+    Args:
+      data_dir: folder of TFDS data; the records go to `digits/1.0.0` in it.
 
     Raises:
       UserError: the folder cannot be written.

@@ -1,5 +1,7 @@
 """Where arrays live: the mesh of devices, and the shardings of batches and of the training state."""
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -46,7 +48,7 @@ def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     return jax.make_array_from_process_local_data(batch_sharding(mesh), batch)
 
 
-def state_shardings(tree, mesh: Mesh):
+def state_shardings(tree: Any, mesh: Mesh) -> Any:
     """The sharding of every tensor of a state: its largest dimension that `fsdp` divides is split, or none is.
 
     Tensors of fewer than 1,024 elements are kept whole on every device.
@@ -66,7 +68,7 @@ def state_shardings(tree, mesh: Mesh):
     return jax.tree.map(sharding, tree)
 
 
-def bytes_per_device(tree) -> int:
+def bytes_per_device(tree: Any) -> int:
     """Bytes that a sharded pytree of `jax.ShapeDtypeStruct` or arrays takes on each device."""
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize for x in jax.tree.leaves(tree)

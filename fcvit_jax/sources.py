@@ -7,7 +7,8 @@ names an example in error messages.
 import dataclasses
 import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import tensorflow_datasets as tfds
 
@@ -28,18 +29,18 @@ class Records:
     def __len__(self) -> int:
         return len(self.source)
 
-    def read(self, indices) -> Iterator[tuple[bytes, int]]:
+    def read(self, indices: Sequence[int]) -> Iterator[tuple[bytes, int]]:
         try:
             examples = self.source.__getitems__(indices)  # in parallel, which matters for remote files
         except Exception:  # does not say which record
             examples = map(self._read_one, indices)
         return ((example["image"], example["label"]) for example in examples)
 
-    def describe(self, index) -> str:
+    def describe(self, index: int) -> str:
         file_name = self._read_one(index).get("file_name", b"").decode()
         return f"record {index} of {self.dataset} {self.split}" + (f" ({file_name})" if file_name else "")
 
-    def _read_one(self, index):
+    def _read_one(self, index: int) -> dict[str, Any]:
         try:
             return self.source[index]
         except Exception as error:
@@ -57,7 +58,7 @@ class Files:
     def __len__(self) -> int:
         return len(self.names)
 
-    def read(self, indices) -> Iterator[tuple[bytes, int]]:
+    def read(self, indices: Sequence[int]) -> Iterator[tuple[bytes, int]]:
         for index in indices:
             try:
                 with open(self.describe(index), "rb") as file:
@@ -65,11 +66,11 @@ class Files:
             except OSError as error:
                 raise UserError(f"{self.describe(index)} cannot be read: {error.strerror}") from error
 
-    def describe(self, index) -> str:
+    def describe(self, index: int) -> str:
         return os.path.join(self.folder, self.names[index])
 
 
-def open_tfds(name, data_dir, train_split, eval_split) -> tuple[Records, Records, tuple[str, ...]]:
+def open_tfds(name: str, data_dir: str, train_split: str, eval_split: str) -> tuple[Records, Records, tuple[str, ...]]:
     """Opens two splits of a TFDS dataset without importing TensorFlow; the digits are prepared if need be.
 
     Args:
@@ -109,7 +110,7 @@ def open_tfds(name, data_dir, train_split, eval_split) -> tuple[Records, Records
             f"{name} lacks the features image (one image) and label (a class): it has {', '.join(sorted(features))}"
         )
 
-    def open_split(key, split):
+    def open_split(key: str, split: str) -> Records:
         try:
             decoders = {"image": tfds.decode.SkipDecoding()}
             source = builder.as_data_source(split, decoders=decoders, file_format="array_record")
@@ -124,7 +125,7 @@ def open_tfds(name, data_dir, train_split, eval_split) -> tuple[Records, Records
     return open_split("train_split", train_split), open_split("eval_split", eval_split), tuple(label.names)
 
 
-def _how_to_prepare(builder, name, data_dir):
+def _how_to_prepare(builder: tfds.core.DatasetBuilder, name: str, data_dir: str) -> str:
     lines = [
         f"{name} is not prepared in {data_dir}. Prepare it, once (TensorFlow is needed for this alone):",
         "  pip install tensorflow-cpu",
@@ -141,7 +142,7 @@ def _how_to_prepare(builder, name, data_dir):
     return "\n".join(lines)
 
 
-def _how_to_convert(builder):
+def _how_to_convert(builder: tfds.core.DatasetBuilder) -> str:
     return f"""{builder.data_path} is stored as {builder.info.file_format.value}, which has no random access.
 Add array_record files to it (TensorFlow and Beam are needed for this alone; Beam goes to a folder of its own):
   pip install tensorflow-cpu && pip install --target=beam apache-beam
@@ -149,7 +150,7 @@ Add array_record files to it (TensorFlow and Beam are needed for this alone; Bea
     --dataset_version_dir={builder.data_path}"""
 
 
-def open_folder(path) -> tuple[Files, Files, tuple[str, ...]]:
+def open_folder(path: str) -> tuple[Files, Files, tuple[str, ...]]:
     """Opens a folder with train/CLASS/IMAGE and val/CLASS/IMAGE (or validation/); classes and files in sorted order.
 
     Args:
@@ -176,7 +177,7 @@ def open_folder(path) -> tuple[Files, Files, tuple[str, ...]]:
     return _files(train, train_classes), _files(evaluation, eval_classes), tuple(train_classes)
 
 
-def _list_classes(folder):
+def _list_classes(folder: str) -> dict[str, list[str]]:
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise UserError(f"{folder} has no class folders")
@@ -194,7 +195,7 @@ def _list_classes(folder):
     return images
 
 
-def _files(folder, classes):
+def _files(folder: str, classes: Mapping[str, Sequence[str]]) -> Files:
     return Files(
         folder,
         names=[f"{name}/{file}" for name, files in classes.items() for file in files],
@@ -202,5 +203,5 @@ def _files(folder, classes):
     )
 
 
-def _first(names):
+def _first(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
