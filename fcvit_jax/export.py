@@ -17,6 +17,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from safetensors.numpy import save
 
 from fcvit_jax.errors import UserError
 from fcvit_jax.mixing import normalize
@@ -39,12 +40,8 @@ def export(checkpoint: str | Path, dest: str | Path) -> None:
       dest: a new or empty folder.
 
     Raises:
-      UserError: the checkpoint cannot be read, the folder is not empty or cannot be written, safetensors is missing.
+      UserError: the checkpoint cannot be read, the folder is not empty or cannot be written.
     """
-    try:
-        from safetensors.numpy import save
-    except ImportError as error:
-        raise UserError("Exporting needs safetensors: pip install safetensors") from error
     dest = Path(dest).expanduser()
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
         raise UserError(f"{dest} is not an empty folder: choose another.")
