@@ -87,7 +87,7 @@ def _check(items: dict[str, Any], metadata: dict[str, Any], expected: dict[str, 
 def _save_args(items: dict[str, Any], metadata: dict[str, Any]) -> ocp.args.Composite:
     return ocp.args.Composite(
         **{name: ocp.args.StandardSave(item) for name, item in items.items()},
-        metadata=ocp.args.JsonSave(metadata),
+        metadata=ocp.args.JsonSave(dict(metadata)),  # written while the run goes on to change its own
         checksums=ocp.args.JsonSave(_checksums(items, metadata)),
     )
 
@@ -167,23 +167,22 @@ class Checkpointer:
         Raises:
           UserError: there are checkpoints, but none can be read; nothing was touched.
         """
-        steps = sorted(self._latest.all_steps(), reverse=True)
-        found = []
-        for step in steps:
+        damaged = {}
+        for step in sorted(self._latest.all_steps(), reverse=True):
+            restored, reason = None, "another host failed"
             try:
                 restored = self._restore_step(step, abstract)
-                reason = None
             except Exception as error:  # whatever Orbax, TensorStore or the file system may say of a damaged one
-                restored = None
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if _agreed(restored is not None):
-                break
-            found.append(f"checkpoint {self.directory / str(step)} cannot be read: {reason or 'another host failed'}")
-        if len(found) < len(steps) or not steps:
-            self._tidy(dict(zip(steps, found, strict=False)), int(restored[0].step) if steps else 0)
-            return restored if steps else None
+                self._tidy(damaged, step)
+                return restored
+            damaged[step] = f"checkpoint {self.directory / str(step)} cannot be read: {reason}"
+        if not damaged:
+            self._tidy({}, 0)
+            return None
         raise UserError(
-            "\n".join(found) + "\nNone of this run's checkpoints can be read. Nothing was changed: "
+            "\n".join(damaged.values()) + "\nNone of this run's checkpoints can be read. Nothing was changed: "
             "restore them from a copy, or choose another --workdir to start afresh.\nIf the config was changed: what a "
             "checkpoint holds depends on model, train.ema_decay and optim.head_lr_multiplier; take such a change back."
         )
