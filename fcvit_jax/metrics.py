@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -180,7 +181,7 @@ def describe_run(
     lr, lr_batch_size = config.optim.lr, config.optim.lr_batch_size
     base = optim.scale_lr(lr, lr_batch_size, data.batch_size)
     scaled = f" (optim.lr {lr:.3g} x batch {data.batch_size} / {lr_batch_size})" if lr_batch_size else ""
-    highest = max(float(schedule(step)) for step in (*range(0, total, data.steps_per_epoch), total - 1))
+    highest = float(schedule(np.append(np.arange(0, total, data.steps_per_epoch), total - 1)).max())
     return ", ".join(
         [
             f"{mesh.size} of {jax.device_count()} {mesh.devices.flat[0].device_kind} devices on {hosts} "
