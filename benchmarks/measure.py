@@ -12,7 +12,7 @@ from fcvit_jax import mixing, optim
 from fcvit_jax.cpu import tune_cpu
 from fcvit_jax.model import create_model
 from fcvit_jax.sharding import batch_sharding
-from fcvit_jax.state import abstract_state, create_state
+from fcvit_jax.state import abstract_state, create_state, init_variables
 from fcvit_jax.train import train_step
 
 tune_cpu()  # as main.py does
@@ -41,7 +41,7 @@ class Step:
         self.model = create_model(name, drop_path_rate=0.1, bn_group_size=group_size, dtype=jnp.dtype(dtype))
         self.tx, schedule = optim.make_optimizer(1251, 300, batch_size)
         mix = mixing.make(1000, group_size=group_size or batch_size)
-        self.mesh, self.image_size = mesh, image_size
+        self.mesh = mesh
         self.static = {"model": self.model, "tx": self.tx, "schedule": schedule, "mix": mix, "mesh": mesh}
         self.batch_shapes = {
             "image": ((batch_size, image_size, image_size, 3), np.uint8),
@@ -49,10 +49,10 @@ class Step:
         }
 
     def abstract_state(self):
-        return abstract_state(self.model, self.tx, self.mesh, ema=False, image_size=self.image_size)
+        return abstract_state(self.model, self.tx, self.mesh, ema=False)
 
     def create_state(self):
-        return create_state(self.model, self.tx, self.mesh, ema=False, image_size=self.image_size, seed=0)
+        return create_state(init_variables(self.model, self.mesh, seed=0), self.tx, self.mesh, ema=False)
 
     def lower(self):
         rows = batch_sharding(self.mesh)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -33,6 +34,11 @@ _FREE_KEYS = {
     "resume_with_changes",
     "train.log_every",
 }
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    return traverse_util.flatten_dict(tree, sep=".")
 
 
 def check_config(config: ConfigDict) -> None:
@@ -82,14 +88,6 @@ def check_config(config: ConfigDict) -> None:
 def _keywords(function: Callable) -> set[str]:
     parameters = inspect.signature(function).parameters.values()
     return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
 
 
 def check_sizes(data: Data, mesh: Mesh, model: FCViT, accumulate: int = 1, group: int | None = None) -> None:

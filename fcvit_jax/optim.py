@@ -1,4 +1,4 @@
-"""The learning rate over a run, AdamW as the recipe wants it, and the moving average of the weights."""
+"""The learning rate over a run, and AdamW as the recipe wants it."""
 
 import math
 from typing import Any
@@ -163,25 +163,7 @@ def decay_mask(params: Any) -> Any:
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
-def update_ema(ema: Any, new: Any, decay: float) -> Any:
-    """Moves an exponential moving average towards new values, without warm-up or bias correction, as the original does.
-
-    Example::
-
-        ema = update_ema(ema, {"params": params, "batch_stats": batch_stats}, 0.9998)
-
-    Args:
-      ema: a pytree of float32 arrays.
-      new: a pytree of arrays like `ema`, of any float dtype.
-      decay: weight of the old average.
-
-    Returns:
-      decay * ema + (1 - decay) * new, float32.
-    """
-    return jax.tree.map(lambda e, x: decay * e + (1 - decay) * x.astype(jnp.float32), ema, new)
-
-
-def _in_head(params):
+def _in_head(params: Any) -> Any:
     if "head" not in params:
         raise UserError(
             "optim: head_lr_multiplier is set, but the model has no parameters under 'head'; leave it at 1."

@@ -38,11 +38,11 @@ class TrainState:
         return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))  # traced once, for the shapes and to be compiled
-def _init_first_blocks(model: FCViT, image_size: int, key: jax.Array) -> dict[str, Any]:
+@functools.partial(jax.jit, static_argnums=0)  # traced once, for the shapes and to be compiled
+def _init_first_blocks(model: FCViT, key: jax.Array) -> dict[str, Any]:
     """As `model.init`, but with no more than one block in each stage."""
     model = model.clone(depths=tuple(min(depth, 1) for depth in model.depths))
-    return model.init(key, jnp.zeros((1, image_size, image_size, 3)))
+    return model.init(key, jnp.zeros((1, 32, 32, 3)))
 
 
 def _join(model: FCViT, draws: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -52,6 +52,27 @@ def _join(model: FCViT, draws: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for i in range(depth):
             params[f"stages_{s}_block_{i}"] = draws[i]["params"][f"stages_{s}_block_0"]
     return {"params": params, "batch_stats": draws[0]["batch_stats"]}
+
+
+def init_variables(model: FCViT, mesh: Mesh, seed: int) -> dict[str, Any]:
+    """Draws the initial weights, each shard on the device where it belongs.
+
+    Args:
+      model: the network.
+      mesh: the devices.
+      seed: of the random draws.
+
+    Returns:
+      {"params": ..., "batch_stats": ...}.
+    """
+    key = jax.random.key(seed)
+    keys = [key, *(jax.random.fold_in(key, i) for i in range(1, max(model.depths)))]
+    shardings = state_shardings(_init_first_blocks.eval_shape(model, key), mesh)
+    # One program for all draws: XLA takes as long for hundreds of them as for the training step. On a CPU, optimising
+    # it takes longer than running it.
+    options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
+    init = jax.jit(_init_first_blocks, static_argnums=0, out_shardings=shardings, compiler_options=options)
+    return _join(model, [init(model, key) for key in keys])
 
 
 def _start(tx: optax.GradientTransformation, ema: bool, variables: dict[str, Any]) -> TrainState:
@@ -64,11 +85,9 @@ def _start(tx: optax.GradientTransformation, ema: bool, variables: dict[str, Any
     )
 
 
-def abstract_state(
-    model: FCViT, tx: optax.GradientTransformation, mesh: Mesh, *, ema: bool, image_size: int
-) -> TrainState:
+def abstract_state(model: FCViT, tx: optax.GradientTransformation, mesh: Mesh, *, ema: bool) -> TrainState:
     """The shapes, dtypes and shardings of the training state, as a `TrainState` of `jax.ShapeDtypeStruct`."""
-    draw = _init_first_blocks.eval_shape(model, image_size, jax.random.key(0))
+    draw = _init_first_blocks.eval_shape(model, jax.random.key(0))
     variables = _join(model, [draw] * max(1, *model.depths))
     shapes = jax.eval_shape(functools.partial(_start, tx, ema), variables)
     return jax.tree.map(
@@ -76,28 +95,15 @@ def abstract_state(
     )
 
 
-def create_state(
-    model: FCViT, tx: optax.GradientTransformation, mesh: Mesh, *, ema: bool, image_size: int, seed: int
-) -> TrainState:
-    """Initialises the training state, each shard on the device where it belongs.
+def create_state(variables: dict[str, Any], tx: optax.GradientTransformation, mesh: Mesh, *, ema: bool) -> TrainState:
+    """Makes the training state that a run begins with.
 
     Args:
-      model: the network.
+      variables: {"params": ..., "batch_stats": ...} of JAX or NumPy arrays, the same on every host.
       tx: the optimiser.
       mesh: the devices.
       ema: keep exponential moving averages.
-      image_size: height and width of the images in pixels.
-      seed: of the initial weights.
     """
-    key = jax.random.key(seed)
-    keys = [key, *(jax.random.fold_in(key, i) for i in range(1, max(model.depths)))]
-    draw = _init_first_blocks.eval_shape(model, image_size, key)
-    abstract = abstract_state(model, tx, mesh, ema=ema, image_size=image_size)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    # One program for all draws: XLA takes as long for hundreds of them as for the training step. On a CPU, optimising
-    # it takes longer than running it.
-    options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
-    jit = functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=options)
-    init = jit(_init_first_blocks, out_shardings=state_shardings(draw, mesh))
-    start = jit(_start, out_shardings=shardings, donate_argnums=2)
-    return start(tx, ema, _join(model, [init(model, image_size, key) for key in keys]))
+    variables = jax.device_put(variables, state_shardings(variables, mesh))
+    start = functools.partial(_start, tx, ema)
+    return jax.jit(start, out_shardings=state_shardings(jax.eval_shape(start, variables), mesh))(variables)

@@ -1,6 +1,5 @@
 """The training step, and the loop around it from a config to the last evaluation."""
 
-import contextlib
 import functools
 import math
 import time
@@ -33,7 +32,7 @@ from fcvit_jax.metrics import (
 )
 from fcvit_jax.model import FCViT, create_model
 from fcvit_jax.sharding import MIN_SHARDED_SIZE, batch_sharding, global_batch, make_mesh, state_shardings
-from fcvit_jax.state import TrainState, abstract_state, create_state
+from fcvit_jax.state import TrainState, abstract_state, create_state, init_variables
 
 _NO_BEST = {"step": 0, "top1": -1.0}  # worse than any
 
@@ -120,7 +119,8 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
-        ema = optim.update_ema(ema, {"params": params, "batch_stats": batch_stats}, ema_decay)
+        new = optax.tree.cast({"params": params, "batch_stats": batch_stats}, jnp.float32)
+        ema = optax.incremental_update(new, ema, 1 - ema_decay)
     state = TrainState(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema)
     state = jax.lax.with_sharding_constraint(state, state_shardings(state, mesh))
     return state, {"loss": loss, "grad_norm": _global_norm(grads), "lr": schedule(state.step - 1)}
@@ -128,7 +128,7 @@ def train_step(
 
 def _global_norm(grads: Any) -> jax.Array:
     """The root of the sum of all squares, () float32."""
-    leaves = jax.tree.leaves(grads)
+    leaves = [g.astype(jnp.float32) for g in jax.tree.leaves(grads)]
     # Joined where fsdp keeps them whole, since XLA takes long to compile hundreds of sums.
     small = jnp.concatenate([jnp.zeros(1), *(g.ravel() for g in leaves if g.size < MIN_SHARDED_SIZE)])
     large = [g for g in leaves if g.size >= MIN_SHARDED_SIZE]
@@ -172,8 +172,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     checkpointer = Checkpointer(workdir, **config.checkpoint)
 
     ema_decay = config.train.ema_decay
-    sizes = {"ema": ema_decay is not None, "image_size": data.image_size}
-    abstract = abstract_state(model, tx, mesh, **sizes)
+    abstract = abstract_state(model, tx, mesh, ema=ema_decay is not None)
     epochs = config.train.epochs + config.optim.cooldown_epochs
     total = epochs * data.steps_per_epoch if config.train.steps is None else config.train.steps
     eval_steps = config.train.eval_every * data.steps_per_epoch
@@ -201,12 +200,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
                 checkpointer.save(state, metadata, best=True)
         say(f"resuming at step {int(state.step)} of {total}")
     else:
-        with failing_together():
-            weights = load_pretrained(config.init_from, model) if config.init_from else None
-        state = create_state(model, tx, mesh, seed=config.seed, **sizes)
-        if weights is not None:
-            state = _start_from(state, weights)
+        if config.init_from:
+            with failing_together():
+                variables = load_pretrained(config.init_from, model)
             say(f"starting from the weights of {config.init_from}")
+        else:
+            variables = init_variables(model, mesh, config.seed)
+        state = create_state(variables, tx, mesh, ema=ema_decay is not None)
         metadata = {**about, "evaluated": {"step": 0}, "best": _NO_BEST}
 
     write_config(config, workdir)
@@ -214,16 +214,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     key = jax.random.key(config.seed)
     fixed = {"model": model, "tx": tx, "schedule": schedule, "mix": mix, "mesh": mesh, "ema_decay": ema_decay}
     fixed["accumulate"] = config.train.accumulate
-    with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopSignal())
-        stack.callback(checkpointer.close)
-        evaluated = metadata["evaluated"]["step"]
-        writer = stack.enter_context(closing(MetricsWriter(workdir, step, evaluated, data.steps_per_epoch)))
-        batches = train_batches(data, config.seed, step, total - step, jax.process_index(), jax.process_count())
-        feed = stack.enter_context(closing(Feed(batches, total - step)))
-        progress = Progress(writer, step, total, data.batch_size, config.train.log_every)
-        stack.enter_context(closing(progress))
-
+    process = jax.process_index(), jax.process_count()
+    with (
+        StopSignal() as stop,
+        closing(checkpointer),
+        closing(MetricsWriter(workdir, step, metadata["evaluated"]["step"], data.steps_per_epoch)) as writer,
+        closing(Feed(train_batches(data, config.seed, step, total - step, *process), total - step)) as feed,
+        closing(Progress(writer, step, total, data.batch_size, config.train.log_every)) as progress,
+    ):
         while True:
             is_best = False
             is_eval = step == total or (step > 0 and step % eval_steps == 0)
@@ -313,20 +311,6 @@ def _evaluate(
         result = evaluate(model, variables, watch(feed), mesh)
         feed.check()
     return result
-
-
-def _start_from(state: TrainState, variables: Mapping[str, Any]) -> TrainState:
-    """The state with its weights, and their averages, replaced."""
-
-    def put(new, old):
-        # A copy for each place: two leaves of a donated state must not share a buffer.
-        return jax.device_put(jnp.array(new, old.dtype, copy=True), old.sharding)
-
-    ema = state.ema and jax.tree.map(put, dict(variables), state.ema)
-    params = jax.tree.map(put, variables["params"], state.params)
-    return state.replace(
-        params=params, batch_stats=jax.tree.map(put, variables["batch_stats"], state.batch_stats), ema=ema
-    )
 
 
 def _report(

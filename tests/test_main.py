@@ -78,7 +78,7 @@ def run(digits_dir, tmp_path, monkeypatch):
     ],
 )
 def test_bad_input_ends_with_one_message_before_anything_compiles(run, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr(train, "create_state", None)  # the first to compile
+    monkeypatch.setattr(train, "init_variables", None)  # the first to compile
     error = run(*arguments)
     assert isinstance(error, str) and error.startswith("error: ")
     assert re.search(f"(?s){message}", error), error

@@ -175,19 +175,20 @@ def test_full_size_equals_the_originals(name):
     assert_close(logits, arrays["in0/logits"], "logits")
 
 
-def test_ten_optimizer_steps_equal_the_originals():
+def test_ten_optimizer_steps_equal_the_originals_and_averages_follow():
     """Through our own training step and AdamW; images come as they are, so `mix` smooths the labels alone."""
     arrays, meta, state_dict = golden("trajectory")
     network, variables = small("trajectory")
     constant = {"lr": meta["lr"], "min_lr": meta["lr"], "lr_batch_size": None, "warmup_epochs": 0}
     tx, schedule = optim.make_optimizer(meta["steps"], 1, meta["batch"], weight_decay=meta["wd"], **constant)
+    averages, ema = variables, jax.tree.map(jnp.array, variables)
     variables = jax.tree.map(jnp.array, variables)
-    state = TrainState(jnp.array(0), **variables, opt_state=jax.jit(tx.init)(variables["params"]), ema=None)
+    state = TrainState(jnp.array(0), **variables, opt_state=jax.jit(tx.init)(variables["params"]), ema=ema)
 
     def mix(key, images, labels):
         return images, 0.9 * jax.nn.one_hot(labels, meta["num_classes"]) + 0.1 / meta["num_classes"]
 
-    fixed = {"model": network, "tx": tx, "schedule": schedule, "mix": mix, "mesh": make_mesh(data=1)}
+    fixed = {"model": network, "tx": tx, "schedule": schedule, "mix": mix, "mesh": make_mesh(data=1), "ema_decay": 0.7}
     losses, size = [], (3, meta["hw"], meta["hw"])
     for step in range(meta["steps"]):
         rng = np.random.default_rng([meta["seed"], 900, step])
@@ -202,9 +203,12 @@ def test_ten_optimizer_steps_equal_the_originals():
             train_step = lowered.compile({"xla_backend_optimization_level": 0})
         state, metrics = train_step(state, batch, jax.random.key(0))
         losses.append(float(metrics["loss"]))
+        plain = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+        averages = jax.tree.map(lambda average, x: 0.7 * average + 0.3 * x, averages, plain)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), state.ema, averages)
     np.testing.assert_allclose(losses, arrays["losses"], rtol=0, atol=1e-4)
 
-    for name, x in convert.to_torch(state.eval_variables, network).items():
+    for name, x in convert.to_torch(plain, network).items():
         if name.endswith("num_batches_tracked"):
             continue
         x = with_unbiased_variance(name, x, state_dict[name], meta["batch"], meta["steps"])
@@ -213,7 +217,7 @@ def test_ten_optimizer_steps_equal_the_originals():
         tolerance = 0.1 if name.endswith(("proj.bias", "running_mean")) else 1e-4
         np.testing.assert_allclose(np.linalg.norm(x), arrays[f"final_norm/{name}"], rtol=tolerance, err_msg=name)
     images = np.random.default_rng([meta["seed"], 901]).normal(0, 1, (2, *size)).astype(np.float32)
-    logits = quick_jit(network.apply)(state.eval_variables, nhwc(images))
+    logits = quick_jit(network.apply)(plain, nhwc(images))
     np.testing.assert_allclose(logits, arrays["final_eval_logits"], rtol=0, atol=1e-2)
 
 

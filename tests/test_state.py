@@ -8,19 +8,19 @@ import pytest
 
 from fcvit_jax.model import create_model
 from fcvit_jax.sharding import make_mesh
-from fcvit_jax.state import abstract_state, create_state
+from fcvit_jax.state import abstract_state, create_state, init_variables
 
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_the_first_state_is_as_the_model_initialises_it_and_blocks_are_drawn_apart():
     quick = {"dims": (16, 16, 16, 32), "kernel_sizes": (3,), "use_context": False}
     model = create_model("fcvit_tiny", num_classes=3, depths=(2, 0, 1, 3), **quick)
-    tx, mesh, sizes = optax.adam(1e-3), make_mesh(data=2, fsdp=4), {"ema": True, "image_size": 32}
-    state = create_state(model, tx, mesh, **sizes, seed=7)
+    tx, mesh = optax.adam(1e-3), make_mesh(data=2, fsdp=4)
+    state = create_state(init_variables(model, mesh, seed=7), tx, mesh, ema=True)
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
     assert jax.tree.map(jnp.shape, state.eval_variables) == jax.tree.map(lambda x: x.shape, variables)
 
-    abstract = abstract_state(model, tx, mesh, **sizes)
+    abstract = abstract_state(model, tx, mesh, ema=True)
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
     for x, expected in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
         assert (x.shape, x.dtype, x.sharding) == (expected.shape, expected.dtype, expected.sharding)
@@ -46,6 +46,6 @@ def test_the_first_state_is_as_the_model_initialises_it_and_blocks_are_drawn_apa
 def test_averages_are_float32_whatever_the_parameters_are():
     """As each step leaves them, or the second would be compiled anew and a checkpoint could not be read."""
     model = create_model("fcvit_tiny", num_classes=3, depths=(0, 0, 0, 1), param_dtype=jnp.bfloat16)
-    state = abstract_state(model, optax.adam(1e-3), make_mesh(), ema=True, image_size=32)
+    state = abstract_state(model, optax.adam(1e-3), make_mesh(), ema=True)
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
     assert {x.dtype for x in jax.tree.leaves(state.ema)} == {jnp.dtype("float32")}
