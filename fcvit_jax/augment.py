@@ -90,7 +90,7 @@ def check_augmentation(
         ("rand_augment", rand_augment, are_ops, "a number of operations, their magnitude and its deviation, or ()"),
     ):
         if not good:
-            raise UserError(f"data.{name} is {value}: it must be {wanted}")
+            raise UserError(f"data.{name}={value} must be {wanted}")
 
 
 def eval_transform(encoded: bytes, image_size: int = 224, crop_pct: float = 0.9) -> np.ndarray:
@@ -172,7 +172,7 @@ def eval_geometry(
       UserError: crop_pct not in (0, 1].
     """
     if not 0 < crop_pct <= 1:
-        raise UserError(f"crop_pct must be in (0, 1], not {crop_pct}")
+        raise UserError(f"crop_pct={crop_pct} must be above 0, and at most 1")
     short = math.floor(image_size / crop_pct)
     if width <= height:
         size = short, int(short * height / width)

@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from fcvit_jax.errors import UserError
+from fcvit_jax.errors import UserError, check_range
 from fcvit_jax.hosts import say
 from fcvit_jax.model import FCViT, create_model
 from fcvit_jax.state import TrainState
@@ -70,7 +70,7 @@ def _checksums(items: dict[str, Any], metadata: dict[str, Any]) -> dict[str, int
     for name, item in items.items():
         for x in jax.tree.leaves(item):
             sums[name].append(_weighted_sum(x))
-            # Of several sums over split arrays under way, processes on CPUs may each wait for another one for ever.
+            # One at a time: several reductions across processes under way can deadlock on CPUs.
             if not getattr(x, "is_fully_replicated", True):
                 jax.block_until_ready(sums[name][-1])
     checksums = {name: zlib.crc32(np.array(jax.device_get(values), np.uint32)) for name, values in sums.items()}
@@ -121,9 +121,7 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: str | Path, *, keep: int = 3, save_every: int = 1000):
-        for name, value in {"keep": keep, "save_every": save_every}.items():
-            if value < 1:
-                raise UserError(f"checkpoint.{name}={value} must be at least 1.")
+        check_range("checkpoint", 1, keep=keep, save_every=save_every)
         workdir = local_path(workdir)
         self.save_every = save_every
         self.directory = workdir / "checkpoints"

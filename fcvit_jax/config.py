@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from fcvit_jax import mixing, optim
 from fcvit_jax.checkpoint import Checkpointer, local_path
 from fcvit_jax.data import Data, open_dataset
-from fcvit_jax.errors import UserError
+from fcvit_jax.errors import UserError, check_range
 from fcvit_jax.hosts import check_same, say
 from fcvit_jax.model import FCViT
 from fcvit_jax.sharding import make_mesh
@@ -45,7 +45,7 @@ def check_config(config: ConfigDict) -> None:
     """Compares a config with the functions that take its parts.
 
     Raises:
-      UserError: naming every key that nothing reads, every one that is missing, or every number out of its range.
+      UserError: naming every key that nothing reads, every one that is missing; or the first number out of its range.
     """
     fields = [name for name in FCViT.__dataclass_fields__ if name not in ("parent", "name")]
     known = {
@@ -73,16 +73,11 @@ def check_config(config: ConfigDict) -> None:
         close = difflib.get_close_matches(key, names, 1)
         faults.append(f"Unknown config key {key!r}" + (f": did you mean {close[0]!r}?" if close else "."))
     faults += [f"Config key {key!r} is missing." for key in sorted(needed - given)]
-    if not faults:
-        faults = [
-            f"train.{name}={value} must be at least 1."
-            for name, value in config.train.items()
-            if name in ("steps", "epochs", "log_every", "eval_every", "accumulate") and value is not None and value < 1
-        ]
-        if config.train.ema_decay is not None and not 0 <= config.train.ema_decay < 1:
-            faults.append(f"train.ema_decay={config.train.ema_decay} must be at least 0 and less than 1.")
     if faults:
         raise UserError("\n".join(faults))
+    train = {key: value for key, value in config.train.items() if value is not None}
+    check_range("train", 0, below=1, ema_decay=train.pop("ema_decay", 0))
+    check_range("train", 1, **train)
 
 
 def _keywords(function: Callable) -> set[str]:

@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from fcvit_jax import augment, sources
-from fcvit_jax.errors import UserError
+from fcvit_jax.errors import UserError, check_range
 
 Split = sources.Records | sources.Files
 Batch = dict[str, np.ndarray]
@@ -104,14 +104,8 @@ def open_dataset(
       UserError: a value is out of its range; or the dataset is unknown, not prepared, or not made of images and labels;
         the message says what to do.
     """
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("image_size", image_size, 1),
-        ("workers", workers, -1),
-        ("prefetch", prefetch, 1),
-    ):
-        if value < least:
-            raise UserError(f"data.{name} is {value}: it must be at least {least}")
+    check_range("data", 1, batch_size=batch_size, image_size=image_size, prefetch=prefetch)
+    check_range("data", -1, workers=workers)
     augment.eval_geometry(image_size, image_size, image_size, crop_pct)  # refuses a crop_pct out of range
     augmentation = dict(crop_scale=crop_scale, crop_ratio=crop_ratio, flip=flip, rand_augment=rand_augment)
     augment.check_augmentation(**augmentation)
@@ -173,7 +167,7 @@ def train_batches(
         worker died.
     """
     if seed < 0:
-        raise UserError(f"seed is {seed}: it must not be negative")
+        raise UserError(f"seed={seed} must not be negative")
     rows = _rows(data, process_index, process_count)
     if data.train is None:
         noise = _noise(data, len(rows))
@@ -203,7 +197,7 @@ def eval_batches(data: Data, process_index: int = 0, process_count: int = 1) -> 
 
 def _rows(data: Data, process_index: int, process_count: int) -> range:
     if data.batch_size % process_count:
-        raise UserError(f"data.batch_size is {data.batch_size}: it must be a multiple of the {process_count} processes")
+        raise UserError(f"data.batch_size={data.batch_size} must be a multiple of the {process_count} processes")
     size = data.batch_size // process_count
     return range(process_index * size, (process_index + 1) * size)
 

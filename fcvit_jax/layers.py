@@ -14,7 +14,7 @@ from fcvit_jax.errors import UserError
 normal = nn.initializers.normal
 
 
-@jax.checkpoint  # the gradient from the input alone: what it would keep of the forward pass is three maps
+@jax.checkpoint  # recomputed in the backward pass, which would keep three maps else
 def gelu(x: jax.Array) -> jax.Array:
     """The exact GELU, in float32 inside; XLA's erf is cheaper than the erfc that `jax.nn.gelu` takes."""
     y = x.astype(jnp.float32)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcvit_jax.errors import UserError
+from fcvit_jax.errors import UserError, check_range
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, in RGB order, for pixels in [0, 1]
 STD = (0.229, 0.224, 0.225)
@@ -255,11 +255,8 @@ def make(
     for name, value in probabilities.items():
         if not 0 <= value <= 1:
             raise UserError(f"mixing.{name}={value} must lie between 0 and 1.")
-    for name, value in {"mixup_alpha": mixup_alpha, "cutmix_alpha": cutmix_alpha}.items():
-        if not 0 <= value < math.inf:
-            raise UserError(f"mixing.{name}={value} must not be negative; 0 switches it off.")
-    if group_size < 1:
-        raise UserError(f"mixing.group_size={group_size} must be at least 1.")
+    check_range("mixing", 0, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha)
+    check_range("mixing", 1, group_size=group_size)
     mixes = mix_prob > 0 and (mixup_alpha > 0 or cutmix_alpha > 0)
 
     def mix(key: jax.Array, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,7 +12,7 @@ from flax.core import lift
 from jax.experimental.scheduling_groups import xla_metadata_call
 
 from fcvit_jax.blocks import Block, ChannelMixer, TokenMixer, drop_path_factors
-from fcvit_jax.errors import UserError
+from fcvit_jax.errors import UserError, check_range
 from fcvit_jax.layers import Downsample, group_norm, normal
 
 VARIANTS = {
@@ -231,9 +231,9 @@ def _options(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"Unknown model {name!r}: choose from {', '.join(VARIANTS)}.")
     # JSON and command lines give lists, with which a module could not be hashed.
     options = VARIANTS[ours] | {key: tuple(x) if isinstance(x, list) else x for key, x in overrides.items()}
-    for key in ("dropout_rate", "drop_path_rate"):
-        if not 0 <= options.get(key, 0) < 1:
-            raise UserError(f"model.{key}={options[key]} must be at least 0 and less than 1.")
+    rates, counts = ("dropout_rate", "drop_path_rate"), ("context_heads", "context_reduction", "mix_reduction")
+    check_range("model", 0, below=1, **{key: options[key] for key in rates if key in options})
+    check_range("model", 1, **{key: options[key] for key in counts if key in options})
     for key in ("dtype", "param_dtype"):
         if not _is_floating(options.get(key, jnp.float32)):
             raise UserError(f"model.{key}={options[key]!r} is no floating-point dtype: choose float32 or bfloat16.")

@@ -1,6 +1,5 @@
 """The learning rate over a run, and AdamW as the recipe wants it."""
 
-import math
 from typing import Any
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fcvit_jax.errors import UserError
+from fcvit_jax.errors import UserError, check_range
 
 
 def make_schedule(
@@ -56,11 +55,11 @@ def make_schedule(
     Raises:
       UserError: a value is out of its range, or the warm-up is longer than `epochs`.
     """
-    _check_at_least(1, steps_per_epoch=steps_per_epoch, epochs=epochs)
-    _check_at_least(0, base_lr=base_lr, warmup_lr=warmup_lr, min_lr=min_lr)
-    _check_at_least(0, warmup_epochs=warmup_epochs, cooldown_epochs=cooldown_epochs)
+    check_range("optim", 1, steps_per_epoch=steps_per_epoch, epochs=epochs)
+    check_range("optim", 0, base_lr=base_lr, warmup_lr=warmup_lr, min_lr=min_lr)
+    check_range("optim", 0, warmup_epochs=warmup_epochs, cooldown_epochs=cooldown_epochs)
     if warmup_epochs > epochs:
-        raise UserError(f"optim: warmup_epochs={warmup_epochs} is more than the {epochs} epochs of the run; lower it.")
+        raise UserError(f"optim.warmup_epochs={warmup_epochs} is more than the {epochs} epochs of the run; lower it.")
 
     if per_step:
         warmup_steps, steps = warmup_epochs * steps_per_epoch, epochs * steps_per_epoch
@@ -129,15 +128,12 @@ def make_optimizer(
     Raises:
       UserError: a value is out of its range; in `init`, if `head_lr_multiplier` is set and there is no "head".
     """
-    _check_at_least(1, batch_size=batch_size)
-    _check_at_least(0, lr=lr, weight_decay=weight_decay, b1=b1, b2=b2, eps=eps, head_lr_multiplier=head_lr_multiplier)
-    _check_at_least(0, lr_batch_size=lr_batch_size or 0, clip_norm=clip_norm or 0)
-    for name, value in {"b1": b1, "b2": b2}.items():
-        if value >= 1:
-            raise UserError(f"optim: {name}={value} must be less than 1.")
+    check_range("optim", 0, lr=lr, weight_decay=weight_decay, eps=eps, head_lr_multiplier=head_lr_multiplier)
+    check_range("optim", 0, lr_batch_size=lr_batch_size or 0, clip_norm=clip_norm or 0)
+    check_range("optim", 0, below=1, b1=b1, b2=b2)
     for name, value in {"warmup_lr": warmup_lr, "min_lr": min_lr}.items():
         if value > lr:
-            raise UserError(f"optim: {name}={value} is above lr={lr}; lower it.")
+            raise UserError(f"optim.{name}={value} is above optim.lr={lr}; lower it.")
 
     base_lr = scale_lr(lr, lr_batch_size, batch_size)
     schedule = make_schedule(
@@ -165,13 +161,5 @@ def decay_mask(params: Any) -> Any:
 
 def _in_head(params: Any) -> Any:
     if "head" not in params:
-        raise UserError(
-            "optim: head_lr_multiplier is set, but the model has no parameters under 'head'; leave it at 1."
-        )
+        raise UserError("optim.head_lr_multiplier is set, but the model has no parameters under 'head'; leave it at 1.")
     return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == "head", params)
-
-
-def _check_at_least(low: int, **values: float) -> None:
-    for name, value in values.items():
-        if not low <= value < math.inf:
-            raise UserError(f"optim: {name}={value} must be at least {low}, and finite.")

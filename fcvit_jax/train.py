@@ -97,7 +97,7 @@ def train_step(
     if accumulate == 1:
         (loss, batch_stats), grads = one_part(images, targets, dropout_key)
     else:
-        # Whole BatchNorm groups go to a part: of every device's own, where each has some for every part.
+        # Each part takes whole BatchNorm groups: from every device its own, where it has enough of them.
         unit = model.bn_group_size or 1
         parts = [
             x.reshape(-1, accumulate, unit, *x.shape[1:]).swapaxes(0, 1).reshape(accumulate, -1, *x.shape[1:])

@@ -191,8 +191,8 @@ class Texts(tfds.core.GeneratorBasedBuilder):
         (dict(eval_split="test"), "data.eval_split=test of imagenet2012 has no labels"),
         (dict(dataset="folder:/nowhere"), "/nowhere must have a folder train"),
         (dict(batch_size=41), "40 training images, less than one batch: data.batch_size is 41"),
-        (dict(batch_size=0), "data.batch_size is 0"),
-        (dict(workers=-2), "data.workers is -2: it must be at least -1"),
+        (dict(batch_size=0), "data.batch_size=0 must be"),
+        (dict(workers=-2), "data.workers=-2 must be at least -1"),
         (dict(crop_pct=1.5), "crop_pct"),
     ],
 )
@@ -215,9 +215,9 @@ def test_a_dataset_without_images(tmp_path):
 
 def test_batches_that_cannot_be(digits_dir):
     dataset = data.open_dataset(dataset="digits", data_dir=digits_dir, batch_size=9, image_size=8)
-    with pytest.raises(UserError, match="data.batch_size is 9: it must be a multiple of the 2 processes"):
+    with pytest.raises(UserError, match="data.batch_size=9 must be a multiple of the 2 processes"):
         data.train_batches(dataset, 0, 0, 1, process_index=0, process_count=2)
-    with pytest.raises(UserError, match="seed is -1"):
+    with pytest.raises(UserError, match="seed=-1 must"):
         data.train_batches(dataset, -1, 0, 1)
 
 
