@@ -4,11 +4,13 @@ import contextlib
 import importlib.util
 import json
 import os
+import secrets
 import signal
 import sys
 import threading
 import zlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -114,6 +116,30 @@ def check_same(what: str, value: Any) -> None:
         checksum = zlib.crc32(json.dumps(value, sort_keys=True).encode())
         if len(set(multihost_utils.process_allgather(np.uint32(checksum)).tolist())) > 1:
             raise UserError(f"The hosts have different {what}: start all with the same.")
+
+
+def check_shared(folder: Path) -> None:
+    """Looks whether all hosts see the same folder, which the first has made; every host must call it.
+
+    Orbax would wait for 20 minutes for what the other hosts never get to see.
+
+    Raises:
+      UserError: on every host, if one does not see it; names that host.
+    """
+    if jax.process_count() == 1:
+        return
+    number = multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))
+    mark = folder / f"shared-{int(number):08x}"
+    try:
+        with failing_together():  # the others wait for the first
+            if jax.process_index() == 0:
+                mark.touch()
+        with failing_together():
+            if not mark.exists():
+                raise UserError(f"{folder} is not the folder of host 0: give every host a --workdir that all share.")
+    finally:
+        if jax.process_index() == 0:
+            mark.unlink(missing_ok=True)
 
 
 class StopSignal:

@@ -21,7 +21,7 @@ from fcvit_jax.convert import load_pretrained
 from fcvit_jax.data import Data, eval_batches, open_dataset, train_batches
 from fcvit_jax.errors import UserError
 from fcvit_jax.evaluate import evaluate
-from fcvit_jax.hosts import Feed, StopSignal, failing_together, say
+from fcvit_jax.hosts import Feed, StopSignal, check_shared, failing_together, say
 from fcvit_jax.metrics import (
     MetricsWriter,
     Progress,
@@ -170,6 +170,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
     checkpointer = Checkpointer(workdir, **config.checkpoint)
+    check_shared(workdir)
 
     ema_decay = config.train.ema_decay
     abstract = abstract_state(model, tx, mesh, ema=ema_decay is not None)

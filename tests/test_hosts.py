@@ -151,9 +151,10 @@ def test_flags_say_where_the_others_are(monkeypatch):
 
 TWO_HOSTS = """
 import os, signal, sys, time
+from pathlib import Path
 import jax
 from fcvit_jax.errors import UserError
-from fcvit_jax.hosts import StopSignal, check_same, failing_together, start_distributed
+from fcvit_jax.hosts import StopSignal, check_same, check_shared, failing_together, start_distributed
 start_distributed(sys.argv[1], 2, int(sys.argv[2]))
 
 def do(what):
@@ -171,6 +172,13 @@ for words in ("same", f"other {sys.argv[2]}"):
         check_same("words", [words])
     except UserError as error:
         print(error)
+folder = Path(sys.argv[3])
+for name in ("both", f"only {sys.argv[2]}"):
+    try:
+        (folder / name).mkdir(exist_ok=True)
+        check_shared(folder / name)
+    except UserError as error:
+        print(error)
 seen = 0
 with StopSignal() as stop:
     for seen in stop.watch(range(10_000)):
@@ -181,11 +189,11 @@ print(seen, stop.received)
 """
 
 
-def test_hosts_fail_together_and_stop_at_the_same_item_of_an_evaluation():
+def test_hosts_fail_together_and_stop_at_the_same_item_of_an_evaluation(tmp_path):
     """Ctrl-C reaches one of two, of which one is slower."""
     command = [sys.executable, "-c", TWO_HOSTS, f"localhost:{free_port()}"]
     options = {"cwd": ROOT, "stdout": -1, "stderr": -1, "text": True}
-    processes = [subprocess.Popen([*command, number], **options) for number in "01"]
+    processes = [subprocess.Popen([*command, number, str(tmp_path)], **options) for number in "01"]
     try:
         (first, errors), (second, _) = [process.communicate(timeout=120) for process in processes]
     finally:
@@ -198,6 +206,8 @@ def test_hosts_fail_together_and_stop_at_the_same_item_of_an_evaluation():
         "Host 0: no such folder",
         "Host 1: no such folder",
         "The hosts have different words: start all with the same.",
+        f"Host 1: {tmp_path}/only 1 is not the folder of host 0: give every host a --workdir that all share.",
     ]
+    assert not list(tmp_path.glob("*/*"))
     seen, received = last.split()
     assert received == "True" and 20 <= int(seen) < 9_999
