@@ -33,6 +33,12 @@ def quieten() -> None:
     sys.unraisablehook = lambda it: None if str(it.exc_value) == "Event loop is closed" else hook(it)
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """No: Orbax would ask JAX with the step, between the polls that `StopSignal` counts, and SIGTERM be lost."""
+        return False
+
+
 def _manager(directory: Path, keep: int | None = None) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
@@ -42,7 +48,7 @@ def _manager(directory: Path, keep: int | None = None) -> ocp.CheckpointManager:
         # Two managers may save at once: hosts must not take a barrier of one for a barrier of the other.
         multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name),
     )
-    return ocp.CheckpointManager(directory, options=options)
+    return _Manager(directory, options=options)
 
 
 def _items(state: TrainState) -> dict[str, Any]:

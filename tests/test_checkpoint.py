@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import multihost_utils
 
 from fcvit_jax.checkpoint import Checkpointer, find_step, load_metadata, load_variables, save_variables
 from fcvit_jax.errors import UserError
@@ -226,6 +227,17 @@ def test_the_newest_few_and_the_best_are_kept(tmp_path, mesh):
     for path in (tmp_path / "none", tmp_path / "best/3/variables"):
         with pytest.raises(UserError, match="No checkpoint"):
             find_step(path)
+
+
+def test_saves_do_not_ask_for_a_preemption(tmp_path, mesh, monkeypatch):
+    """With a count of their own, between the polls of the loop, they would make hosts miss the one to stop at."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(make_state(mesh, 1), METADATA)
+    checkpointer.wait()
+    checkpointer.close()
+    assert not asked
 
 
 def test_weights_are_read_without_the_rest(workdir, states, tmp_path):
