@@ -1,5 +1,6 @@
 """Trains or evaluates FCViT: `python main.py --config=configs/digits.py --workdir=runs/digits`."""
 
+import os
 import sys
 
 from absl import app, flags, logging
@@ -27,12 +28,25 @@ def main(argv: list[str]) -> None:
     if _MODE.value == "train" and _CHECKPOINT.value:
         raise app.UsageError("--checkpoint goes with --mode=eval: a run goes on from its newest checkpoint")
     try:
-        # Grain's workers import this file again, and need none of this.
-        from fcvit_jax.checkpoint import quieten
-        from fcvit_jax.cpu import tune_cpu
-        from fcvit_jax.hosts import start_distributed
-        from fcvit_jax.train import evaluate_checkpoint, train_and_evaluate
+        run()
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        os._exit(130)  # on the usual way out of a compilation the process may crash
 
+
+def run() -> None:
+    """Does what the flags say.
+
+    Raises:
+      SystemExit: with a message, on a mistake that the user can mend.
+    """
+    # Grain's workers import this file again, and need none of this.
+    from fcvit_jax.checkpoint import quieten
+    from fcvit_jax.cpu import tune_cpu
+    from fcvit_jax.hosts import exit_within, start_distributed
+    from fcvit_jax.train import evaluate_checkpoint, train_and_evaluate
+
+    try:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # at absl's own default Orbax tells of every file
             quieten()
@@ -42,10 +56,11 @@ def main(argv: list[str]) -> None:
             train_and_evaluate(_CONFIG.value, _WORKDIR.value)
         else:
             evaluate_checkpoint(_CONFIG.value, _WORKDIR.value, _CHECKPOINT.value or "checkpoints")
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except Exception as error:
+        exit_within(30)
+        if isinstance(error, UserError):
+            sys.exit(f"error: {error}")
+        raise
 
 
 def parse_flags(argv: list[str]) -> list[str]:

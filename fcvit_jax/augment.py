@@ -82,7 +82,7 @@ def check_augmentation(
         return len(pair) == 2 and 0 < pair[0] <= pair[1] <= most
 
     ops = rand_augment or (1, 0, 0)
-    are_ops = len(ops) == 3 and ops[0] == int(ops[0]) >= 1 and min(ops) >= 0
+    are_ops = len(ops) == 3 and isinstance(ops[0], int) and ops[0] >= 1 and min(ops) >= 0
     for name, value, good, wanted in (
         ("crop_scale", crop_scale, is_range(crop_scale, 1), "the smallest and the largest share of the area"),
         ("crop_ratio", crop_ratio, is_range(crop_ratio, math.inf), "the smallest and the largest ratio"),

@@ -1,6 +1,7 @@
 """The disk format: Orbax checkpoints of a run, how damaged ones are survived, and how weights are read from them."""
 
 import contextlib
+import fcntl
 import json
 import logging
 import re
@@ -10,7 +11,7 @@ import tempfile
 import warnings
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from fcvit_jax.errors import UserError, check_range
-from fcvit_jax.hosts import say
+from fcvit_jax.hosts import failing_together, say
 from fcvit_jax.model import FCViT, create_model
 from fcvit_jax.state import TrainState
 
@@ -49,6 +50,22 @@ def _manager(directory: Path, keep: int | None = None) -> ocp.CheckpointManager:
         multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name),
     )
     return _Manager(directory, options=options)
+
+
+def _lock(workdir: Path) -> TextIO:
+    """Opens a file that one process at a time can hold; the system releases it however that process ends.
+
+    Raises:
+      UserError: another one holds it.
+    """
+    file = (workdir / ".lock").open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise UserError(f"Another run is under way in {workdir}: stop it, or choose another --workdir.") from error
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -123,7 +140,7 @@ class Checkpointer:
       save_every: updates between two checkpoints.
 
     Raises:
-      UserError: a number is out of its range, or the folder cannot be written.
+      UserError: a number is out of its range, the folder cannot be written, or another run is under way in it.
     """
 
     def __init__(self, workdir: str | Path, *, keep: int = 3, save_every: int = 1000):
@@ -134,6 +151,8 @@ class Checkpointer:
         with _explained(f"write in {workdir}", "Choose another --workdir, or mend this one."):
             self._latest = _manager(self.directory, keep)
             self._best = _manager(workdir / "best", keep=1)
+        with failing_together():
+            self._lock = _lock(workdir) if jax.process_index() == 0 else None
 
     def save(self, state: TrainState, metadata: dict[str, Any], *, best: bool = False) -> None:
         """Starts to save a state under its step; does nothing where that step is saved already.
@@ -201,25 +220,27 @@ class Checkpointer:
 
     def _tidy(self, damaged: dict[int, str], step: int) -> None:
         """Sets aside what is newer than a step, and deletes what is left of saves that were killed."""
-        if jax.process_index() == 0:
-            newer = {self.directory / str(number): reason for number, reason in damaged.items()}
-            for number in self._best.all_steps():
-                if number > step:
-                    path = self.directory.parent / "best" / str(number)
-                    newer[path] = f"{path} is newer than step {step}, from which the run goes on"
-            for path, reason in newer.items():
-                aside = self.directory.parent / "set_aside"
-                aside.mkdir(exist_ok=True)
-                # Onto a new empty folder, since the same step may have been set aside before.
-                path.rename(tempfile.mkdtemp(prefix=f"{path.name}-", dir=aside))
-                say(f"{reason}; moved to {aside}")
-            for unfinished in self.directory.parent.glob("*/*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(unfinished)
-                say(f"deleted {unfinished}, a save that was not finished")
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("checkpoints tidied")
+        with failing_together():  # the others wait for the first
+            if jax.process_index() == 0:
+                self._set_aside(damaged, step)
         self._latest.reload()
         self._best.reload()
+
+    def _set_aside(self, damaged: dict[int, str], step: int) -> None:
+        newer = {self.directory / str(number): reason for number, reason in damaged.items()}
+        for number in self._best.all_steps():
+            if number > step:
+                path = self.directory.parent / "best" / str(number)
+                newer[path] = f"{path} is newer than step {step}, from which the run goes on"
+        for path, reason in newer.items():
+            aside = self.directory.parent / "set_aside"
+            aside.mkdir(exist_ok=True)
+            # Onto a new empty folder, since the same step may have been set aside before.
+            path.rename(tempfile.mkdtemp(prefix=f"{path.name}-", dir=aside))
+            say(f"{reason}; moved to {aside}")
+        for unfinished in self.directory.parent.glob("*/*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(unfinished)
+            say(f"deleted {unfinished}, a save that was not finished")
 
     def has_best(self, step: int) -> bool:
         """Whether the best that is kept is of this step."""
@@ -249,18 +270,22 @@ class Checkpointer:
         return _explained(f"save a checkpoint under {self.directory.parent}", advice)
 
     def close(self) -> None:
-        """Waits for saves in progress and releases Orbax's threads; it is `wait` that tells of failures."""
+        """Waits for saves in progress, releases the folder and Orbax's threads; it is `wait` that tells of failures."""
         for manager in (self._latest, self._best):
             with contextlib.suppress(Exception):  # must not hide the error that ends the run
                 manager.close()
+        if self._lock is not None:
+            self._lock.close()
 
 
 def local_path(path: str | Path) -> Path:
     """The absolute path, with ~ expanded.
 
     Raises:
-      UserError: it is an address, such as gs://...
+      UserError: it is empty, or an address, such as gs://...
     """
+    if not str(path):
+        raise UserError("The path of the run's folder is empty.")
     if re.match(r"\w\w+:/", str(path)):  # a Path has one slash of the two
         raise UserError(f"{path} must be a path: mount the bucket, with gcsfuse say, and give its folder.")
     return Path(path).expanduser().absolute()

@@ -21,14 +21,13 @@ from fcvit_jax.hosts import check_same, say
 from fcvit_jax.model import FCViT
 from fcvit_jax.sharding import make_mesh
 
+# Keys that each host may have its own value of.
+_HOST_KEYS = {"data.data_dir", "data.prefetch", "data.workers"}
 # Keys that may change between two starts of a run, since its result does not depend on them.
-_FREE_KEYS = {
+_FREE_KEYS = _HOST_KEYS | {
     "checkpoint.keep",
     "checkpoint.save_every",
     "compilation_cache",
-    "data.data_dir",
-    "data.prefetch",
-    "data.workers",
     "mesh.data",
     "mesh.fsdp",
     "resume_with_changes",
@@ -75,6 +74,8 @@ def check_config(config: ConfigDict) -> None:
     faults += [f"Config key {key!r} is missing." for key in sorted(needed - given)]
     if faults:
         raise UserError("\n".join(faults))
+    if config.seed < 0:
+        raise UserError(f"seed={config.seed} must not be negative.")
     train = {key: value for key, value in config.train.items() if value is not None}
     check_range("train", 0, below=1, ema_decay=train.pop("ema_decay", 0))
     check_range("train", 1, **train)
@@ -115,12 +116,12 @@ def check_sizes(data: Data, mesh: Mesh, model: FCViT, accumulate: int = 1, group
 
 
 def check_hosts(config: ConfigDict, data: Data) -> None:
-    """Compares what decides a run's result with the other hosts'; every host must call it.
+    """Compares the config and the dataset with the other hosts'; every host must call it.
 
     Raises:
       UserError: on every host, if the configs or the datasets differ.
     """
-    check_same("configs", {key: x for key, x in _flat(config.to_dict()).items() if key not in _FREE_KEYS})
+    check_same("configs", {key: x for key, x in _flat(config.to_dict()).items() if key not in _HOST_KEYS})
     check_same("datasets", [data.num_train, data.num_eval, data.class_names])
 
 

@@ -5,10 +5,12 @@ example is augmented by a generator of its own, seeded by (seed, epoch, example)
 state, and the number of workers and hosts changes nothing.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gc
-import multiprocessing
+import itertools
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
@@ -172,6 +174,7 @@ def train_batches(
     if data.train is None:
         noise = _noise(data, len(rows))
         return (noise for _ in range(num_steps))
+    data = dataclasses.replace(data, eval=None)  # which workers need not be sent
     return _stream(data, functools.partial(_train_batch, data, seed, rows), start_step, start_step + num_steps)
 
 
@@ -192,6 +195,7 @@ def eval_batches(data: Data, process_index: int = 0, process_count: int = 1) -> 
     rows = _rows(data, process_index, process_count)
     if data.eval is None:
         return (batch | {"mask": np.ones(len(rows), bool)} for batch in [_noise(data, len(rows))])
+    data = dataclasses.replace(data, train=None)  # which workers need not be sent
     return _stream(data, functools.partial(_eval_batch, data, rows), 0, -(-data.num_eval // data.batch_size))
 
 
@@ -256,6 +260,11 @@ def _stream(data: Data, load: Callable[[int], Batch], start: int, stop: int) -> 
     )
     iterator = iter(batches)
     try:
+        if data.workers:
+            with _without_signals():
+                first = list(itertools.islice(iterator, 1))
+            yield from first
+            del first  # in memory that a worker shares
         yield from iterator
     except RuntimeError as error:
         if "Worker process was terminated" not in str(error):
@@ -270,11 +279,22 @@ def _stream(data: Data, load: Callable[[int], Batch], start: int, stop: int) -> 
             gc.collect()  # a cycle in Grain would hold the last batch in shared memory, at exit with a warning
 
 
+@contextlib.contextmanager
+def _without_signals() -> Iterator[None]:
+    """Holds Ctrl-C and SIGTERM back from this thread, and for ever from processes that start inside.
+
+    They reach all processes of a job; the parent still needs a batch or so, and ends its workers itself.
+    """
+    multiprocessing.resource_tracker.ensure_running()  # else started inside, which would let the signals through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(index: int, count: int) -> None:
     del index, count
-    # Ctrl-C and SLURM's SIGTERM reach all processes; the parent still needs a batch or so, and ends its workers itself.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

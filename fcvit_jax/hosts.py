@@ -55,6 +55,8 @@ def start_distributed(coordinator: str | None, num_processes: int | None, proces
         or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
     )
     devices = [] if one_on_each_host else None
+    if told:
+        print("connecting to the other processes of this run, which may take 5 minutes to come", file=sys.stderr)
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, local_device_ids=devices)
     except (ValueError, RuntimeError, OSError) as error:
@@ -104,6 +106,15 @@ def failing_together() -> Iterator[None]:
     except Exception as caught:
         error = caught
     raise_together(error)
+
+
+def exit_within(seconds: float) -> None:
+    """Ends a process of several after so long, with status 1: at exit JAX waits for the others, and they may for it."""
+    if not jax.distributed.is_initialized():
+        return
+    timer = threading.Timer(seconds, os._exit, [1])
+    timer.daemon = True
+    timer.start()
 
 
 def check_same(what: str, value: Any) -> None:

@@ -171,7 +171,7 @@ class FCViT(_Stages):
       dropout_rate: in the channel mixer.
       drop_path_rate: of the last block; rises linearly from 0 at the first.
       bn_group_size: images that share batch statistics in training; None or 0: the whole batch.
-      remat: recompute each block in the backward pass: less memory, more time, the same numbers.
+      remat: recompute each block in the backward pass: less memory, more time, the same numbers but for rounding.
       dtype: compute dtype; statistics, pooling and head are float32.
       param_dtype: dtype of the parameters.
     """

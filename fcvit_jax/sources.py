@@ -7,6 +7,7 @@ names an example in error messages.
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -151,7 +152,7 @@ Add array_record files to it (TensorFlow and Beam are needed for this alone; Bea
 
 
 def open_folder(path: str) -> tuple[Files, Files, tuple[str, ...]]:
-    """Opens a folder with train/CLASS/IMAGE and val/CLASS/IMAGE (or validation/); classes and files in sorted order.
+    """Opens a folder with train/CLASS/IMAGE and val/CLASS/IMAGE (or validation/); class 2 comes before class 10.
 
     Args:
       path: the folder; images end in .jpg, .jpeg, .png or .webp, in any case.
@@ -178,7 +179,10 @@ def open_folder(path: str) -> tuple[Files, Files, tuple[str, ...]]:
 
 
 def _list_classes(folder: str) -> dict[str, list[str]]:
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    classes = sorted(
+        (entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")),
+        key=_natural_order,
+    )
     if not classes:
         raise UserError(f"{folder} has no class folders")
     images = {
@@ -193,6 +197,11 @@ def _list_classes(folder: str) -> dict[str, list[str]]:
     if empty:
         raise UserError(f"{folder} has class folders without any image ({', '.join(IMAGE_SUFFIXES)}): {_first(empty)}")
     return images
+
+
+def _natural_order(name: str) -> tuple:
+    """Sorts numbers in names by value, as timm does: class 2 before class 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())], name
 
 
 def _files(folder: str, classes: Mapping[str, Sequence[str]]) -> Files:

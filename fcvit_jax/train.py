@@ -210,8 +210,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
         state = create_state(variables, tx, mesh, ema=ema_decay is not None)
         metadata = {**about, "evaluated": {"step": 0}, "best": _NO_BEST}
 
-    write_config(config, workdir)
     step = int(state.step)
+    with failing_together():
+        write_config(config, workdir)
+        writer = MetricsWriter(workdir, step, metadata["evaluated"]["step"], data.steps_per_epoch)
     key = jax.random.key(config.seed)
     fixed = {"model": model, "tx": tx, "schedule": schedule, "mix": mix, "mesh": mesh, "ema_decay": ema_decay}
     fixed["accumulate"] = config.train.accumulate
@@ -219,7 +221,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     with (
         StopSignal() as stop,
         closing(checkpointer),
-        closing(MetricsWriter(workdir, step, metadata["evaluated"]["step"], data.steps_per_epoch)) as writer,
+        closing(writer),
         closing(Feed(train_batches(data, config.seed, step, total - step, *process), total - step)) as feed,
         closing(Progress(writer, step, total, data.batch_size, config.train.log_every)) as progress,
     ):

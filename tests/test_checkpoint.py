@@ -4,6 +4,8 @@ import gc
 import json
 import resource
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -227,6 +229,18 @@ def test_the_newest_few_and_the_best_are_kept(tmp_path, mesh):
     for path in (tmp_path / "none", tmp_path / "best/3/variables"):
         with pytest.raises(UserError, match="No checkpoint"):
             find_step(path)
+
+
+def test_a_folder_in_which_another_run_is_under_way_is_refused(tmp_path):
+    hold = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold, tmp_path / ".lock"], stdin=-1, stdout=-1, text=True) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match=f"Another run is under way in {tmp_path}: stop it"):
+            Checkpointer(tmp_path)
+        other.kill()
+    Checkpointer(tmp_path).close()
 
 
 def test_saves_do_not_ask_for_a_preemption(tmp_path, mesh, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ import tensorflow_datasets as tfds
 from imagenet_mini import jpeg, prepare_code
 from PIL import Image
 
-from fcvit_jax import augment, data
+from fcvit_jax import augment, data, sources
 from fcvit_jax.errors import UserError
 
 
@@ -278,6 +279,13 @@ def test_folder(folder):
     files = [folder / "validation" / name for name in ("cat/c.WebP", "cat/d.png", "dog/a.JPEG", "dog/b.jpg")]
     np.testing.assert_array_equal(batch["label"], [0, 0, 1, 1])
     np.testing.assert_array_equal(batch["image"], [augment.eval_transform(file.read_bytes(), 8) for file in files])
+
+
+def test_classes_are_in_natural_order(tmp_path):
+    for split, name in itertools.product(("train", "val"), ("10", "9", "b2", "B10", "a")):
+        (tmp_path / split / name).mkdir(parents=True)
+        (tmp_path / split / name / "1.jpg").touch()
+    assert sources.open_folder(str(tmp_path))[2] == ("9", "10", "a", "b2", "B10")
 
 
 def test_bad_folders(folder):

@@ -78,6 +78,29 @@ def test_a_second_ctrl_c_stops_at_once():
         process.kill()
 
 
+ALONE = """
+import sys
+from fcvit_jax.hosts import exit_within, failing_together, start_distributed
+start_distributed(sys.argv[1], 2, int(sys.argv[2]))
+if sys.argv[2] == "1":
+    exit_within(1)
+    sys.exit("error")
+with failing_together():
+    pass
+"""
+
+
+def test_an_error_of_one_host_alone_does_not_wait_for_those_that_wait_for_it():
+    command = [sys.executable, "-c", ALONE, f"localhost:{free_port()}"]
+    processes = [subprocess.Popen([*command, number], cwd=ROOT, stderr=-1, text=True) for number in "01"]
+    try:
+        assert "error" in processes[1].communicate(timeout=60)[1] and processes[1].returncode == 1
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
 def test_one_host_raises_at_once_what_its_input_raises():
     def batches():
         yield {"image": np.zeros(1)}

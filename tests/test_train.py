@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -254,13 +255,15 @@ def test_a_run_that_is_stopped_again_and_again_is_the_same_run(undisturbed, conf
 
 
 def test_workers_sit_out_a_signal_to_all_and_when_one_dies_the_run_ends(undisturbed, config, tmp_path, monkeypatch):
-    """SLURM sends SIGTERM to all processes of a job; here its worker has it long before the run."""
+    """SLURM sends SIGTERM to all processes of a job; here its worker has it long before the run, and when it starts."""
 
     def tell(number):
-        (worker,) = multiprocessing.active_children()
-        os.kill(worker.pid, number)
+        while not (workers := multiprocessing.active_children()):
+            time.sleep(0.001)
+        os.kill(workers[0].pid, number)
 
     config.data.workers = 1
+    threading.Thread(target=tell, args=(signal.SIGTERM,)).start()  # before it has imported anything
     before_batch(monkeypatch, "train_batches", 1, lambda: tell(signal.SIGTERM))
     before_batch(monkeypatch, "train_batches", 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
     train_and_evaluate(config, tmp_path)
