@@ -115,8 +115,17 @@ def _lax(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _lax_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax.Array:
-    kernel = jax.ShapeDtypeStruct((*window, x.shape[3]), x.dtype)
-    return jax.linear_transpose(partial(_lax, x), kernel)(g)[0].astype(jnp.float32)
+    axes = _batch_axes(x)
+
+    def taps(x: jax.Array, g: jax.Array) -> jax.Array:
+        kernel = jax.ShapeDtypeStruct((*window, x.shape[3]), x.dtype)
+        return jax.linear_transpose(partial(_lax, x), kernel)(g)[0].astype(jnp.float32)
+
+    if len(axes) < 2:
+        return taps(x, g)
+    # Where only some axes split the batch, XLA (of JAX 0.10 to 0.12) adds up over the others too: do it by hand.
+    own = {"in_specs": P(axes), "out_specs": P(), "axis_names": set(axes), "check_vma": False}
+    return jax.shard_map(lambda x, g: lax.psum(taps(x, g), axes), **own)(x, g)
 
 
 @jax.jit
@@ -167,6 +176,7 @@ def _by_channels(f: Callable[..., jax.Array], terms: int, out: jax.Array, *array
     return lax.fori_loop(0, channels // _CHANNELS, fill, out)
 
 
+@jax.jit  # compiled once, also where the caller is not
 def _shift(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The output summed over the taps, each a shifted copy of the padded map times a filter value."""
     height, width = kernel.shape[:2]
@@ -177,6 +187,7 @@ def _shift(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _by_channels(block, height * width, jnp.zeros_like(x), x, kernel)
 
 
+@partial(jax.jit, static_argnames="window")
 def _shift_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax.Array:
     """The taps summed over the positions; images stay apart until the end, so a sharded batch is reduced once."""
     height, width = window
@@ -188,6 +199,7 @@ def _shift_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> j
     return _by_channels(block, height * width, total, x, g).sum(0)
 
 
+@jax.jit
 def _banded(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Each channel's map times its banded (Toeplitz) matrix, whose rows are windows of the flipped filter."""
     height, width = x.shape[1:3]
@@ -224,9 +236,9 @@ def _bands(rows: int, reach: int, width: int, window: tuple[int, int], dtype: An
 
 
 def _batch_axes(x: jax.Array) -> tuple[str, ...]:
-    """The axes of the mesh in context over which a batch is split evenly; none without a mesh."""
+    """The axes of the mesh in context over which a batch can be split evenly; none without a mesh or on one device."""
     mesh = jax.sharding.get_abstract_mesh()
-    axes = mesh.auto_axes
+    axes = tuple(axis for axis in mesh.auto_axes if mesh.shape[axis] > 1)
     return axes if axes and x.shape[0] % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
 
 

@@ -28,7 +28,7 @@ def eval_step(model: FCViT, variables: Mapping[str, Any], batch: Mapping[str, ja
     Returns:
       Scalars: "loss" (cross-entropy) float32; "top1", "top5" and "count" int32.
     """
-    logits = model.apply(variables, mixing.normalize(batch["image"]))
+    logits = model.clone(share_blocks=True).apply(variables, mixing.normalize(batch["image"]))
     label, mask = batch["label"], batch["mask"]
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
     own = jnp.take_along_axis(logits, label[:, None], axis=1)

@@ -38,13 +38,11 @@ def _called(block: Callable) -> Callable:
 
 
 def _shared(block: type[nn.Module]) -> type[nn.Module]:
-    """Blocks of equal shapes as one function, where a mesh is in context as in training; profiles name it by the first.
+    """Blocks of equal shapes as one function; for one CPU device (of the mesh in context) as calls of it.
 
     For fcvit_s48, tracing takes half the time, and compiling for a CPU, as calls, three quarters of it.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return block
     on_one_cpu = mesh.size == 1 and mesh.abstract_device and mesh.abstract_device.device_kind == "cpu"
     # On several devices the gradients of each call would be reduced apart, and XLA for GPUs fuses worse around calls.
     if on_one_cpu and jax.__version_info__ > (0, 10, 0):  # JAX 0.10.0 cannot differentiate calls
@@ -74,6 +72,7 @@ class _Stages(nn.Module):
     drop_path_rate: float = 0.0
     bn_group_size: int | None = None
     remat: bool = False
+    share_blocks: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -102,7 +101,9 @@ class _Stages(nn.Module):
             spatial_attention=self.spatial_attention,
             **dtypes,
         )
-        block = _shared(nn.remat(Block, static_argnums=(2,)) if self.remat else Block)
+        block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        if self.share_blocks:
+            block = _shared(block)
         downsample = functools.partial(Downsample, bn_group_size=self.bn_group_size, **dtypes)
         drop_path = [None] * sum(self.depths)
         if train and self.drop_path_rate > 0:
@@ -172,6 +173,8 @@ class FCViT(_Stages):
       drop_path_rate: of the last block; rises linearly from 0 at the first.
       bn_group_size: images that share batch statistics in training; None or 0: the whole batch.
       remat: recompute each block in the backward pass: less memory, more time, the same numbers but for rounding.
+      share_blocks: trace the equal blocks of a stage once, as training does: compiles sooner, names all by the first in
+        profiles, and draws other weights and dropout masks from the same key. Not under a `jax.checkpoint` of your own.
       dtype: compute dtype; statistics, pooling and head are float32.
       param_dtype: dtype of the parameters.
     """
@@ -217,9 +220,9 @@ class Backbone(_Stages):
         return tuple(group_norm(name=f"norm_{i}", **dtypes)(x) for i, x in enumerate(maps))
 
 
-def _is_floating(dtype: Any) -> bool:
+def _is_supported(dtype: Any) -> bool:
     try:
-        return jnp.issubdtype(dtype, jnp.floating)
+        return jnp.dtype(dtype) in (jnp.float32, jnp.bfloat16, jnp.float16)
     except TypeError:  # no dtype at all
         return False
 
@@ -231,12 +234,14 @@ def _options(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"Unknown model {name!r}: choose from {', '.join(VARIANTS)}.")
     # JSON and command lines give lists, with which a module could not be hashed.
     options = VARIANTS[ours] | {key: tuple(x) if isinstance(x, list) else x for key, x in overrides.items()}
-    rates, counts = ("dropout_rate", "drop_path_rate"), ("context_heads", "context_reduction", "mix_reduction")
+    rates = ("dropout_rate", "drop_path_rate")
+    counts = ("context_heads", "context_reduction", "mix_reduction", "mix_min_dim")
     check_range("model", 0, below=1, **{key: options[key] for key in rates if key in options})
     check_range("model", 1, **{key: options[key] for key in counts if key in options})
+    check_range("model", 0, bn_group_size=options.get("bn_group_size") or 0)
     for key in ("dtype", "param_dtype"):
-        if not _is_floating(options.get(key, jnp.float32)):
-            raise UserError(f"model.{key}={options[key]!r} is no floating-point dtype: choose float32 or bfloat16.")
+        if not _is_supported(options.get(key, jnp.float32)):
+            raise UserError(f"model.{key}={options[key]!r} is not supported: choose float32 or bfloat16.")
     for size in (*options.get("kernel_sizes", ()), options.get("mlp_kernel_size")):
         if size is not None and size % 2 == 0:
             raise UserError(f"model.kernel_sizes and model.mlp_kernel_size must be odd, which {size} is not.")
@@ -258,7 +263,7 @@ def create_model(name: str, num_classes: int = 1000, **overrides) -> FCViT:
       **overrides: attributes of `FCViT`.
 
     Raises:
-      UserError: the name is unknown, or a value cannot be: a rate of 1, an even kernel, a dtype that is not floating.
+      UserError: the name is unknown, or a value cannot be: a rate of 1, an even kernel, a dtype of 64 bits.
     """
     return FCViT(num_classes=num_classes, **_options(name, overrides))
 
@@ -273,6 +278,6 @@ def create_backbone(name: str, **overrides) -> Backbone:
         c2, c3, c4, c5 = backbone.apply(variables, images)               # strides 4, 8, 16, 32
 
     Raises:
-      UserError: the name is unknown, or a value cannot be: a rate of 1, an even kernel, a dtype that is not floating.
+      UserError: the name is unknown, or a value cannot be: a rate of 1, an even kernel, a dtype of 64 bits.
     """
     return Backbone(**_options(name, overrides))

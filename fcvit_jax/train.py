@@ -87,7 +87,8 @@ def train_step(
 
     def loss_fn(params, images, targets, key):
         variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, updates = model.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": key})
+        network = model.clone(share_blocks=True)
+        logits, updates = network.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": key})
         return soft_cross_entropy(logits, targets), updates["batch_stats"]
 
     def one_part(images, targets, key):

@@ -209,3 +209,15 @@ def test_the_program_does_not_grow_with_the_kernel(impl):
 def test_bad_input_is_refused(x, kernel, impl, message):
     with pytest.raises(ValueError, match=message):
         depthwise_conv(jnp.zeros(x), jnp.zeros(kernel), impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_batch_split_over_some_axes_of_a_mesh_has_the_same_gradient(impl):
+    """As where other axes split the parameters; XLA by itself makes the weight gradient of `lax` twice as large."""
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(4, 6, 6, 16)).astype(np.float32), rng.normal(size=(5, 5, 16)).astype(np.float32)
+    grad = jax.jit(jax.grad(lambda kernel, x: jnp.sin(depthwise_conv(x, kernel, impl)).sum()))
+    alone = grad(kernel, x)
+    with jax.set_mesh(mesh):
+        assert_close(grad(kernel, jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))), alone)

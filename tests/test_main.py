@@ -65,7 +65,7 @@ def run(digits_dir, tmp_path, monkeypatch):
         (["--config.seed=-1"], "seed=-1 must not be negative"),
         (["--config.optim.eps=0"], "optim.eps=0.0 must be at least 1e-30"),
         (["--config.model.context_heads=0"], "model.context_heads=0 must be at least 1"),
-        (["--config.model.dtype=float23"], "model.dtype='float23' is no floating-point dtype: choose float32 or"),
+        (["--config.model.dtype=float23"], "model.dtype='float23' is not supported: choose float32 or"),
         (["--config.model.depths=(1,1)"], "model.depths, model.dims and model.mlp_ratios must have one entry for each"),
         (["--config.model.kernel_sizes=(4,)"], "model.kernel_sizes and model.mlp_kernel_size must be odd, which 4 is"),
         (["--config.data.flip=7"], "data.flip=7.0 must be a probability"),

@@ -432,16 +432,15 @@ def test_remat_changes_nothing_but_memory():
     assert remat > plain  # where GELU has its own
 
 
-def test_equal_blocks_are_one_function_on_a_mesh():
+def test_equal_blocks_are_one_function_if_shared():
     """The numbers stay, each block has its own dropout, and for one CPU device XLA gets calls that it leaves alone."""
     network = TINY.clone(depths=(2,), dropout_rate=0.0)
     variables, images = tiny(network)
 
     def lower(devices, **options):
         def loss(params):
-            mesh = make_mesh(data=devices).abstract_mesh if devices else jax.sharding.AbstractMesh((), ())
-            with jax.sharding.use_abstract_mesh(mesh):
-                y, updates = network.clone(**options).apply(
+            with jax.sharding.use_abstract_mesh(make_mesh(data=devices or 1).abstract_mesh):
+                y, updates = network.clone(share_blocks=devices > 0, **options).apply(
                     variables | {"params": params},
                     images,
                     True,
