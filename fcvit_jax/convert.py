@@ -190,7 +190,8 @@ def load_pretrained(path: str | Path, model: FCViT | Backbone, *, ema: bool | No
         return variables | {"params": params}
     variables = _fit(path, weights, model.clone(num_classes=classes))
     if classes != model.num_classes:
-        logging.warning("%s has %d classes, the model %d: the head starts afresh.", path, classes, model.num_classes)
+        head = "the head starts afresh" if model.num_classes else "the head is left out"
+        logging.warning("%s has %d classes, the model %d: %s.", path, classes, model.num_classes, head)
         variables["params"].pop("head", None)
         if model.num_classes:
             shape = (model.dims[-1], model.num_classes)

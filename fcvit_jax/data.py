@@ -263,8 +263,8 @@ def _stream(data: Data, load: Callable[[int], Batch], start: int, stop: int) -> 
         if data.workers:
             with _without_signals():
                 first = list(itertools.islice(iterator, 1))
-            yield from first
-            del first  # in memory that a worker shares
+            while first:
+                yield first.pop()  # kept nowhere, being in memory that a worker shares
         yield from iterator
     except RuntimeError as error:
         if "Worker process was terminated" not in str(error):

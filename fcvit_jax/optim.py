@@ -129,7 +129,7 @@ def make_optimizer(
       UserError: a value is out of its range; in `init`, if `head_lr_multiplier` is set and there is no "head".
     """
     check_range("optim", 0, lr=lr, weight_decay=weight_decay, head_lr_multiplier=head_lr_multiplier)
-    check_range("optim", 1e-30, eps=eps)  # where both moments are 0, so would be their quotient's denominator
+    check_range("optim", 1e-30, eps=eps)  # with 0, a parameter without gradient becomes 0 / 0
     check_range("optim", 0, lr_batch_size=lr_batch_size or 0, clip_norm=clip_norm or 0)
     check_range("optim", 0, below=1, b1=b1, b2=b2)
     for name, value in {"warmup_lr": warmup_lr, "min_lr": min_lr}.items():

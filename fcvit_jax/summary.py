@@ -116,9 +116,13 @@ def _part_name(module_name: str) -> str:
 
 
 def _summary(args: argparse.Namespace) -> None:
-    size = args.image_size
+    metadata = {"image_size": 224}
+    if args.checkpoint:
+        model, _, metadata = load(args.checkpoint)
+    size = metadata["image_size"] if args.image_size is None else args.image_size
     if args.name or args.checkpoint:
-        model = create_model(args.name) if args.name else load(args.checkpoint)[0]
+        if args.name:
+            model = create_model(args.name)
         what = f"{args.name or args.checkpoint}, {model.num_classes} classes, {jnp.dtype(model.dtype)}"
         header = ["part", "output"]
         rows = [(name, " x ".join(map(str, part.shape)), part) for name, part in summarize(model, size).items()]
@@ -147,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     which.add_argument("name", nargs="?", metavar="NAME", help=f"{', '.join(VARIANTS)}; none: compare them all")
     which.add_argument("--checkpoint", type=Path, help=CHECKPOINT_HELP)
     parser.add_argument(
-        "--image-size", type=int, default=224, metavar="PIXELS", help="side of the images (default: 224)"
+        "--image-size", type=int, metavar="PIXELS", help="side of the images (default: the checkpoint's, else 224)"
     )
     args = parser.parse_args(argv)
     try:

@@ -70,6 +70,8 @@ def test_a_checkpoint_is_summarised_without_being_run(tmp_path, capsys, monkeypa
         return _original(self, x, *args, **kwargs)
 
     monkeypatch.setattr(Downsample, "__call__", call)
+    summary.main(["--checkpoint", str(tmp_path / "tiny")])
+    assert "one image of 40 x 40" in capsys.readouterr().out  # as it was trained
     summary.main(["--checkpoint", str(tmp_path / "tiny"), "--image-size", "70"])
     assert images and all(isinstance(x, jax.core.Tracer) for x in images)
     out = capsys.readouterr().out
