@@ -121,11 +121,8 @@ def _lax_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax
         kernel = jax.ShapeDtypeStruct((*window, x.shape[3]), x.dtype)
         return jax.linear_transpose(partial(_lax, x), kernel)(g)[0].astype(jnp.float32)
 
-    if len(axes) < 2:
-        return taps(x, g)
-    # Where only some axes split the batch, XLA (of JAX 0.10 to 0.12) adds up over the others too: do it by hand.
-    own = {"in_specs": P(axes), "out_specs": P(), "axis_names": set(axes), "check_vma": False}
-    return jax.shard_map(lambda x, g: lax.psum(taps(x, g), axes), **own)(x, g)
+    # Where only some axes split the batch, XLA (of JAX 0.10 to 0.12) adds up over the others too.
+    return _summed(taps, axes if len(axes) > 1 else ())(x, g)
 
 
 @jax.jit
@@ -242,6 +239,14 @@ def _batch_axes(x: jax.Array) -> tuple[str, ...]:
     return axes if axes and x.shape[0] % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
 
 
+def _summed(taps: Callable[[jax.Array, jax.Array], jax.Array], axes: tuple[str, ...]) -> Callable:
+    """The taps from each device's own images, summed over the axes; as they are where there are none."""
+    if not axes:
+        return taps
+    own = {"in_specs": P(axes), "out_specs": P(), "axis_names": set(axes), "check_vma": False}
+    return jax.shard_map(lambda x, g: lax.psum(taps(x, g), axes), **own)
+
+
 @jax.jit
 def _toeplitz(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Each channel's tiles of whole rows times the banded (Toeplitz) matrices that lead from tile to tile."""
@@ -272,7 +277,6 @@ def _toeplitz(x: jax.Array, kernel: jax.Array) -> jax.Array:
 @partial(jax.jit, static_argnames="window")
 def _toeplitz_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax.Array:
     """The gradient of the matrices, summed along their bands."""
-    axes = _batch_axes(x)
 
     def taps(x, g):
         width, channels = x.shape[2:]
@@ -289,11 +293,9 @@ def _toeplitz_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -
         )
         matrices = matrices.reshape(2 * reach + 1, rows, width, channels, rows, width)
         by_rows = jnp.einsum("qavcbw,vwj->qabjc", matrices, col_bands, precision="highest")
-        return lax.psum(jnp.einsum("qabjc,qabi->ijc", by_rows, row_bands, precision="highest"), axes)
+        return jnp.einsum("qabjc,qabi->ijc", by_rows, row_bands, precision="highest")
 
-    if axes:
-        taps = jax.shard_map(taps, in_specs=P(axes), out_specs=P(), axis_names=set(axes))
-    return taps(x, g)
+    return _summed(taps, _batch_axes(x))(x, g)
 
 
 _FORWARD = {"lax": _lax, "shift": _shift, "banded": _banded, "toeplitz": _toeplitz}
