@@ -116,13 +116,13 @@ def _part_name(module_name: str) -> str:
 
 
 def _summary(args: argparse.Namespace) -> None:
-    metadata = {"image_size": 224}
+    model, metadata = None, {"image_size": 224}
     if args.checkpoint:
         model, _, metadata = load(args.checkpoint)
+    elif args.name:
+        model = create_model(args.name)
     size = metadata["image_size"] if args.image_size is None else args.image_size
-    if args.name or args.checkpoint:
-        if args.name:
-            model = create_model(args.name)
+    if model is not None:
         what = f"{args.name or args.checkpoint}, {model.num_classes} classes, {jnp.dtype(model.dtype)}"
         header = ["part", "output"]
         rows = [(name, " x ".join(map(str, part.shape)), part) for name, part in summarize(model, size).items()]
