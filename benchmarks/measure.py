@@ -52,7 +52,7 @@ class Step:
         return abstract_state(self.model, self.tx, self.mesh, ema=False)
 
     def create_state(self):
-        return create_state(init_variables(self.model, self.mesh, seed=0), self.tx, self.mesh, ema=False)
+        return create_state(init_variables(self.model, self.mesh, seed=0), self.tx, self.abstract_state())
 
     def lower(self):
         rows = batch_sharding(self.mesh)

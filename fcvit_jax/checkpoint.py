@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from fcvit_jax.errors import UserError, check_range
-from fcvit_jax.hosts import failing_together, say
+from fcvit_jax.hosts import check_shared, failing_together, say
 from fcvit_jax.model import FCViT, create_model
 from fcvit_jax.state import TrainState
 
@@ -35,21 +35,20 @@ def quieten() -> None:
 
 
 class _Manager(ocp.CheckpointManager):
+    def __init__(self, directory: Path, keep: int | None = None):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            # Steps are sparse and saved by `force`: whether a save is due is the caller's decision.
+            save_interval_steps=1,
+            enable_async_checkpointing=True,
+            # Two managers may save at once: hosts must not take a barrier of one for a barrier of the other.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name),
+        )
+        super().__init__(directory, options=options)
+
     def reached_preemption(self, step: int) -> bool:
         """No: Orbax would ask JAX with the step, between the polls that `StopSignal` counts, and SIGTERM be lost."""
         return False
-
-
-def _manager(directory: Path, keep: int | None = None) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
-        # Steps are sparse and saved by `force`: whether a save is due is the caller's decision.
-        save_interval_steps=1,
-        enable_async_checkpointing=True,
-        # Two managers may save at once: hosts must not take a barrier of one for a barrier of the other.
-        multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name),
-    )
-    return _Manager(directory, options=options)
 
 
 def _lock(workdir: Path) -> TextIO:
@@ -140,7 +139,8 @@ class Checkpointer:
       save_every: updates between two checkpoints.
 
     Raises:
-      UserError: a number is out of its range, the folder cannot be written, or another run is under way in it.
+      UserError: a number is out of its range, or the folder cannot be written, is not one for all hosts, or has another
+        run under way in it.
     """
 
     def __init__(self, workdir: str | Path, *, keep: int = 3, save_every: int = 1000):
@@ -149,8 +149,9 @@ class Checkpointer:
         self.save_every = save_every
         self.directory = workdir / "checkpoints"
         with _explained(f"write in {workdir}", "Choose another --workdir, or mend this one."):
-            self._latest = _manager(self.directory, keep)
-            self._best = _manager(workdir / "best", keep=1)
+            self._latest = _Manager(self.directory, keep)
+            self._best = _Manager(workdir / "best", keep=1)
+        check_shared(workdir)
         with failing_together():
             self._lock = _lock(workdir) if jax.process_index() == 0 else None
 
@@ -390,6 +391,6 @@ def save_variables(path: str | Path, variables: dict[str, Any], metadata: dict[s
     path = local_path(path)
     if path.is_dir() and any(path.iterdir()):
         raise UserError(f"{path} is not empty: choose another folder.")
-    with _explained(f"write {path}", "Is the disk full, or the folder not yours?"), _manager(path) as manager:
+    with _explained(f"write {path}", "Is the disk full, or the folder not yours?"), _Manager(path) as manager:
         manager.save(0, args=_save_args({"variables": variables}, metadata), force=True)
         manager.wait_until_finished()

@@ -1,4 +1,4 @@
-"""The learning rate over a run, and AdamW as the recipe wants it."""
+"""The learning rate over a run, AdamW as the recipe wants it, and the moving average of the weights."""
 
 from typing import Any
 
@@ -158,6 +158,20 @@ def scale_lr(lr: float, lr_batch_size: int | None, batch_size: int) -> float:
 def decay_mask(params: Any) -> Any:
     """Which parameters decay: those of two or more dimensions; a tree of bool like `params`."""
     return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def update_ema(ema: Any, new: Any, decay: float) -> Any:
+    """Moves an exponential moving average towards new values, without warm-up or bias correction, as the original does.
+
+    Args:
+      ema: a pytree of float32 arrays.
+      new: a pytree of arrays like `ema`, of any float dtype.
+      decay: weight of the old average.
+
+    Returns:
+      decay * ema + (1 - decay) * new, float32.
+    """
+    return optax.incremental_update(optax.tree.cast(new, jnp.float32), ema, 1 - decay)
 
 
 def _in_head(params: Any) -> Any:

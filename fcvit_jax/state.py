@@ -95,15 +95,15 @@ def abstract_state(model: FCViT, tx: optax.GradientTransformation, mesh: Mesh, *
     )
 
 
-def create_state(variables: dict[str, Any], tx: optax.GradientTransformation, mesh: Mesh, *, ema: bool) -> TrainState:
+def create_state(variables: dict[str, Any], tx: optax.GradientTransformation, abstract: TrainState) -> TrainState:
     """Makes the training state that a run begins with.
 
     Args:
       variables: {"params": ..., "batch_stats": ...} of JAX or NumPy arrays, the same on every host.
       tx: the optimiser.
-      mesh: the devices.
-      ema: keep exponential moving averages.
+      abstract: what `abstract_state` says of the state.
     """
-    variables = jax.device_put(variables, state_shardings(variables, mesh))
-    start = functools.partial(_start, tx, ema)
-    return jax.jit(start, out_shardings=state_shardings(jax.eval_shape(start, variables), mesh))(variables)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    variables = jax.device_put(variables, {"params": shardings.params, "batch_stats": shardings.batch_stats})
+    start = functools.partial(_start, tx, abstract.ema is not None)
+    return jax.jit(start, out_shardings=shardings)(variables)

@@ -21,7 +21,7 @@ from fcvit_jax.convert import load_pretrained
 from fcvit_jax.data import Data, eval_batches, open_dataset, train_batches
 from fcvit_jax.errors import UserError
 from fcvit_jax.evaluate import evaluate
-from fcvit_jax.hosts import Feed, StopSignal, check_shared, failing_together, say
+from fcvit_jax.hosts import Feed, StopSignal, failing_together, say
 from fcvit_jax.metrics import (
     MetricsWriter,
     Progress,
@@ -120,8 +120,7 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
-        new = optax.tree.cast({"params": params, "batch_stats": batch_stats}, jnp.float32)
-        ema = optax.incremental_update(new, ema, 1 - ema_decay)
+        ema = optim.update_ema(ema, {"params": params, "batch_stats": batch_stats}, ema_decay)
     state = TrainState(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema)
     state = jax.lax.with_sharding_constraint(state, state_shardings(state, mesh))
     return state, {"loss": loss, "grad_norm": _global_norm(grads), "lr": schedule(state.step - 1)}
@@ -171,7 +170,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
     checkpointer = Checkpointer(workdir, **config.checkpoint)
-    check_shared(workdir)
 
     ema_decay = config.train.ema_decay
     abstract = abstract_state(model, tx, mesh, ema=ema_decay is not None)
@@ -208,7 +206,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
             say(f"starting from the weights of {config.init_from}")
         else:
             variables = init_variables(model, mesh, config.seed)
-        state = create_state(variables, tx, mesh, ema=ema_decay is not None)
+        state = create_state(variables, tx, abstract)
         metadata = {**about, "evaluated": {"step": 0}, "best": _NO_BEST}
 
     step = int(state.step)

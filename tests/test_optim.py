@@ -137,6 +137,15 @@ def test_state_holds_two_moments_and_counters():
     assert shapes == [(), (), (3,), (3,), (3, 2), (3, 2)]
 
 
+def test_ema_moves_parameters_and_statistics():
+    ema = {"params": {"w": jnp.array([1.0, 2.0])}, "batch_stats": {"mean": jnp.array([0.0])}}
+    new = {"params": {"w": jnp.array([3.0, 1.0], jnp.bfloat16)}, "batch_stats": {"mean": jnp.array([10.0])}}
+    ema = jax.jit(lambda ema, new: optim.update_ema(ema, new, 0.9998))(ema, new)
+    np.testing.assert_allclose(ema["params"]["w"], [1.0004, 1.9998], rtol=1e-7)
+    np.testing.assert_allclose(ema["batch_stats"]["mean"], [0.002], rtol=1e-6)
+    assert ema["params"]["w"].dtype == jnp.float32
+
+
 @pytest.mark.parametrize(
     "options",
     [

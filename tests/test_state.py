@@ -16,11 +16,11 @@ def test_the_first_state_is_as_the_model_initialises_it_and_blocks_are_drawn_apa
     quick = {"dims": (16, 16, 16, 32), "kernel_sizes": (3,), "use_context": False}
     model = create_model("fcvit_tiny", num_classes=3, depths=(2, 0, 1, 3), **quick)
     tx, mesh = optax.adam(1e-3), make_mesh(data=2, fsdp=4)
-    state = create_state(init_variables(model, mesh, seed=7), tx, mesh, ema=True)
+    abstract = abstract_state(model, tx, mesh, ema=True)
+    state = create_state(init_variables(model, mesh, seed=7), tx, abstract)
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
     assert jax.tree.map(jnp.shape, state.eval_variables) == jax.tree.map(lambda x: x.shape, variables)
 
-    abstract = abstract_state(model, tx, mesh, ema=True)
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
     for x, expected in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
         assert (x.shape, x.dtype, x.sharding) == (expected.shape, expected.dtype, expected.sharding)
