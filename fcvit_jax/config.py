@@ -128,11 +128,13 @@ def check_hosts(config: ConfigDict, data: Data) -> None:
 def check_workdir(config: ConfigDict, workdir: str | Path) -> Path:
     """Compares a config with the `<workdir>/config.json` of the run that the folder holds, if it does.
 
+    A start that has saved no checkpoint binds no later one.
+
     Returns:
       The folder's absolute path.
 
     Raises:
-      UserError: the folder holds a run of another config, or is no local path.
+      UserError: the folder holds checkpoints of another config, or is no local path.
     """
     workdir = local_path(workdir)
     path = workdir / "config.json"
@@ -145,13 +147,15 @@ def check_workdir(config: ConfigDict, workdir: str | Path) -> Path:
     new = _flat(json.loads(config.to_json()))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     lines = [f"  {key}: {old.get(key)} -> {new.get(key)}" for key in changed if key != "resume_with_changes"]
-    if any(key not in _FREE_KEYS for key in changed) and not config.resume_with_changes:
+    has_checkpoint = any(step.name.isdigit() for step in (workdir / "checkpoints").glob("*"))
+    if has_checkpoint and any(key not in _FREE_KEYS for key in changed) and not config.resume_with_changes:
         raise UserError(
             "\n".join([f"{workdir} holds a run of another config:", *lines])
             + "\nChoose another --workdir, or go on with these changes: --config.resume_with_changes=True"
         )
     if lines:
-        say("\n".join([f"going on with changes to the config of {workdir}:", *lines]))
+        what = "going on with" if has_checkpoint else "no checkpoint yet, so starting with"
+        say("\n".join([f"{what} changes to the config of {workdir}:", *lines]))
     return workdir
 
 

@@ -54,6 +54,9 @@ def test_another_config_is_refused_and_its_keys_named(tmp_path, capsys):
 
     config.optim.lr = 0.5
     config.data.workers = 3
+    check_workdir(config, tmp_path / "run")
+    assert "no checkpoint yet, so starting with changes" in capsys.readouterr().out
+    (tmp_path / "run/checkpoints/20").mkdir(parents=True)
     with pytest.raises(UserError) as info:
         check_workdir(config, tmp_path / "run")
     assert str(info.value).splitlines() == [
