@@ -209,10 +209,10 @@ def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None) ->
 
     Args:
       source: as in `load_pretrained`.
-      dest: the file's ending chooses its format: .pth (a state dict), .pth.tar ({"state_dict": ...}), .npz (arrays by
-        our paths, "params/stem/conv/kernel", float32); otherwise a new folder for an Orbax checkpoint. The latter two
-        carry metadata: "model", the arguments of `create_model` or of `create_backbone`, and what a checkpoint of ours
-        says of itself.
+      dest: the file's ending chooses its format: .pth or .pt (a state dict), .pth.tar ({"state_dict": ...}), .npz
+        (arrays by our paths, "params/stem/conv/kernel", float32); otherwise a new folder for an Orbax checkpoint. The
+        latter two carry metadata: "model", the arguments of `create_model` or of `create_backbone`, and what a
+        checkpoint of ours says of itself.
       ema: as in `load_pretrained`.
 
     Raises:
@@ -226,7 +226,7 @@ def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None) ->
         model = infer_model({name: x.shape for name, x in weights.items()})
     variables = _variables(weights, model)
     metadata = {"model": _arguments(model)} | metadata
-    if dest.name.endswith((".pth", ".pth.tar")):
+    if dest.name.endswith((".pt", ".pth", ".pth.tar")):
         torch = _torch()
         state_dict = {name: torch.from_numpy(x) for name, x in to_torch(variables, model).items()}
         content = {"state_dict": state_dict} if dest.name.endswith(".tar") else state_dict

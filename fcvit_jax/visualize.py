@@ -217,17 +217,20 @@ def main(argv: list[str] | None = None) -> None:
     tool_curves.add_argument("workdirs", nargs="+", type=Path, metavar="WORKDIR", help="a run's folder")
     tool_curves.set_defaults(draw=_curves)
     for subparser in (tool, tool_curves):
-        subparser.add_argument("--output", required=True, help="the picture: .png, .pdf, .svg, ...")
+        subparser.add_argument("--output", required=True, type=Path, help="the picture: .png, .pdf, .svg, ...")
     args = parser.parse_args(argv)
     try:
-        if not Path(args.output).suffix:
-            raise UserError(f"--output {args.output}: give it an ending, such as .png.")
+        output = args.output.expanduser()
+        formats = Figure().canvas.get_supported_filetypes()
+        if output.suffix[1:].lower() not in formats:
+            raise UserError(f"--output {output}: its ending must be one of .{', .'.join(formats)}.")
         figure = args.draw(args)
         try:
-            figure.savefig(args.output)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{args.output} cannot be written: {error}") from error
-        print(f"wrote {args.output}")
+            output.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(output)
+        except OSError as error:
+            raise UserError(f"{output} cannot be written: {error}") from error
+        print(f"wrote {output}")
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -108,8 +108,8 @@ def test_files_round_trip(tmp_path):
 def test_weights_are_found_in_a_file_of_the_original(tmp_path, wrap):
     state_dict = original()
     torch.save(wrap(tensors(state_dict)), tmp_path / "source.pth")
-    convert.convert(tmp_path / "source.pth", tmp_path / "dest.pth")
-    assert_same(saved(tmp_path / "dest.pth"), state_dict)
+    convert.convert(tmp_path / "source.pth", tmp_path / "dest.pt")
+    assert_same(saved(tmp_path / "dest.pt"), state_dict)
 
 
 def test_metadata_makes_the_model_again(tmp_path):

@@ -86,13 +86,14 @@ def test_similarity_figure(rows, heads):
 def test_similarity_from_the_command_line(tmp_path, capsys):
     paths = save_images(tmp_path, 2)
     args = ["similarity", "--checkpoint", save_tiny(tmp_path / "tiny"), *paths, "--output"]
-    visualize.main([*map(str, args), str(tmp_path / "out.png")])
+    visualize.main([*map(str, args), str(tmp_path / "new/out.png")])
     out = capsys.readouterr().out
     assert out.count("correlation between heads") == 2 and "mean correlation" in out and "stages_3_block_0" in out
-    assert np.ptp(np.asarray(Image.open(tmp_path / "out.png").convert("L"))) > 200
-    assert "out.xyz cannot be written: Format 'xyz'" in exit_of(visualize.main, *args, tmp_path / "out.xyz")
-    assert "such as .png" in exit_of(visualize.main, *args, tmp_path / "out")
+    assert np.ptp(np.asarray(Image.open(tmp_path / "new/out.png").convert("L"))) > 200
+    for name in ("out.xyz", "out"):
+        assert f"{name}: its ending must be one of ." in exit_of(visualize.main, *args, tmp_path / name)
     assert "No such file" in exit_of(visualize.main, *args[:3], tmp_path / "no.png", "--output", tmp_path / "out.png")
+    assert "out.png cannot be written" in exit_of(visualize.main, *args, paths[0] / "out.png")
 
 
 def write_run(folder, factor):
