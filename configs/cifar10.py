@@ -7,9 +7,9 @@ from configs import imagenet
 
 
 def get_config():
-    """The ImageNet recipe, without what 20 epochs of small photographs do not bear: mixing, erasing and RandAugment."""
+    """The ImageNet recipe without mixing, erasing and RandAugment, which do not suit 20 epochs of small photographs."""
     config = imagenet.get_config()
-    # Class folders, as PATH/train/airplane/0000.jpg; or cifar10 with data.eval_split=test, prepared by TFDS.
+    # Class folders, such as PATH/train/airplane/0000.jpg; or TFDS's cifar10, with data.eval_split=test.
     config.data.update(dataset="folder:cifar10", batch_size=128, image_size=64)
     config.data.update(crop_scale=(0.4, 1.0), rand_augment=(), crop_pct=1.0)
     config.mixing.update(mixup_alpha=0.0, cutmix_alpha=0.0, erase_prob=0.0)
@@ -18,5 +18,5 @@ def get_config():
     with config.unlocked():
         config.model.update(name="fcvit_tiny", num_classes=10, drop_path_rate=0.0, dtype="float32")
         config.model.update(depths=(1, 1, 2, 1), dims=(32, 64, 128, 256), mlp_ratios=(4, 4, 4, 4))
-        config.model.layer_scale_init = 0.1  # so short a run has no time to grow it from 1e-5
+        config.model.layer_scale_init = 0.1  # a run this short has no time to grow it from 1e-5
     return config

@@ -7,7 +7,7 @@ from configs import imagenet
 
 
 def get_config():
-    """The ImageNet recipe, without what digits do not bear: flips, mixing, strong crops and a long warm-up."""
+    """The ImageNet recipe without flips, mixing, strong crops and a long warm-up, which do not suit digits."""
     config = imagenet.get_config()
     config.data.update(dataset="digits", batch_size=64, image_size=32, workers=0)
     config.data.update(crop_scale=(0.5, 1.0), flip=0.0, rand_augment=(), crop_pct=1.0)
@@ -17,5 +17,5 @@ def get_config():
     with config.unlocked():
         config.model.update(name="fcvit_tiny", num_classes=10, drop_path_rate=0.0, bn_group_size=64, dtype="float32")
         config.model.update(depths=(1, 1, 1, 1), dims=(16, 32, 64, 64), mlp_ratios=(4, 4, 4, 4))
-        config.model.layer_scale_init = 0.1  # so short a run has no time to grow it from 1e-5
+        config.model.layer_scale_init = 0.1  # a run this short has no time to grow it from 1e-5
     return config

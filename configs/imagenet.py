@@ -1,6 +1,6 @@
-"""ImageNet-1k by the recipe of the paper: 300 epochs and 10 of cool-down, at 1,024 images an update.
+"""ImageNet-1k with the recipe of the paper: 300 epochs and 10 of cool-down, with 1,024 images per update.
 
-The variants set their name and drop-path rate over it:
+The configs of the variants start from it and set the name, the drop-path rate and the evaluation crop:
 
     python main.py --config=configs/fcvit_s12.py --workdir=runs/s12 --config.data.data_dir=/data/tensorflow_datasets
 
@@ -13,14 +13,14 @@ from ml_collections import ConfigDict, config_dict
 def get_config() -> ConfigDict:
     """The whole recipe; docs/recipe.md says where each value comes from."""
     config = ConfigDict()
-    config.seed = 42  # of the weights, the order of the data, augmentation, mixing and drop-path
+    config.seed = 42  # for the weights, the order of the data, augmentation, mixing and drop-path
     config.init_from = config_dict.placeholder(str)  # weights to start from: a checkpoint, .pth, .pth.tar or .npz
-    config.resume_with_changes = False  # go on with a run of another config
+    config.resume_with_changes = False  # resume a run although its config or data differ
     config.compilation_cache = True  # keep compiled programs in <workdir>/compilation_cache
 
     model = config.model = ConfigDict()  # see fcvit_jax.FCViT, whose other attributes may be added here
     model.name = "fcvit_s12"  # a key of fcvit_jax.VARIANTS, or the name that the original gives it
-    model.num_classes = 1000  # those of the dataset
+    model.num_classes = 1000  # must equal the dataset's
     model.drop_path_rate = 0.1  # of the last block; rises linearly from 0 at the first
     model.bn_group_size = 128  # images that share batch statistics; 0: all
     model.remat = False  # recompute blocks in the backward pass: less memory, more time
@@ -28,15 +28,15 @@ def get_config() -> ConfigDict:
 
     data = config.data = ConfigDict()
     data.dataset = "imagenet2012"  # a TFDS name, "folder:PATH", "digits", or "synthetic": noise
-    data.data_dir = "~/tensorflow_datasets"  # where TFDS keeps its data
-    data.train_split = "train"  # of a TFDS dataset; "train[:10%]" is a part of it
+    data.data_dir = "~/tensorflow_datasets"  # where TFDS keeps its datasets
+    data.train_split = "train"  # of a TFDS dataset; "train[:10%]" takes a part of it
     data.eval_split = "validation"  # likewise
     data.batch_size = 1024  # per update, over all devices and hosts
     data.image_size = 224  # height and width in pixels
-    data.workers = -1  # decoding processes on each host; -1: one per core less one; 0: decode in the training process
+    data.workers = -1  # decoding processes on each host; -1: one fewer than cores; 0: decode in the training process
     data.prefetch = 1  # finished batches that each of them keeps ready, in shared memory
-    data.crop_scale = (0.08, 1.0)  # share of the image's area
-    data.crop_ratio = (3 / 4, 4 / 3)  # width over height
+    data.crop_scale = (0.08, 1.0)  # smallest and largest share of the image's area
+    data.crop_ratio = (3 / 4, 4 / 3)  # smallest and largest width over height
     data.flip = 0.5  # probability of a horizontal flip
     data.rand_augment = (2, 9.0, 0.5)  # operations, magnitude and its standard deviation; (): off
     data.crop_pct = 0.9  # in evaluation: the shorter side becomes image_size / crop_pct
@@ -45,15 +45,15 @@ def get_config() -> ConfigDict:
     mixing.mixup_alpha = 0.8  # lambda is drawn from Beta(alpha, alpha); 0: no mixup
     mixing.cutmix_alpha = 1.0  # likewise
     mixing.mix_prob = 1.0  # probability that a group is mixed
-    mixing.switch_prob = 0.5  # of cutmix rather than mixup
-    mixing.smoothing = 0.1  # share of a label's mass that goes to all classes
+    mixing.switch_prob = 0.5  # probability of cutmix rather than mixup
+    mixing.smoothing = 0.1  # share of a label's mass that is spread over all classes
     mixing.erase_prob = 0.25  # probability that a rectangle of an image becomes noise
     mixing.group_size = 128  # images that share a draw; a smaller batch is one group
 
     optim = config.optim = ConfigDict()
-    optim.lr = 1e-3  # for lr_batch_size images an update; scaled linearly with data.batch_size
+    optim.lr = 1e-3  # for lr_batch_size images per update; scaled linearly with data.batch_size
     optim.lr_batch_size = 1024  # 0: no scaling
-    optim.weight_decay = 0.05  # of parameters of two or more dimensions, times the rate
+    optim.weight_decay = 0.05  # on parameters of two or more dimensions; multiplied by the rate
     optim.b1 = 0.9  # decay of the first moment
     optim.b2 = 0.999  # and of the second
     optim.eps = 1e-8  # added to the root of the second moment
@@ -67,17 +67,17 @@ def get_config() -> ConfigDict:
 
     train = config.train = ConfigDict()
     train.epochs = 300  # of the cosine
-    train.steps = config_dict.placeholder(int)  # stop after so many updates; None: after all epochs
-    train.accumulate = 1  # parts a batch is computed in, to save memory
-    train.ema_decay = config_dict.placeholder(float)  # of averaged weights (0.9998); None: off
+    train.steps = config_dict.placeholder(int)  # stop after this many updates; None: after all epochs
+    train.accumulate = 1  # number of parts that a batch is computed in, to save memory
+    train.ema_decay = config_dict.placeholder(float)  # of the averaged weights, such as 0.9998; None: off
     train.log_every = 50  # steps between two lines of metrics.jsonl
     train.eval_every = 1  # epochs between two evaluations
 
     checkpoint = config.checkpoint = ConfigDict()
-    checkpoint.keep = 3  # newest ones, and the best by top-1 besides
-    checkpoint.save_every = 1000  # steps; and after every evaluation
+    checkpoint.keep = 3  # how many of the newest to keep; the best by top-1 is kept as well
+    checkpoint.save_every = 1000  # steps between two checkpoints; every evaluation saves one as well
 
     mesh = config.mesh = ConfigDict()
-    mesh.data = -1  # devices that share a batch; -1: all
-    mesh.fsdp = 1  # and over how many of them the training state is split
+    mesh.data = -1  # size of the mesh's first axis; -1: all devices that fsdp leaves
+    mesh.fsdp = 1  # size of its second axis, over which the training state is split; batches are split over both
     return config.lock()
