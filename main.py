@@ -9,16 +9,16 @@ from ml_collections import config_flags
 from fcvit_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "What to run, such as configs/digits.py; --config.KEY=VALUE overrides."
+    "config", None, "The config file, such as configs/digits.py; --config.KEY=VALUE overrides a key."
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; a run that it holds is continued.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; a run that it holds is resumed.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "eval: evaluate a checkpoint of the run.")
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "For --mode=eval: checkpoints (the newest, and the default), checkpoints/STEP or best."
+    "checkpoint", None, "For --mode=eval: checkpoints (the newest, the default), checkpoints/STEP or best."
 )
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where the environment does not tell.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes take part; with --coordinator.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is; with --coordinator.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if the environment does not give it.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of processes; with --coordinator.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this process, from 0; with --coordinator.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -26,19 +26,19 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
     if _MODE.value == "train" and _CHECKPOINT.value:
-        raise app.UsageError("--checkpoint goes with --mode=eval: a run goes on from its newest checkpoint")
+        raise app.UsageError("--checkpoint goes with --mode=eval: training resumes from the newest checkpoint")
     try:
         run()
     except KeyboardInterrupt:
         sys.stdout.flush()
-        os._exit(130)  # on the usual way out of a compilation the process may crash
+        os._exit(130)  # a normal exit during compilation may crash the process
 
 
 def run() -> None:
     """Does what the flags say.
 
     Raises:
-      SystemExit: with a message, on a mistake that the user can mend.
+      SystemExit: with a message, on a mistake that the user can fix.
     """
     # Grain's workers import this file again, and need none of this.
     from fcvit_jax.checkpoint import quieten
@@ -48,7 +48,7 @@ def run() -> None:
 
     try:
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # at absl's own default Orbax tells of every file
+            logging.set_verbosity(logging.WARNING)  # at absl's own default Orbax logs every file
             quieten()
         tune_cpu()
         start_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -64,14 +64,14 @@ def run() -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses as absl does, and turns what ml_collections raises of a --config that it cannot load or override to text.
+    """Parses as absl does, and turns what ml_collections raises about a --config it cannot load or override into text.
 
     Raises:
       SystemExit: with a message.
     """
     try:
         rest = app.parse_flags_with_usage(argv)
-        _CONFIG.value.keys()  # a file that could not be loaded is told of when it is first used
+        _CONFIG.value.keys()  # a file that could not be loaded raises when it is first used
         return rest
     except (AttributeError, KeyError, OSError) as error:
         while error.args and isinstance(error.args[0], Exception):

@@ -3,8 +3,8 @@
 Example:
   python -m benchmarks.compile_time --batch-size 8 --json compile_time.json
 
-Each variant in a process of its own, without the persistent compilation cache. The initial weights are traced,
-compiled and drawn. Seconds are of the clock, in brackets of the processor, which on a busy machine says more; XLA
+Each variant runs in a process of its own, without the persistent compilation cache. The initial weights are traced,
+compiled and drawn. Seconds are wall-clock time, with processor time in brackets, which says more on a busy machine; XLA
 compiles with several threads.
 """
 
@@ -46,7 +46,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=8, help="even (default: 8)")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--rounds", type=int, default=1, help="compile every variant so often, in turns")
+    parser.add_argument("--rounds", type=int, default=1, help="how often to compile every variant, in turns")
     parser.add_argument("--quick", action="store_true", help="fcvit_tiny at 64 x 64 only")
     parser.add_argument("--json", metavar="PATH", help="write the figures, versions and machine here as well")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Time the training step on 1, 2, 4 and 8 simulated CPU devices, and read from its program what they send one another.
+"""Time the training step on 1, 2, 4 and 8 simulated CPU devices, and read from its program what the devices exchange.
 
 Example:
   python -m benchmarks.data_parallel --model fcvit_tiny --image-size 64 --json data_parallel.json
@@ -48,7 +48,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=32, help="over all devices, a multiple of 16 (default: 32)")
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--seconds", type=float, default=10, help="for each contestant, at least three turns")
+    parser.add_argument("--seconds", type=float, default=10, help="per contestant, which takes at least three turns")
     parser.add_argument("--quick", action="store_true", help="1 and 8 devices, groups inside them, 32x32 images")
     parser.add_argument("--json", metavar="PATH", help="write the figures, versions and machine here as well")
     args = parser.parse_args()

@@ -168,14 +168,14 @@ def main():
         "dataset",
         nargs="?",
         metavar="DATASET",
-        help="folder:PATH or a TFDS name; none: 256 JPEGs of 500 x 375 and 100 kB are made",
+        help="folder:PATH or a TFDS name; by default 256 JPEGs of 500 x 375 and 100 kB are made",
     )
     parser.add_argument("--data-dir", default="~/tensorflow_datasets", metavar="PATH", help="where TFDS keeps its data")
-    parser.add_argument("--eval-split", default="validation", metavar="SPLIT", help="of a TFDS dataset; is not read")
+    parser.add_argument("--eval-split", default="validation", metavar="SPLIT", help="of a TFDS dataset; not timed")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: 32")
     parser.add_argument("--images", type=int, metavar="N", help="timed in each turn; default: 2048, or 128 if quick")
     parser.add_argument("--turns", type=int, metavar="N", help="of each contestant; default: 3, or 1 if quick")
-    parser.add_argument("--quick", action="store_true", help="one turn of few images: shows that all works, not rates")
+    parser.add_argument("--quick", action="store_true", help="one turn of few images: checks that it works, not rates")
     parser.add_argument("--json", metavar="PATH", help="write the figures, versions and machine here as well")
     args = parser.parse_args()
     images = args.images or (128 if args.quick else 2048)
@@ -199,7 +199,7 @@ def main():
         if not importlib.util.find_spec("tensorflow"):
             print("Without tf.data, since tensorflow is not installed: see requirements-dev.txt")
         elif not read_jpegs(opened, args.batch_size):
-            print("Without tf.data: the images are no JPEGs, the only ones that decode_and_crop_jpeg reads")
+            print("Without tf.data: the images are not JPEGs, the only format that decode_and_crop_jpeg reads")
         else:
             # In a process of its own: PyTorch forks its workers, and TensorFlow's threads do not bear that.
             pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))

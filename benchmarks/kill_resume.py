@@ -1,9 +1,9 @@
-"""Kills a run at random moments, starts it again each time, and compares its end with a run that nothing stopped.
+"""Kills a run at random moments, restarts it each time, and compares its result with that of an undisturbed run.
 
     python -m benchmarks.kill_resume --kills 20
 
 Everything is on: asynchronous saves every few steps, evaluation, averages, drop-path, mixing, erasing, worker
-processes. Exits with 1 if the ends differ in a bit.
+processes. Exits with 1 if the results differ in any bit.
 """
 
 import argparse
@@ -119,12 +119,12 @@ def main() -> None:
     print(f"undisturbed: {args.steps} steps in {time.monotonic() - begin:.0f} s", flush=True)
     killed = kill_and_resume(folder / "killed", flags, args.steps, args.kills, args.seed)
     log = (folder / "killed.log").read_text()
-    print(f"killed {len(killed)} times, the record being at steps {killed}")
+    print(f"killed {len(killed)} times, with the record at steps {killed}")
     print(
         f"unfinished saves found: {log.count('a save that was not finished')}, damaged: {log.count('cannot be read')}"
     )
     assert_same_end(folder / "killed", folder / "undisturbed")
-    print(f"the ends are the same, bit for bit; {time.monotonic() - begin:.0f} s in {folder}")
+    print(f"the results are the same, bit for bit; {time.monotonic() - begin:.0f} s in {folder}")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ Example:
   python -m benchmarks.memory --json memory.json
   python -m benchmarks.memory -- --config.data.dataset=synthetic --config.model.num_classes=1000
 
-The figures are resident memory but for pages of files, which the kernel may drop and read again: of the training
-process, and of its workers together.
+The figures are the resident memory of the training process, and of its workers together, without pages of files, which
+the kernel may drop and read again.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def resident_mib(pid):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, nargs="+", default=[100, 500, 1000, 1500, 2000], help="when to look")
+    parser.add_argument("--steps", type=int, nargs="+", default=[100, 500, 1000, 1500, 2000], help="when to measure")
     parser.add_argument("--json", metavar="PATH", help="write the figures, versions and machine here as well")
     parser.add_argument("flags", nargs="*", help="further flags of main.py, after --")
     args = parser.parse_args()

@@ -7,8 +7,8 @@ Example:
 
 A TPU core runs one bundle of instructions a cycle, in the order that the compiler has fixed. The compiler is made to
 write its schedules down; an operation takes at least its bundles times its iterations, or the time of its transfers
-from and to HBM, and the program at least the sum. Waiting for memory or other cores, and whatever else only a TPU
-shows, is not in these figures: they are lower bounds, not measurements.
+from and to HBM, and the program at least the sum of these. Waiting for memory or other cores, and whatever else only a
+TPU shows, is not in these figures: they are lower bounds, not measurements.
 """
 
 import argparse

@@ -7,7 +7,7 @@ Example:
 All contestants take turns, so that a busy machine slows them alike: FCViT here and in PyTorch (the tests' reference),
 and timm's convnext_tiny and poolformer_s12 where timm is installed. Our step is `fcvit_jax.train.train_step`, which
 takes uint8 images and includes mixing, erasing, drop-path and AdamW; PyTorch's takes normalised images and includes
-AdamW alone. With bfloat16 PyTorch runs under autocast, on a GPU with torch.compile and channels last (NHWC); on a CPU
+only AdamW. With bfloat16 PyTorch runs under autocast, on a GPU with torch.compile and channels last (NHWC); on a CPU
 FCViT runs in both layouts, and the last column takes the faster.
 
 Utilisation is useful operations a second over those of a large matrix product in the same dtype (measured, or
@@ -130,8 +130,8 @@ def main():
     parser.add_argument("--batch-size", type=int, default=8, help="even (default: 8)")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--seconds", type=float, default=20, help="for each contestant, at least three turns")
-    parser.add_argument("--peak-tflops", type=float, help="of the device in this dtype; default: a matrix product's")
+    parser.add_argument("--seconds", type=float, default=20, help="per contestant, which takes at least three turns")
+    parser.add_argument("--peak-tflops", type=float, help="the device's peak; default: measured by a matrix product")
     parser.add_argument("--quick", action="store_true", help="fcvit_tiny with 4 images of 64 x 64, three turns")
     parser.add_argument("--json", metavar="PATH", help="write the figures, versions and machine here as well")
     args = parser.parse_args()

@@ -172,7 +172,7 @@ def eval_geometry(
       UserError: crop_pct not in (0, 1].
     """
     if not 0 < crop_pct <= 1:
-        raise UserError(f"crop_pct={crop_pct} must be above 0, and at most 1")
+        raise UserError(f"crop_pct={crop_pct} must be above 0 and at most 1")
     short = math.floor(image_size / crop_pct)
     if width <= height:
         size = short, int(short * height / width)

@@ -148,7 +148,7 @@ class Checkpointer:
         workdir = local_path(workdir)
         self.save_every = save_every
         self.directory = workdir / "checkpoints"
-        with _explained(f"write in {workdir}", "Choose another --workdir, or mend this one."):
+        with _explained(f"write in {workdir}", "Choose another --workdir, or repair this one."):
             self._latest = _Manager(self.directory, keep)
             self._best = _Manager(workdir / "best", keep=1)
         check_shared(workdir)
@@ -208,7 +208,7 @@ class Checkpointer:
         raise UserError(
             "\n".join(damaged.values()) + "\nNone of this run's checkpoints can be read. Nothing was changed: "
             "restore them from a copy, or choose another --workdir to start afresh.\nIf the config was changed: what a "
-            "checkpoint holds depends on model, train.ema_decay and optim.head_lr_multiplier; take such a change back."
+            "checkpoint holds depends on model, train.ema_decay and optim.head_lr_multiplier; undo such a change."
         )
 
     def _restore_step(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -267,7 +267,7 @@ class Checkpointer:
             self._best.wait_until_finished()
 
     def _saving(self):
-        advice = "Earlier checkpoints are intact. Make room or mend the disk, then run the same command again."
+        advice = "Earlier checkpoints are intact. Free some space or repair the disk, then run the same command again."
         return _explained(f"save a checkpoint under {self.directory.parent}", advice)
 
     def close(self) -> None:
@@ -288,7 +288,7 @@ def local_path(path: str | Path) -> Path:
     if not str(path):
         raise UserError("The path of the run's folder is empty.")
     if re.match(r"\w\w+:/", str(path)):  # a Path has one slash of the two
-        raise UserError(f"{path} must be a path: mount the bucket, with gcsfuse say, and give its folder.")
+        raise UserError(f"{path} must be a path: mount the bucket, for example with gcsfuse, and give its folder.")
     return Path(path).expanduser().absolute()
 
 
@@ -309,7 +309,7 @@ def find_step(path: str | Path) -> Path:
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     steps = [p for p in folder.iterdir() if p.name.isdigit() and (p / "variables").is_dir()]
     if not steps:
-        raise UserError(f"No checkpoint in {folder}: give a run's folder, its checkpoints or best folder, or one step.")
+        raise UserError(f"No checkpoint in {folder}: give a run's folder, its checkpoints or best folder, or a step's.")
     return max(steps, key=lambda p: int(p.name))
 
 
@@ -334,7 +334,7 @@ def load_variables(path: str | Path, *, ema: bool | None = None) -> dict[str, An
     item = step / ("ema" if ema else "variables")
     if not item.is_dir():
         raise UserError(f"{step} holds no exponential moving averages: the run did not keep them.")
-    with _explained(f"read the checkpoint {step}", "It is damaged or not one of ours; try an earlier step."):
+    with _explained(f"read the checkpoint {step}", "It is damaged or not from fcvit_jax; try an earlier step."):
         # Without a Checkpointer around it, which would warn that a part of a checkpoint is not a whole one.
         with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
             tree = reader.metadata(item).tree
@@ -354,7 +354,7 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
       UserError: there is no checkpoint, or it cannot be read.
     """
     step = find_step(path)
-    with _explained(f"read the metadata of {step}", "It is damaged or not one of ours; try an earlier step."):
+    with _explained(f"read the metadata of {step}", "It is damaged or not from fcvit_jax; try an earlier step."):
         return _load_json(step / "metadata")
 
 
@@ -391,6 +391,6 @@ def save_variables(path: str | Path, variables: dict[str, Any], metadata: dict[s
     path = local_path(path)
     if path.is_dir() and any(path.iterdir()):
         raise UserError(f"{path} is not empty: choose another folder.")
-    with _explained(f"write {path}", "Is the disk full, or the folder not yours?"), _Manager(path) as manager:
+    with _explained(f"write {path}", "Is the disk full, or the folder not writable?"), _Manager(path) as manager:
         manager.save(0, args=_save_args({"variables": variables}, metadata), force=True)
         manager.wait_until_finished()

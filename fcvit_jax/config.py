@@ -111,7 +111,7 @@ def check_sizes(data: Data, mesh: Mesh, model: FCViT, accumulate: int = 1, group
     if group and part % group:
         raise UserError(
             f"A batch of {part} images (data.batch_size={data.batch_size}, train.accumulate={accumulate}) is not a "
-            f"multiple of model.bn_group_size={group}: choose one that is, or 0 for all {part}."
+            f"multiple of model.bn_group_size={group}: choose a batch that is, or model.bn_group_size=0 for all {part}."
         )
 
 
@@ -168,7 +168,7 @@ def check_data(config: ConfigDict, old: Mapping[str, Any], new: Mapping[str, Any
     names = zip_longest(old["class_names"], new["class_names"])
     lines = [f"  class {i}: {a} -> {b}" for i, (a, b) in enumerate(names) if a != b]
     if lines[10:]:
-        lines[10:] = [f"  and {len(lines) - 10} classes more"]
+        lines[10:] = [f"  and {len(lines) - 10} more classes"]
     if old["num_train"] != new["num_train"]:
         lines.append(f"  training images: {old['num_train']:,} -> {new['num_train']:,}")
     if lines and not config.resume_with_changes:

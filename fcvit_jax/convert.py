@@ -203,7 +203,7 @@ def load_pretrained(path: str | Path, model: FCViT | Backbone, *, ema: bool | No
 
 
 def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None) -> None:
-    """Converts a file of weights, of a network that the file names or that is recognised from the shapes.
+    """Converts a file of weights; the network is the one that the file names, or is inferred from the shapes.
 
     Nothing is written on an error.
 
@@ -286,7 +286,7 @@ def _read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str
         with np.load(path) as file:
             arrays = dict(file)
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"Could not read {path}, is it damaged? {error}") from error
+        raise UserError(f"Could not read {path}; it may be damaged: {error}") from error
     return arrays, json.loads(str(arrays.pop(METADATA, "{}")))
 
 
@@ -312,7 +312,7 @@ def _read_torch(path: Path, ema: bool | None) -> dict[str, np.ndarray]:
             raise UserError(f"Refused to read {path}: it wants to run code when read ({code[1]}).") from error
         raise UserError(f"Could not read {path}: it is damaged, or no file of PyTorch's.") from error
     if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds no state dict, but a {type(content).__name__}.")
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict.")
     keys = ("state_dict_ema",) if ema else ("state_dict", "state_dict_ema", "model")
     key = next((key for key in keys if isinstance(content.get(key), Mapping)), None)
     if ema and key is None:
@@ -335,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("source", help=".pth, .pth.tar, .npz, or the folder of a run or an Orbax checkpoint")
     parser.add_argument("dest", help=".pth, .pth.tar, .npz, or a new folder for an Orbax checkpoint")
     parser.add_argument(
-        "--ema", action="store_true", default=None, help="read the averages; of a run that kept them it is the default"
+        "--ema", action="store_true", default=None, help="read the averages; the default for a run that kept them"
     )
     args = parser.parse_args(argv)
     try:

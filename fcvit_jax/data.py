@@ -270,8 +270,8 @@ def _stream(data: Data, load: Callable[[int], Batch], start: int, stop: int) -> 
         if "Worker process was terminated" not in str(error):
             raise
         raise UserError(
-            f"A process that decodes images died: {str(error).split('. ')[0]}. Where memory, or shared memory, ran "
-            "out, fewer --config.data.workers need less of both."
+            f"A process that decodes images died: {str(error).split('. ')[0]}. If memory or shared memory ran out, "
+            "set a lower --config.data.workers: each worker needs some of both."
         ) from error
     finally:
         iterator.close()

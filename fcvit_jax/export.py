@@ -71,8 +71,8 @@ def export(checkpoint: str | Path, dest: str | Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m fcvit_jax.export",
-        description="Write a network as a jax.export program for any batch size on CPU, CUDA and TPU, with weights "
-        "and normalisation in it, and its labels (JSON) and weights (safetensors) beside it.",
+        description="Write a network as a jax.export program for any batch size on CPU, CUDA and TPU, weights "
+        "and normalisation included, with its labels (JSON) and weights (safetensors) beside it.",
         epilog="example: python -m fcvit_jax.export --checkpoint runs/digits exported/digits",
     )
     parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)

@@ -56,7 +56,7 @@ def start_distributed(coordinator: str | None, num_processes: int | None, proces
     )
     devices = [] if one_on_each_host else None
     if told:
-        print("connecting to the other processes of this run, which may take 5 minutes to come", file=sys.stderr)
+        print("connecting to the other processes of this run, waiting up to 5 minutes for them", file=sys.stderr)
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, local_device_ids=devices)
     except (ValueError, RuntimeError, OSError) as error:

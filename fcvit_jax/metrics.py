@@ -90,7 +90,7 @@ class MetricsWriter:
             yield
         except OSError as error:
             raise UserError(
-                f"{self._path} cannot be written: {error.strerror}. Mend it, then run the same command again."
+                f"{self._path} cannot be written: {error.strerror}. Fix this, then run the same command again."
             ) from error
 
 

@@ -76,7 +76,7 @@ def check_groups(batch_size: int, group_size: int) -> int:
             f"choose data.batch_size as a multiple of it, or another mixing.group_size."
         )
     if size % 2:
-        raise UserError(f"Mixing: a group of {size} images leaves one without a partner; make it even.")
+        raise UserError(f"Mixing: a group of {size} images leaves one without a partner; make its size even.")
     return batch_size // size
 
 

@@ -44,7 +44,7 @@ def load(checkpoint: str | Path) -> tuple[FCViT, dict[str, Any], dict[str, Any]]
     path = local_path(checkpoint)
     if path.is_file():
         raise UserError(
-            f"{path} is a file, a checkpoint a folder: python -m fcvit_jax.convert {path} FOLDER makes one of weights."
+            f"{path} is a file, not a checkpoint's folder: python -m fcvit_jax.convert {path} FOLDER makes one."
         )
     step = find_step(path)
     metadata = load_metadata(step)
@@ -58,8 +58,8 @@ def load(checkpoint: str | Path) -> tuple[FCViT, dict[str, Any], dict[str, Any]]
     usual = {"class_names": [str(i) for i in range(model.num_classes)], "image_size": 224, "crop_pct": 0.9}
     if missing := sorted(usual.keys() - metadata.keys()):
         print(
-            f"{step} says nothing of {', '.join(missing)}; where missing, classes are numbered, images have "
-            f"{usual['image_size']} pixels a side and crop_pct is {usual['crop_pct']}",
+            f"{step} says nothing of {', '.join(missing)}; the defaults are numbered classes, images of "
+            f"{usual['image_size']} pixels a side and crop_pct {usual['crop_pct']}",
             file=sys.stderr,
         )
     return model, variables, usual | metadata
@@ -147,14 +147,14 @@ def _predict(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m fcvit_jax.predict",
-        description="Predict the classes of images. One that cannot be read is named, and the exit status is then 1.",
+        description="Predict the classes of images. If one cannot be read, it is named and the exit status is 1.",
         epilog="example: python -m fcvit_jax.predict --checkpoint runs/digits photos/ cat.jpg --top 3",
     )
     parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="a folder: all images beneath it")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="how many classes (default: 5)")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="how many classes to print (default: 5)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line, not a table")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
     args = parser.parse_args(argv)
     try:
         sys.exit(_predict(args))

@@ -128,7 +128,7 @@ def open_tfds(name: str, data_dir: str, train_split: str, eval_split: str) -> tu
 
 def _how_to_prepare(builder: tfds.core.DatasetBuilder, name: str, data_dir: str) -> str:
     lines = [
-        f"{name} is not prepared in {data_dir}. Prepare it, once (TensorFlow is needed for this alone):",
+        f"{name} is not prepared in {data_dir}. Prepare it once (only this needs TensorFlow):",
         "  pip install tensorflow-cpu",
     ]
     if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
@@ -145,7 +145,7 @@ def _how_to_prepare(builder: tfds.core.DatasetBuilder, name: str, data_dir: str)
 
 def _how_to_convert(builder: tfds.core.DatasetBuilder) -> str:
     return f"""{builder.data_path} is stored as {builder.info.file_format.value}, which has no random access.
-Add array_record files to it (TensorFlow and Beam are needed for this alone; Beam goes to a folder of its own):
+Add array_record files to it (only this needs TensorFlow and Beam; Beam goes to a folder of its own):
   pip install tensorflow-cpu && pip install --target=beam apache-beam
   PYTHONPATH=beam python -m tensorflow_datasets.scripts.convert_format --out_file_format=array_record \\
     --dataset_version_dir={builder.data_path}"""

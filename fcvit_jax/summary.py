@@ -137,7 +137,7 @@ def _summary(args: argparse.Namespace) -> None:
     for name, shape, part in rows:
         costs = f"{part.parameters:10,}  {part.multiply_adds:14,}  {part.activations / 2**20:7.2f} MiB"
         print(f"{name:{first}}  {shape:{second}}  {costs}")
-    print("\nMultiply-adds: of convolutions and matrix products, forward.")
+    print("\nMultiply-adds: in convolutions and matrix products of the forward pass.")
     print("Activations: what training keeps for the backward pass, before the compiler optimises either pass.")
 
 
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
         epilog="example: python -m fcvit_jax.summary fcvit_s12 --image-size 384",
     )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("name", nargs="?", metavar="NAME", help=f"{', '.join(VARIANTS)}; none: compare them all")
+    which.add_argument("name", nargs="?", metavar="NAME", help=f"{', '.join(VARIANTS)}; without it: compare all")
     which.add_argument("--checkpoint", type=Path, help=CHECKPOINT_HELP)
     parser.add_argument(
         "--image-size", type=int, metavar="PIXELS", help="side of the images (default: the checkpoint's, else 224)"

@@ -295,7 +295,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
         if classes != model.num_classes:
             raise UserError(
                 f"{path} has {classes} classes, the dataset {model.num_classes}: evaluate on data with the checkpoint's"
-                f" classes, or fine-tune it for these, with --config.init_from={path}."
+                f" classes, or fine-tune it on these data, with --config.init_from={path}."
             )
         variables = load_pretrained(path, model)
     check_hosts(config, data)

@@ -42,7 +42,7 @@ def similarity_maps(
       UserError: there is no such block, its map is a single position, or the network computes no similarity.
     """
     if not (model.use_context and model.weighted_context):
-        raise UserError("This network weights no context (use_context, weighted_context): it computes no similarity.")
+        raise UserError("Without weighted context (use_context, weighted_context) a network computes no similarity.")
     sown = _intermediates(model, variables, images)
     names = [f"stages_{s}_block_{i}" for s, depth in enumerate(model.depths) for i in range(depth)]
     context = f"context{len(model.kernel_sizes)}"
@@ -129,7 +129,7 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give the folders of runs.") from error
+        raise UserError(f"{path}: {error.strerror}; give folders of runs.") from error
     metrics = []
     for number, line in enumerate(lines, 1):
         try:
@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     prog = "python -m fcvit_jax.visualize"
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Draw what a network attends to, or how runs went; each of the two has a --help of its own.",
+        description="Draw what a network attends to, or how runs went; each of the two has its own --help.",
         epilog=f"example: {prog} curves runs/digits --output curves.png",
     )
     tools = parser.add_subparsers(required=True, metavar="similarity|curves")
@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     tool.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
     tool.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    tool.add_argument("--block", help="such as stages_2_block_0; default: the last with more than one position")
+    tool.add_argument("--block", help="such as stages_2_block_0; default: the last whose map is more than one position")
     tool.set_defaults(draw=_similarity)
     tool_curves = tools.add_parser(
         "curves",
