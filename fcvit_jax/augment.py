@@ -1,9 +1,9 @@
 """The host's share of the recipe: from the bytes of an image to the uint8 pixels of a batch, one image at a time.
 
 Training draws a crop, a resize filter, a flip and RandAugment `rand-m9-mstd0.5-inc1`; evaluation resizes and crops the
-centre. Decisions (`crop_box`, `draw_ops`, `eval_geometry`) are made apart from the pixels, and all randomness comes
-from the generator that is passed in. The pixels are Pillow's and equal those of the original's runs bit for bit; other
-libraries' bicubic resize differs from it by up to tens of grey levels.
+centre. Decisions (`crop_box`, `draw_ops`, `eval_geometry`) are made separately from the pixels, and all randomness
+comes from the generator that is passed in. The pixels are Pillow's and equal those of the original's runs bit for bit;
+other libraries' bicubic resize differs from it by up to tens of grey levels.
 """
 
 import io
@@ -43,7 +43,7 @@ def train_transform(
 
     Args:
       encoded: an image file in any format Pillow reads.
-      rng: what decides.
+      rng: the source of randomness.
       image_size: side of the output in pixels.
       crop_scale: smallest and largest share of the image's area in the crop.
       crop_ratio: smallest and largest width / height of the crop.
@@ -128,7 +128,8 @@ def crop_box(
     Draws area and aspect up to ten times, until the box fits, and then top and left; if none fits, takes the centre.
 
     Args:
-      rng: what decides; anything with a generator's `uniform(low, high)` and `integers(low, high, endpoint=True)`.
+      rng: the source of randomness; anything with a generator's `uniform(low, high)` and
+        `integers(low, high, endpoint=True)`.
       width, height: of the image in pixels, at least 1.
       scale: smallest and largest share of the image's area.
       ratio: smallest and largest width / height.
@@ -185,7 +186,7 @@ def eval_geometry(
 def decode(encoded: bytes) -> Image.Image:
     """Decodes an image file to RGB.
 
-    Grey, palette, CMYK and transparent images become RGB as by Pillow's `convert("RGB")`, which ignores alpha; 16-bit
+    Grey, palette, CMYK and transparent images become RGB as in Pillow's `convert("RGB")`, which ignores alpha; 16-bit
     grey keeps its upper byte, as 16-bit colour does in Pillow. The EXIF orientation is ignored.
 
     Args:
@@ -321,7 +322,7 @@ def draw_ops(
     and, if so, its level from N(magnitude, magnitude_std) clipped to [0, 10], its sign and its resample.
 
     Args:
-      rng: what decides.
+      rng: the source of randomness.
       num_ops: how many are drawn.
       magnitude, magnitude_std: mean and standard deviation of the level.
 

@@ -95,7 +95,7 @@ class SpatialAttention(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Adds to every position what two convolutions along the channel axis make of the mean of GELU(x)."""
+    """Adds to every position the result of two convolutions along the channel axis of the mean of GELU(x)."""
 
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -197,7 +197,7 @@ class ChannelMixer(nn.Module):
 def drop_path_factors(key: jax.Array, rates: np.ndarray, batch_size: int) -> jax.Array:
     """Draws which branches drop-path leaves out for which examples: factors 0, or 1 / (1 - rate) to keep the mean.
 
-    All blocks in one draw: with one for each branch fcvit_s48's step took 1.4 times as long to compile.
+    All blocks are in one draw: with one draw per branch, fcvit_s48's step took 1.4 times as long to compile.
 
     Args:
       key: random key.

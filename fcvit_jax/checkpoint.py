@@ -26,7 +26,7 @@ from fcvit_jax.state import TrainState
 
 
 def quieten() -> None:
-    """Stops Orbax, asyncio and TensorStore from printing, thread by thread and at length, what they also raise."""
+    """Stops Orbax, asyncio and TensorStore from printing, at length and per thread, the errors that they also raise."""
     logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
     logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.msg)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
@@ -178,7 +178,7 @@ class Checkpointer:
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """Restores the newest checkpoint that can be read, and says what was damaged or unfinished.
 
-        What is newer than that one, damaged checkpoints and a best of steps that are done anew, is moved to
+        Whatever is newer than that one (damaged checkpoints, or a best from steps that are to be repeated) is moved to
         `<workdir>/set_aside/`; what is left of unfinished saves is deleted.
 
         Args:
@@ -244,7 +244,7 @@ class Checkpointer:
             say(f"deleted {unfinished}, a save that was not finished")
 
     def has_best(self, step: int) -> bool:
-        """Whether the best that is kept is of this step."""
+        """Whether the best checkpoint is of this step."""
         return step in self._best.all_steps()
 
     def newest(self) -> str:
@@ -271,7 +271,7 @@ class Checkpointer:
         return _explained(f"save a checkpoint under {self.directory.parent}", advice)
 
     def close(self) -> None:
-        """Waits for saves in progress, releases the folder and Orbax's threads; it is `wait` that tells of failures."""
+        """Waits for saves in progress, releases the folder and Orbax's threads; only `wait` reports failures."""
         for manager in (self._latest, self._best):
             with contextlib.suppress(Exception):  # must not hide the error that ends the run
                 manager.close()
@@ -322,8 +322,8 @@ def load_variables(path: str | Path, *, ema: bool | None = None) -> dict[str, An
 
     Args:
       path: as in `find_step`.
-      ema: the exponential moving averages instead of the plain weights; None: what evaluation uses, which are the
-        averages where the run kept them.
+      ema: the exponential moving averages instead of the plain weights; None: what evaluation uses, that is, the
+        averages if the run kept them.
 
     Raises:
       UserError: there is no checkpoint, it holds no averages, or it cannot be read.

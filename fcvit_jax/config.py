@@ -1,4 +1,4 @@
-"""What a config may hold, and whether a folder holds a run of the same one."""
+"""What a config may hold, and whether a folder holds a run of the same config."""
 
 import difflib
 import inspect
@@ -44,7 +44,7 @@ def check_config(config: ConfigDict) -> None:
     """Compares a config with the functions that take its parts.
 
     Raises:
-      UserError: naming every key that nothing reads, every one that is missing; or the first number out of its range.
+      UserError: naming every unknown and every missing key, or the first number out of its range.
     """
     fields = [name for name in FCViT.__dataclass_fields__ if name not in ("parent", "name")]
     known = {
@@ -126,7 +126,7 @@ def check_hosts(config: ConfigDict, data: Data) -> None:
 
 
 def check_workdir(config: ConfigDict, workdir: str | Path) -> Path:
-    """Compares a config with the `<workdir>/config.json` of the run that the folder holds, if it does.
+    """Compares a config with `<workdir>/config.json`, if the folder holds a run.
 
     A start that has saved no checkpoint binds no later one.
 
@@ -160,10 +160,10 @@ def check_workdir(config: ConfigDict, workdir: str | Path) -> Path:
 
 
 def check_data(config: ConfigDict, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Compares what checkpoints say of the dataset ("class_names" and "num_train"): of a run, and of its new start.
+    """Compares the dataset of a run's checkpoint ("class_names" and "num_train") with that of its new start.
 
     Raises:
-      UserError: they differ, so that labels, order or epochs would, and `resume_with_changes` is off.
+      UserError: they differ, so labels, order or epochs would differ too, and `resume_with_changes` is off.
     """
     names = zip_longest(old["class_names"], new["class_names"])
     lines = [f"  class {i}: {a} -> {b}" for i, (a, b) in enumerate(names) if a != b]
@@ -181,7 +181,7 @@ def check_data(config: ConfigDict, old: Mapping[str, Any], new: Mapping[str, Any
 
 
 def write_config(config: ConfigDict, workdir: Path) -> None:
-    """Writes `<workdir>/config.json`, whole or not at all; the first host alone does.
+    """Writes `<workdir>/config.json`, whole or not at all; only the first host writes.
 
     Raises:
       UserError: the folder cannot be written.

@@ -63,7 +63,7 @@ def _as_numpy(x: Any) -> np.ndarray:
 
 
 def from_torch(state_dict: Mapping[str, np.ndarray], model: FCViT | Backbone) -> dict[str, Any]:
-    """Makes variables of a state dict of the original.
+    """Makes our variables from a state dict of the original.
 
     Example::
 
@@ -71,7 +71,7 @@ def from_torch(state_dict: Mapping[str, np.ndarray], model: FCViT | Backbone) ->
         variables = from_torch(state_dict, create_model("fcvit_s12"))
 
     Args:
-      state_dict: tensors by the original's names, of NumPy or PyTorch, any float dtype. `num_batches_tracked`, on which
+      state_dict: NumPy or PyTorch tensors by the original's names, of any float dtype. `num_batches_tracked`, on which
         nothing depends, is ignored.
       model: what the variables are for.
 
@@ -97,7 +97,7 @@ def from_torch(state_dict: Mapping[str, np.ndarray], model: FCViT | Backbone) ->
 
 
 def to_torch(variables: Mapping[str, Any], model: FCViT | Backbone) -> dict[str, np.ndarray]:
-    """Makes a state dict of the original, the exact inverse of `from_torch`.
+    """Makes a state dict of the original from our variables; the exact inverse of `from_torch`.
 
     Example::
 
@@ -154,8 +154,9 @@ def _fit(path: str | Path, weights: Mapping[str, np.ndarray], model: FCViT | Bac
 def load_pretrained(path: str | Path, model: FCViT | Backbone, *, ema: bool | None = None) -> dict[str, Any]:
     """Reads weights for a model from a file of ours or of the original.
 
-    If the file has another number of classes (or no head), the model gets a new head, normal with a standard deviation
-    of 0.02 and always the same; a pyramid that is given a classifier's weights gets new norms. A warning says so.
+    If the file has another number of classes (or no head), the model gets a new head, drawn from a normal distribution
+    with standard deviation 0.02 and always the same; a pyramid that is given a classifier's weights gets new norms. A
+    warning says so.
 
     Example::
 
@@ -166,15 +167,15 @@ def load_pretrained(path: str | Path, model: FCViT | Backbone, *, ema: bool | No
     Args:
       path: a .pth or .pth.tar of the original, a .npz of ours, or the folder of a run or of one Orbax checkpoint.
       model: what the weights are for.
-      ema: True: the exponential moving averages; False: the plain weights; None: of a run of ours what evaluation uses,
-        which are the averages where it kept them, of a file of the original the plain weights.
+      ema: True: the exponential moving averages; False: the plain weights; None: for a run of ours, what evaluation
+        uses (the averages, if it kept them); for a file of the original, the plain weights.
 
     Returns:
       {"params": ..., "batch_stats": ...} of NumPy arrays in the model's dtypes.
 
     Raises:
-      UserError: the file cannot be read, is of another network, or does not fit in anything but the head; then it
-        lists every tensor.
+      UserError: the file cannot be read, holds another network, or has tensors outside the head that do not fit; then
+        it lists them all.
     """
     weights, _ = _read(Path(path), ema)
     if isinstance(model, Backbone) and is_pyramid(weights):
@@ -211,12 +212,12 @@ def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None) ->
       source: as in `load_pretrained`.
       dest: the file's ending chooses its format: .pth or .pt (a state dict), .pth.tar ({"state_dict": ...}), .npz
         (arrays by our paths, "params/stem/conv/kernel", float32); otherwise a new folder for an Orbax checkpoint. The
-        latter two carry metadata: "model", the arguments of `create_model` or of `create_backbone`, and what a
-        checkpoint of ours says of itself.
+        latter two carry metadata: "model", the arguments of `create_model` or of `create_backbone`, and any that the
+        source has.
       ema: as in `load_pretrained`.
 
     Raises:
-      UserError: the source cannot be read or holds another network, the destination cannot be written.
+      UserError: the source cannot be read or holds another network, or the destination cannot be written.
     """
     dest = Path(dest).expanduser()
     weights, metadata = _read(Path(source), ema)

@@ -12,8 +12,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 def tune_cpu() -> None:
     """Lets XLA use 512-bit vectors and keep its memory from step to step; call before anything touches a device.
 
-    A vector width in XLA_FLAGS is kept. Programs then run in the thread that calls them: `jax.jit` returns when a
-    single CPU device is done. Memory once used stays with the process, on a host of GPUs or TPUs too.
+    A vector width in XLA_FLAGS is kept. Programs then run in the thread that calls them: on a single CPU device a
+    jitted function returns when it is done. Memory once used stays with the process, also on a host of GPUs or TPUs.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if "--xla_cpu_prefer_vector_width" not in flags:

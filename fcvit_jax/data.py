@@ -95,8 +95,8 @@ def open_dataset(
       batch_size: images per step over all hosts.
       data_dir: where TFDS keeps its data.
       image_size: height and width of the images in pixels.
-      workers: decoding processes on this host; 0 decodes in a thread of this process; -1 takes one for every core
-        that this process may use, less one for the training, and at least one.
+      workers: decoding processes on this host; 0 decodes in a thread of this process; -1 uses one fewer than the
+        cores that this process may use, to leave one for training, but at least one.
       prefetch: finished batches that each worker keeps ready.
       train_split, eval_split: TFDS splits, slices such as "train[:1%]" included.
       crop_pct: share of the resized image that evaluation crops.
@@ -165,8 +165,8 @@ def train_batches(
       examples, cut to whole batches. `.close()` ends the workers.
 
     Raises:
-      UserError: a batch cannot be split evenly; the seed is negative; an image cannot be read, with its name; or a
-        worker died.
+      UserError: a batch cannot be split evenly; the seed is negative; an image cannot be read (the message
+        names it); or a worker died.
     """
     if seed < 0:
         raise UserError(f"seed={seed} must not be negative")

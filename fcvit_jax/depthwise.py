@@ -32,7 +32,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, impl: str | None = None) -> 
 
     Args:
       x: (N, H, W, C), float32 or bfloat16.
-      kernel: (k, k, C), odd k; any float dtype, which its gradient has too. Sums are taken in float32.
+      kernel: (k, k, C), odd k; any float dtype, which its gradient shares. Sums are taken in float32.
       impl: one of `IMPLS` for all passes, or None for the best on the platform that the program is lowered for.
 
     Returns:

@@ -51,7 +51,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(data_dir: str) -> Digits:
-    """Returns the builder of the digits, whose records it writes first if they are not there.
+    """Returns the builder of the digits, after writing its records if they are not there.
 
     Several processes may call this at once: each writes a folder of its own, and the first to finish renames it.
 

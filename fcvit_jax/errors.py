@@ -1,10 +1,10 @@
-"""The one exception that is meant to be read by a user, and the check that raises it most."""
+"""The one exception that is meant for users to read, and the check that raises it most often."""
 
 import math
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: `main.py` and the tools print its message without a traceback and exit with 1."""
+    """A mistake the user can fix: `main.py` and the tools print its message without a traceback and exit with 1."""
 
 
 def check_range(section: str, low: float, below: float = math.inf, **values: float) -> None:

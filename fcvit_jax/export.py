@@ -1,6 +1,6 @@
 """Writes a network as a program that JAX alone runs: `python -m fcvit_jax.export --checkpoint runs/digits exported`.
 
-To run it, without this package, Flax or anything else but JAX and the flatbuffers that it asks for::
+To run it, with nothing installed but JAX and flatbuffers::
 
     program = jax.export.deserialize(open("exported/model.jax_export", "rb").read())
     logits = program.call(images)                   # images (N, S, S, 3) uint8, any N; logits (N, num_classes) float32

@@ -1,4 +1,4 @@
-"""A run on several hosts: how they find each other, and how all learn what one of them meets."""
+"""A run on several hosts: how they find each other, and how all of them learn of an error on one."""
 
 import contextlib
 import importlib.util
@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 
 
 def start_distributed(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Connects this process to the others of the run, where flags or the environment say that there are others.
+    """Connects this process to the others of the run, if flags or the environment say that there are others.
 
     TPU pods, SLURM and Open MPI are recognised, with one process for each host or for each GPU; call before anything
     touches a device.
@@ -76,7 +76,7 @@ def say(text: str) -> None:
 
 
 def raise_together(error: Exception | None) -> None:
-    """Raises on every host what any of them has met; every host must call it.
+    """Raises on every host the errors that any of them has met; every host must call it.
 
     Without that, one host would end while the others wait for it in a collective.
 
@@ -109,7 +109,7 @@ def failing_together() -> Iterator[None]:
 
 
 def exit_within(seconds: float) -> None:
-    """Ends a process of several after so long, with status 1: at exit JAX waits for the others, and they may for it."""
+    """Ends one of several processes after so long, with status 1: at exit JAX waits for others that may wait for it."""
     if not jax.distributed.is_initialized():
         return
     timer = threading.Timer(seconds, os._exit, [1])
@@ -121,7 +121,7 @@ def check_same(what: str, value: Any) -> None:
     """Compares a value that JSON can hold with that of the other hosts; every host must call it.
 
     Raises:
-      UserError: on every host, if one has another; names `what` differs.
+      UserError: on every host, if the values differ; the message names `what`.
     """
     if jax.process_count() > 1:
         checksum = zlib.crc32(json.dumps(value, sort_keys=True).encode())
@@ -130,9 +130,9 @@ def check_same(what: str, value: Any) -> None:
 
 
 def check_shared(folder: Path) -> None:
-    """Looks whether all hosts see the same folder, which the first has made; every host must call it.
+    """Checks whether all hosts see the folder that the first has made; every host must call it.
 
-    Orbax would wait for 20 minutes for what the other hosts never get to see.
+    Otherwise Orbax would wait 20 minutes for what the other hosts cannot see.
 
     Raises:
       UserError: on every host, if one does not see it; names that host.
@@ -190,7 +190,7 @@ class StopSignal:
         self._signalled = True
 
     def poll(self) -> bool:
-        """Whether to stop; on several hosts the same answer for all, so each must ask equally often."""
+        """Whether to stop; on several hosts the same answer for all, so each must poll equally often."""
         self._polls += 1
         if jax.process_count() > 1:
             self.received = self.received or multihost_utils.reached_preemption_sync_point(self._polls)
@@ -199,7 +199,7 @@ class StopSignal:
         return self.received
 
     def watch(self, items: Iterable[_T]) -> Iterator[_T]:
-        """Yields the items until a stop is requested, which it asks before each."""
+        """Yields the items until a stop is requested; it polls before each."""
         for item in items:
             if self.poll():
                 return
@@ -207,7 +207,7 @@ class StopSignal:
 
 
 class Feed:
-    """This host's batches; on several hosts a failure is kept until `check`, which tells it to all.
+    """This host's batches; on several hosts a failure is kept until `check`, which raises it on all.
 
     Args:
       batches: a closable iterator of dicts of arrays, all of the same shapes.
@@ -240,7 +240,7 @@ class Feed:
         return self._last
 
     def check(self) -> None:
-        """As `raise_together`, of what this host has met; to be called before anything from the feed is kept."""
+        """As `raise_together`, with what this host has met; to be called before anything from the feed is kept."""
         raise_together(self._error)
 
     def close(self) -> None:

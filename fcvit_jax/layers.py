@@ -16,7 +16,7 @@ normal = nn.initializers.normal
 
 @jax.checkpoint  # recomputed in the backward pass, which would keep three maps else
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, in float32 inside; XLA's erf is cheaper than the erfc that `jax.nn.gelu` takes."""
+    """The exact GELU, in float32 inside; XLA's erf is cheaper than the erfc that `jax.nn.gelu` uses."""
     y = x.astype(jnp.float32)
     return (0.5 * y * (1 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
 

@@ -1,4 +1,4 @@
-"""A run's record: `metrics.jsonl`, TensorBoard files, and on the screen the progress and a line at each turn."""
+"""A run's record: `metrics.jsonl`, TensorBoard files, and on screen the progress, the evaluations and the result."""
 
 import contextlib
 import json
@@ -28,12 +28,12 @@ from fcvit_jax.state import TrainState
 
 
 class MetricsWriter:
-    """Appends metrics to `<workdir>/metrics.jsonl` and `<workdir>/tensorboard/`; the first host alone writes.
+    """Appends metrics to `<workdir>/metrics.jsonl` and `<workdir>/tensorboard/`; only the first host writes.
 
     Args:
       workdir: the run's folder.
       step: the step that the run continues from; lines beyond it are dropped, since they will be written again.
-      evaluated: the step of its last evaluation; those of later steps are dropped likewise.
+      evaluated: the step of its last evaluation; evaluations of later steps are dropped likewise.
       steps_per_epoch: updates in an epoch.
 
     Raises:
@@ -130,7 +130,7 @@ class Progress:
         self._wait += time.perf_counter() - start
 
     def update(self, step: int, metrics: dict[str, float], done: float | None = None) -> None:
-        """Notes a finished step; every `log_every` steps writes its metrics and the rates since the last time.
+        """Records a finished step; every `log_every` steps writes its metrics and the rates since the last time.
 
         Args:
           step: updates done by then.
@@ -203,7 +203,7 @@ def describe_accuracy(result: Mapping[str, float]) -> str:
 
 
 def describe_evaluation(metadata: Mapping[str, Any], epoch: float) -> str:
-    """The line after an evaluation, of a checkpoint's metadata."""
+    """The line after an evaluation, from a checkpoint's metadata."""
     result, best = metadata["evaluated"], metadata["best"]
     return (
         f"epoch {epoch:.4g}, step {result['step']}: {describe_accuracy(result)}, loss {result['loss']:.4f}, "

@@ -1,7 +1,7 @@
 """What happens to a batch on the device before the model sees it: mixup or cutmix, normalisation, random erasing.
 
 Random decisions are drawn by `draw_*` and carried out by `apply_*` functions, so that given decisions can be replayed.
-They depend on the key and on the place in the global batch alone, never on how devices share the batch.
+They depend only on the key and on the place in the global batch, never on how devices share the batch.
 """
 
 import math
@@ -110,7 +110,7 @@ def draw_mix(
     mix_prob: float,
     switch_prob: float,
 ) -> MixDraws:
-    """Decides for each group of a batch how it is mixed; arguments as in `make`, of which one alpha is positive."""
+    """Decides for each group of a batch how it is mixed; arguments as in `make`, with at least one positive alpha."""
     if not mixup_alpha or not cutmix_alpha:
         switch_prob = float(mixup_alpha == 0)
     uniform = jax.random.uniform(key, (num_groups, 6))
@@ -170,7 +170,7 @@ def apply_mix(images: jax.Array, targets: jax.Array, draws: MixDraws) -> tuple[j
 def erasing_boxes(
     applied: jax.Array, area: jax.Array, aspect: jax.Array, position: jax.Array, height: int, width: int
 ) -> jax.Array:
-    """The first rectangle of several tries that is smaller than the image, put in its place.
+    """The first of several tried rectangles that is smaller than the image, put in its place.
 
     Args:
       applied: bool, (N,): whether the image is to be erased at all.
@@ -191,7 +191,7 @@ def erasing_boxes(
 
 
 def draw_erasing(key: jax.Array, n: int, height: int, width: int, prob: float) -> jax.Array:
-    """Decides which rectangle each of `n` images loses, if any (probability `prob`): boxes as of `erasing_boxes`."""
+    """Decides which rectangle each of `n` images loses, if any (probability `prob`): boxes as in `erasing_boxes`."""
     uniform = jax.random.uniform(key, (n, 3 + 2 * ERASE_TRIES))
     applied, position, area, log_aspect = jnp.split(uniform, (1, 3, 3 + ERASE_TRIES), axis=1)
     low, high = ERASE_AREA
@@ -206,7 +206,7 @@ def apply_erasing(images: jax.Array, boxes: jax.Array, noise: jax.Array) -> jax.
 
     Args:
       images: float32, (N, H, W, 3), normalised.
-      boxes: int32, (N, 4), as of `erasing_boxes`.
+      boxes: int32, (N, 4), as in `erasing_boxes`.
       noise: as images.
     """
     return jnp.where(inside(boxes, *images.shape[1:3]), noise, images)

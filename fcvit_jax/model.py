@@ -155,7 +155,7 @@ class FCViT(_Stages):
     Attributes:
       depths: blocks of each stage.
       dims: channels of each stage.
-      mlp_ratios: hidden over outer channels of the channel mixers of each stage.
+      mlp_ratios: ratio of hidden to outer channels in the channel mixers of each stage.
       num_classes: outputs; 0: the pooled features come out instead.
       kernel_sizes: depthwise kernels of the token mixer's steps, odd; one entry: a single step.
       use_context: add the global context in the token mixer.
@@ -164,7 +164,7 @@ class FCViT(_Stages):
       context_heads: similarities per position; must divide `dims`.
       context_reduction: the context's bottleneck has C // context_reduction channels.
       mix_reduction: the token mixer's bottleneck has C // mix_reduction channels; 1: no bottleneck.
-      mix_min_dim: and at least so many.
+      mix_min_dim: but at least this many.
       mlp_kernel_size: depthwise kernel of the channel mixer, odd; None: none.
       spatial_attention: gate the end of the token mixer.
       channel_attention: add channel attention at the end of the channel mixer.
@@ -173,8 +173,9 @@ class FCViT(_Stages):
       drop_path_rate: of the last block; rises linearly from 0 at the first.
       bn_group_size: images that share batch statistics in training; None or 0: the whole batch.
       remat: recompute each block in the backward pass: less memory, more time, the same numbers but for rounding.
-      share_blocks: trace the equal blocks of a stage once, as training does: compiles sooner, names all by the first in
-        profiles, and draws other weights and dropout masks from the same key. Not under a `jax.checkpoint` of your own.
+      share_blocks: trace the equal blocks of a stage once, as training does: compiles faster, names all by the first in
+        profiles, and draws other weights and dropout masks from the same key. Not for use under a `jax.checkpoint` of
+        your own.
       dtype: compute dtype; statistics, pooling and head are float32.
       param_dtype: dtype of the parameters.
     """
@@ -263,7 +264,7 @@ def create_model(name: str, num_classes: int = 1000, **overrides) -> FCViT:
       **overrides: attributes of `FCViT`.
 
     Raises:
-      UserError: the name is unknown, or a value cannot be: a rate of 1, an even kernel, a dtype of 64 bits.
+      UserError: the name is unknown, or a value is not allowed, such as a rate of 1, an even kernel or a 64-bit dtype.
     """
     return FCViT(num_classes=num_classes, **_options(name, overrides))
 
@@ -278,6 +279,6 @@ def create_backbone(name: str, **overrides) -> Backbone:
         c2, c3, c4, c5 = backbone.apply(variables, images)               # strides 4, 8, 16, 32
 
     Raises:
-      UserError: the name is unknown, or a value cannot be: a rate of 1, an even kernel, a dtype of 64 bits.
+      UserError: the name is unknown, or a value is not allowed, such as a rate of 1, an even kernel or a 64-bit dtype.
     """
     return Backbone(**_options(name, overrides))

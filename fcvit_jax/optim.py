@@ -35,7 +35,7 @@ def make_schedule(
         s < n:              min_lr + (base_lr - min_lr) * (1 + cos(pi * (s - w) / (n - w))) / 2
         later:              min_lr
 
-    Either is within 1e-6 of these values, relatively, in float32 and under `jax.jit`.
+    Either is within a relative 1e-6 of these values, in float32 and under `jax.jit`.
 
     Example::
 
@@ -99,7 +99,7 @@ def make_optimizer(
     clip_norm: float | None = None,
     head_lr_multiplier: float = 1.0,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Makes AdamW with its schedule; the rate, given for `lr_batch_size` images an update, grows with the batch.
+    """Makes AdamW with its schedule; the rate, given for `lr_batch_size` images per update, scales with the batch.
 
     Weight decay is decoupled and follows the current rate. It acts on parameters of two or more dimensions: not on
     biases, layer scales and the affine parameters of norms and contexts.
@@ -115,7 +115,7 @@ def make_optimizer(
       batch_size: images in an update, over all devices.
       lr: learning rate at the top of the schedule, for `lr_batch_size` images.
       lr_batch_size: the rate used is lr * batch_size / lr_batch_size; None or 0: lr itself.
-      weight_decay: share of a weight, times the rate, that an update takes off.
+      weight_decay: an update removes this share of a weight, times the rate.
       b1, b2: decay of the first and second moments.
       eps: added to the root of the second moment.
       warmup_epochs, warmup_lr, min_lr, cooldown_epochs, per_step: as in `make_schedule`; rates are used as given.
@@ -126,7 +126,7 @@ def make_optimizer(
       The gradient transformation, and the schedule (step -> rate, float32).
 
     Raises:
-      UserError: a value is out of its range; in `init`, if `head_lr_multiplier` is set and there is no "head".
+      UserError: a value is out of its range; `init` raises it if `head_lr_multiplier` is set and there is no "head".
     """
     check_range("optim", 0, lr=lr, weight_decay=weight_decay, head_lr_multiplier=head_lr_multiplier)
     check_range("optim", 1e-30, eps=eps)  # with 0, a parameter without gradient becomes 0 / 0

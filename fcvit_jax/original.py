@@ -1,4 +1,4 @@
-"""What the original calls and how it lays out every tensor, and which network a set of tensors belongs to."""
+"""How the original names and lays out every tensor, and which network a set of tensors belongs to."""
 
 import re
 from collections import Counter
@@ -58,7 +58,7 @@ def to_original(x: np.ndarray, path: str) -> np.ndarray:
 
 
 def from_original(x: np.ndarray, path: str) -> np.ndarray:
-    """The inverse of `to_original`; `path` is that of ours."""
+    """The inverse of `to_original`; `path` is that of our tensor."""
     ours, theirs = _layout(path).split("->")
     x = np.squeeze(x, tuple(i for i, axis in enumerate(theirs) if axis == "1"))
     return np.transpose(x, [theirs.replace("1", "").index(axis) for axis in ours])
@@ -98,8 +98,8 @@ def original_shape(shape: tuple[int, ...], path: str) -> tuple[int, ...]:
 def infer_model(shapes: Mapping[str, tuple[int, ...]]) -> FCViT | Backbone:
     """Finds the network that weights belong to; tensors that do not fit the rest are outvoted, not refused.
 
-    What shapes cannot tell keeps its default and changes no output: the heads of an unweighted context, `mix_reduction`
-    against `mix_min_dim`, and what acts in training alone.
+    What shapes do not determine keeps its default and changes no output: the heads of an unweighted context,
+    `mix_reduction` against `mix_min_dim`, and what acts only in training.
 
     Args:
       shapes: by the original's names or by our paths ("params/stem/conv/kernel", ...).

@@ -16,7 +16,7 @@ from fcvit_jax.sharding import state_shardings
 
 @flax.struct.dataclass
 class TrainState:
-    """The training state; randomness needs no place in it, since keys are folded from the seed and the step.
+    """The training state; randomness needs no place in it, since keys come from the seed and the step.
 
     Attributes:
       step: updates done so far, () int32.
@@ -101,7 +101,7 @@ def create_state(variables: dict[str, Any], tx: optax.GradientTransformation, ab
     Args:
       variables: {"params": ..., "batch_stats": ...} of JAX or NumPy arrays, the same on every host.
       tx: the optimiser.
-      abstract: what `abstract_state` says of the state.
+      abstract: the state's shapes, dtypes and shardings, as `abstract_state` gives them.
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     variables = jax.device_put(variables, {"params": shardings.params, "batch_stats": shardings.batch_stats})

@@ -1,4 +1,4 @@
-"""Tells the shapes and costs of a network: `python -m fcvit_jax.summary fcvit_s12 --image-size 224`."""
+"""Shows the shapes and costs of a network: `python -m fcvit_jax.summary fcvit_s12 --image-size 224`."""
 
 import argparse
 import dataclasses
@@ -26,8 +26,8 @@ class Part:
     Attributes:
       shape: of its output, without the batch.
       parameters: how many values are trained.
-      multiply_adds: of convolutions and matrix products, as the paper has them rather than as a platform computes them.
-      activations: bytes that the backward pass needs of the forward pass, before the compiler optimises either.
+      multiply_adds: of convolutions and matrix products, as the paper counts them, not as a platform computes them.
+      activations: bytes that the backward pass needs from the forward pass, before the compiler optimises either.
     """
 
     shape: tuple[int, ...] = ()

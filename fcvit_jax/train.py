@@ -136,7 +136,7 @@ def _global_norm(grads: Any) -> jax.Array:
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
-    """Trains a model, or goes on training it, and evaluates it after every few epochs.
+    """Trains a model, or resumes its training, and evaluates it every few epochs.
 
     Example::
 

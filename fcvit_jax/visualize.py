@@ -59,7 +59,7 @@ def _intermediates(model: FCViT, variables: Mapping[str, Any], images: jax.Array
 
 
 def head_correlation(maps: np.ndarray) -> float:
-    """The mean Pearson correlation between the maps of every two heads.
+    """The mean Pearson correlation between the maps of every pair of heads.
 
     Args:
       maps: (h, w, heads).
@@ -75,7 +75,7 @@ def head_correlation(maps: np.ndarray) -> float:
 
 
 def draw_similarity(images: Sequence[np.ndarray], maps: np.ndarray, names: Sequence[str], title: str) -> Figure:
-    """Draws one row an image: the image, then the map of each head laid over it, each on a scale of its own.
+    """Draws one row per image: the image, then the map of each head laid over it, each on a scale of its own.
 
     Args:
       images: (H, W, 3) uint8 each.
@@ -123,7 +123,7 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
     """The lines of a run's metrics.jsonl.
 
     Raises:
-      UserError: there is no such file, it is empty, or a line cannot be read (but for the last, cut off by a kill).
+      UserError: there is no such file, it is empty, or a line cannot be read (except the last, cut off by a kill).
     """
     path = workdir / "metrics.jsonl"
     try:
