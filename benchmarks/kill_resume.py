@@ -106,9 +106,9 @@ def kill_and_resume(workdir: Path, flags: list[str], steps: int, kills: int, see
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=20, help="how often to kill the run")
+    parser.add_argument("--steps", type=int, default=300, help="of the run")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("flags", nargs="*", help="further flags of main.py, after --")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp())

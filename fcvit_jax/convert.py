@@ -334,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
         epilog="example: python -m fcvit_jax.convert fcvit_b12.pth.tar converted.npz",
     )
     parser.add_argument("source", help=".pth, .pth.tar, .npz, or the folder of a run or an Orbax checkpoint")
-    parser.add_argument("dest", help=".pth, .pth.tar, .npz, or a new folder for an Orbax checkpoint")
+    parser.add_argument("dest", help=".pth, .pt, .pth.tar, .npz, or a new folder for an Orbax checkpoint")
     parser.add_argument(
         "--ema", action="store_true", default=None, help="read the averages; the default for a run that kept them"
     )

@@ -96,6 +96,7 @@ def test_a_checkpoint_to_start_from_is_no_flag_of_training(run):
 
 def test_a_folder_with_another_run_is_refused(run, tmp_path):
     write_config(tiny_config.get_config(), tmp_path / "run")
+    (tmp_path / "run/checkpoints/20").mkdir(parents=True)
     assert "optim.lr: 0.001 -> 2.0\nChoose another --workdir" in run("--config.optim.lr=2")
 
 
