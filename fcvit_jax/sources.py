@@ -111,9 +111,11 @@ def open_tfds(name: str, data_dir: str, train_split: str, eval_split: str) -> tu
             f"{name} lacks the features image (one image) and label (a class): it has {', '.join(sorted(features))}"
         )
 
+    images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
+
     def open_split(key: str, split: str) -> Records:
         try:
-            decoders = {"image": tfds.decode.SkipDecoding()}
+            decoders = {name: tfds.decode.SkipDecoding() for name in images}  # masks too, which nobody reads
             source = builder.as_data_source(split, decoders=decoders, file_format="array_record")
         except ValueError as error:
             known = ", ".join(builder.info.splits)

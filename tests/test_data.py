@@ -179,6 +179,31 @@ class Texts(tfds.core.GeneratorBasedBuilder):
         raise NotImplementedError
 
 
+class Masks(tfds.core.GeneratorBasedBuilder):
+    """A dataset with a second image, which is none."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {name: tfds.features.Image() for name in ("image", "mask")}
+        features["label"] = tfds.features.ClassLabel(num_classes=2)
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples() for split in ("train", "validation")}
+
+    def _generate_examples(self):
+        for label in (0, 1):
+            yield label, {"image": jpeg(np.random.default_rng(label)), "mask": b"broken", "label": label}
+
+
+def test_other_images_of_a_record_are_not_decoded(tmp_path):
+    Masks(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    dataset = data.open_dataset(dataset="masks", data_dir=str(tmp_path), batch_size=2, image_size=8)
+    (batch,) = data.eval_batches(dataset)
+    assert sorted(batch["label"]) == [0, 1]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
