@@ -8,12 +8,11 @@ compiled and drawn. Seconds are wall-clock time, with processor time in brackets
 compiles with several threads.
 """
 
-import argparse
-import json
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
 
+from benchmarks.measure import Step, about, make_parser, report
 from fcvit_jax.model import VARIANTS
 
 
@@ -21,7 +20,6 @@ def measure(name, args):
     """Figures of one variant, and the machine they are from."""
     import jax
 
-    from benchmarks.measure import Step, about
     from fcvit_jax.sharding import make_mesh
 
     jax.config.update("jax_enable_compilation_cache", False)
@@ -41,14 +39,13 @@ def measure(name, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--batch-size", type=int, default=8, help="even (default: 8)")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=1, help="how often to compile every variant, in turns")
     parser.add_argument("--quick", action="store_true", help="fcvit_tiny at 64 x 64 only")
-    parser.add_argument("--json", metavar="PATH", help="write the figures, versions and machine here as well")
     args = parser.parse_args()
     if args.quick:
         args.models, args.image_size = ["fcvit_tiny"], 64
@@ -64,9 +61,7 @@ def main():
             figures = (row["weights"], row["lower"], row["compile"])
             cells = "".join(f"{f'{clock:.1f} ({processor:.1f})':>20}" for clock, processor in figures)
             print(f"{name:12}{cells}{row['program_lines']:10}", flush=True)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({**machine, **vars(args), "rows": rows}, file, indent=1)
+    report(args, rows, **machine)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ on the whole batch ("whole"). Bytes are the payload of each collective in the co
 step; with groups inside, the goal is one all-reduce, of the gradients, the running statistics and the loss.
 """
 
-import argparse
-import json
 import math
 import os
 import re
@@ -18,7 +16,7 @@ import re
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
-from benchmarks.measure import ITEM_BYTES, Step, about, milliseconds
+from benchmarks.measure import ITEM_BYTES, Step, about, make_parser, milliseconds, report
 from fcvit_jax.model import VARIANTS
 from fcvit_jax.sharding import bytes_per_device, make_mesh
 
@@ -43,14 +41,13 @@ def collectives(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", choices=VARIANTS, default="fcvit_tiny")
     parser.add_argument("--batch-size", type=int, default=32, help="over all devices, a multiple of 16 (default: 32)")
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--seconds", type=float, default=10, help="per contestant, which takes at least three turns")
     parser.add_argument("--quick", action="store_true", help="1 and 8 devices, groups inside them, 32x32 images")
-    parser.add_argument("--json", metavar="PATH", help="write the figures, versions and machine here as well")
     args = parser.parse_args()
     if args.quick:
         args.image_size, args.seconds = 32, 0
@@ -76,9 +73,7 @@ def main():
         megabytes, in_loops = sum(op["bytes"] for op in ops) / 1e6, sum(op["in_loop"] for op in ops)
         cells = f"{row['devices']:7}  {row['groups']:6}{best:11.1f}{median:10.1f}{len(ops):13}{in_loops:10}"
         print(f"{cells}{megabytes:10.3f}{row['gradient_bytes'] / 1e6:17.3f}")
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({**about(), **vars(args), "rows": rows}, file, indent=1)
+    report(args, rows, **about())
 
 
 if __name__ == "__main__":

@@ -7,14 +7,11 @@ The contestants take turns, so that a busy machine slows all of them alike; the 
 milliseconds, and PyTorch's divided by the default's (above 1: we are faster); the JSON has the medians too.
 """
 
-import argparse
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import about, milliseconds
+from benchmarks.measure import about, make_parser, milliseconds, report
 from fcvit_jax.depthwise import IMPLS, depthwise_conv
 
 try:
@@ -62,8 +59,12 @@ def jax_contestant(impl, which, x, kernel, g):
     return lambda: jax.block_until_ready(compiled(x, kernel, g))
 
 
+def torch_device():
+    return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+
+
 def torch_contestant(which, x, kernel, g):
-    device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+    device = torch_device()
 
     def channels_last(array):
         tensor = torch.tensor(np.asarray(array, np.float32), device=device).permute(0, 3, 1, 2)
@@ -93,7 +94,7 @@ def measure(size, dtype, seconds):
     for which, name in enumerate(PASSES):
         contestants = {}
         for impl in (None, *IMPLS):
-            # The banded matrices of a large map fill the memory: (H * W)^2 values a channel.
+            # Its loop is over the positions: on a map of 56 x 56 fifty times as long as `shift` takes.
             if impl != "banded" or height * width <= 64:
                 contestants[impl or "default"] = jax_contestant(impl, which, x, kernel, g)
         if torch is not None:
@@ -102,10 +103,9 @@ def measure(size, dtype, seconds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="fcvit_tiny's token mixers only, less time each")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--json", metavar="PATH", help="write the figures, versions and machine here as well")
     args = parser.parse_args()
 
     columns = ("default", *IMPLS, *(["torch"] if torch is not None else []))
@@ -117,9 +117,7 @@ def main():
             cells = "".join(f"{row['ms'][name][0]:10.3f}" if name in row["ms"] else f"{'-':>10}" for name in columns)
             ratio = f"{row['ms']['torch'][0] / row['ms']['default'][0]:17.2f}" if torch is not None else ""
             print(f"{str(size):24}{row['pass']:16}{cells}{ratio}", flush=True)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({**about(), "dtype": args.dtype, "rows": rows}, file, indent=1)
+    report(args, rows, **about())
 
 
 if __name__ == "__main__":

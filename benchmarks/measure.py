@@ -1,5 +1,7 @@
 """What the benchmarks of the step share: the step itself, timing in turns, and what figures were measured with."""
 
+import argparse
+import json
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -20,12 +22,26 @@ tune_cpu()  # as main.py does
 ITEM_BYTES = {"pred": 1, "u8": 1, "bf16": 2, "f32": 4, "s32": 4, "u32": 4}  # of the arrays in a program's text
 
 
-def milliseconds(contestants, seconds, rounds=200):
-    """[best, median] of each contestant over rounds in turn, which it leaves after three once it used its time."""
+def make_parser(description):
+    """The command line that every benchmark has; `report` takes what it gives."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="PATH", help="write the figures, versions and machine here as well")
+    return parser
+
+
+def report(args, rows, **figures):
+    """Writes figures and the arguments that they were measured with, where --json asks for it."""
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({**figures, **vars(args), "rows": rows}, file, indent=1)
+
+
+def milliseconds(contestants, seconds):
+    """[best, median] of each contestant; in turns, at least three each and until their seconds or 200 are over."""
     times = {name: [] for name in contestants}
     for run in contestants.values():
         run()
-    for _ in range(rounds):
+    for _ in range(200):
         for name, run in contestants.items():
             if len(times[name]) < 3 or sum(times[name]) < 1e3 * seconds:
                 start = time.perf_counter()

@@ -8,15 +8,13 @@ The figures are the resident memory of the training process, and of its workers 
 the kernel may drop and read again.
 """
 
-import argparse
-import json
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 from benchmarks.kill_resume import FLAGS, finish, last_step, start
-from benchmarks.measure import about
+from benchmarks.measure import about, make_parser, report
 
 
 def resident_mib(pid):
@@ -34,9 +32,8 @@ def resident_mib(pid):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 500, 1000, 1500, 2000], help="when to measure")
-    parser.add_argument("--json", metavar="PATH", help="write the figures, versions and machine here as well")
     parser.add_argument("flags", nargs="*", help="further flags of main.py, after --")
     args = parser.parse_args()
     if sys.platform != "linux":
@@ -55,9 +52,7 @@ def main():
         rows.append({"step": step, "process_mib": own, "workers_mib": workers})
         print(f"{step:7}{own:14.1f}{workers:14.1f}", flush=True)
     finish(process, workdir)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({**about(), **vars(args), "rows": rows}, file, indent=1)
+    report(args, rows, **about())
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ from and to HBM, and the program at least the sum of these. Waiting for memory o
 TPU shows, is not in these figures: they are lower bounds, not measurements.
 """
 
-import argparse
-import json
 import math
 import os
 import re
@@ -30,7 +28,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
 from benchmarks.depthwise import PASSES, SIZES, jax_pass
-from benchmarks.measure import ITEM_BYTES, Step
+from benchmarks.measure import ITEM_BYTES, Step, make_parser, report
 from fcvit_jax import depthwise
 from fcvit_jax.model import VARIANTS
 
@@ -99,16 +97,15 @@ def step(model, batch_size, dtype, device, dump):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="*", choices=VARIANTS, help="training steps instead of convolutions (slow)")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--json", metavar="PATH", help="write the figures and versions here as well")
     args = parser.parse_args()
 
     rows = []
 
-    def report(what, which, ms):
+    def show(what, which, ms):
         rows.append({"what": what, "pass": which, "ms": ms})
         cells = "".join(f"{impl:>10}{by_bundles:9.3f}{with_hbm:9.3f}" for impl, (by_bundles, with_hbm) in ms.items())
         lax, ours = (with_hbm for _, with_hbm in ms.values())
@@ -121,13 +118,11 @@ def main():
         device = topologies.get_topology_desc("v5e:2x2", "tpu").devices[0]
         print(f"{args.batch_size} images, {args.dtype}, {device.device_kind}; milliseconds by bundles, and with HBM")
         for name in args.models or ():
-            report(name, "step", step(name, args.batch_size, args.dtype, device, dump))
+            show(name, "step", step(name, args.batch_size, args.dtype, device, dump))
         for size in () if args.models else TPU_SIZES:
             for which in (0, 2):  # the input gradient is the forward pass of the flipped filter
-                report(size, PASSES[which], convolution(size, which, args.batch_size, args.dtype, device, dump))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"jax": version("jax"), "libtpu": version("libtpu"), **vars(args), "rows": rows}, file, indent=1)
+                show(size, PASSES[which], convolution(size, which, args.batch_size, args.dtype, device, dump))
+    report(args, rows, jax=version("jax"), libtpu=version("libtpu"))
 
 
 if __name__ == "__main__":

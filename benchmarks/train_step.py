@@ -16,10 +16,8 @@ a loop's body once), three times that for a step. MiB: arguments, results and te
 the most that PyTorch allocated (on a GPU).
 """
 
-import argparse
 import contextlib
 import importlib.util
-import json
 import os
 import sys
 from pathlib import Path
@@ -31,7 +29,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import Step, about, milliseconds
+from benchmarks.depthwise import torch_device
+from benchmarks.measure import Step, about, make_parser, milliseconds, report
 from fcvit_jax.model import VARIANTS, create_model
 from fcvit_jax.sharding import make_mesh
 from fcvit_jax.summary import summarize
@@ -63,10 +62,6 @@ def jax_contestants(name, args):
         "forward": (lambda: jax.block_until_ready(forward(variables, images)), program_mib(forward)),
         "step": (step.runner(compiled_step), program_mib(compiled_step)),
     }
-
-
-def torch_device():
-    return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
 
 
 def torch_contestants(network, args, channels_last=True):
@@ -125,7 +120,7 @@ def matmul_contestant(dtype):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--batch-size", type=int, default=8, help="even (default: 8)")
     parser.add_argument("--image-size", type=int, default=224)
@@ -133,7 +128,6 @@ def main():
     parser.add_argument("--seconds", type=float, default=20, help="per contestant, which takes at least three turns")
     parser.add_argument("--peak-tflops", type=float, help="the device's peak; default: measured by a matrix product")
     parser.add_argument("--quick", action="store_true", help="fcvit_tiny with 4 images of 64 x 64, three turns")
-    parser.add_argument("--json", metavar="PATH", help="write the figures, versions and machine here as well")
     args = parser.parse_args()
     if args.quick:
         args.models, args.batch_size, args.image_size, args.seconds = ["fcvit_tiny"], 4, 64, 0
@@ -177,9 +171,7 @@ def main():
             f"{format(row['utilisation'], '13.1%') if row['utilisation'] else '-':>13}"
             f"{f'{min(theirs) / run_ms[0]:.2f}' if theirs and by == 'fcvit_jax' else '-':>14}"
         )
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({**about(), **vars(args), "peak_flops": peak, "rows": rows}, file, indent=1)
+    report(args, rows, **about(), peak_flops=peak)
 
 
 if __name__ == "__main__":

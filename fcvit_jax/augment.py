@@ -16,6 +16,7 @@ from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 
 from fcvit_jax.errors import UserError
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of the files that are taken for images in a folder
 FILL = (124, 116, 104)  # 255 * ImageNet mean, rounded
 # What Pillow raises for broken or refused files.
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -257,10 +258,6 @@ def _up_to(limit: float) -> Callable[[float], float]:
     return lambda level: level / 10 * limit
 
 
-def _no_argument(level: float) -> None:
-    return None
-
-
 def _factor(level: float) -> float:
     return max(0.1, 1.0 + level / 10 * 0.9)
 
@@ -287,9 +284,9 @@ def _rotate(image: Image.Image, degrees: float, resample: Image.Resampling) -> I
 
 # timm's "increasing" set: a higher level changes the image more.
 OPS = {
-    "AutoContrast": Op(_no_argument, lambda image, *_: ImageOps.autocontrast(image)),
-    "Equalize": Op(_no_argument, lambda image, *_: ImageOps.equalize(image)),
-    "Invert": Op(_no_argument, lambda image, *_: ImageOps.invert(image)),
+    "AutoContrast": Op(lambda _: None, lambda image, *_: ImageOps.autocontrast(image)),
+    "Equalize": Op(lambda _: None, lambda image, *_: ImageOps.equalize(image)),
+    "Invert": Op(lambda _: None, lambda image, *_: ImageOps.invert(image)),
     "Rotate": Op(_up_to(30), _rotate, signed=True),
     # The bits that are kept. 0 bits are black; ImageOps.posterize refuses them from Pillow 13 on.
     "PosterizeIncreasing": Op(

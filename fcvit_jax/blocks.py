@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.linen.initializers import normal
 
 from fcvit_jax.errors import UserError
-from fcvit_jax.layers import DepthwiseConv, conv1x1, gelu, group_norm, normal
+from fcvit_jax.layers import DepthwiseConv, conv1x1, gelu, group_norm
 
 
 def standardize(x: jax.Array) -> jax.Array:
@@ -215,8 +216,8 @@ class Block(nn.Module):
     """Two residual branches, each behind a norm, a layer scale and drop-path: the token mixer and the channel mixer.
 
     Attributes:
-      token_mixer: makes the first branch's module from a name.
-      channel_mixer: makes the second branch's module from a name.
+      token_mixer: token_mixer(name=...) makes the module of the first branch.
+      channel_mixer: likewise of the second.
       layer_scale_init: start of the learned scale per channel; None: no scale.
       dtype: compute dtype.
       param_dtype: dtype of the parameters.

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,16 +39,13 @@ class _Manager(ocp.CheckpointManager):
     def __init__(self, directory: Path, keep: int | None = None):
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
-            # Steps are sparse and saved by `force`: whether a save is due is the caller's decision.
-            save_interval_steps=1,
-            enable_async_checkpointing=True,
             # Two managers may save at once: hosts must not take a barrier of one for a barrier of the other.
             multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name),
         )
         super().__init__(directory, options=options)
 
     def reached_preemption(self, step: int) -> bool:
-        """No: Orbax would ask JAX with the step, between the polls that `StopSignal` counts, and SIGTERM be lost."""
+        """No: Orbax would ask JAX by the step's number, `StopSignal` asks by another, and SIGTERM could be lost."""
         return False
 
 
@@ -77,7 +75,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 @jax.jit
-def _weighted_sum(x: jax.Array) -> jax.Array:
+def _checksum(x: jax.Array) -> jax.Array:
     """A checksum of every bit of an array, which is the same on any mesh, since integers add up exactly."""
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
     # Odd weights: a change of any one element shows, and so do moved ones.
@@ -91,7 +89,7 @@ def _checksums(items: dict[str, Any], metadata: dict[str, Any]) -> dict[str, int
     sums = {name: [] for name in items}
     for name, item in items.items():
         for x in jax.tree.leaves(item):
-            sums[name].append(_weighted_sum(x))
+            sums[name].append(_checksum(x))
             # One at a time: several reductions across processes under way can deadlock on CPUs.
             if not getattr(x, "is_fully_replicated", True):
                 jax.block_until_ready(sums[name][-1])
@@ -115,7 +113,8 @@ def _save_args(items: dict[str, Any], metadata: dict[str, Any]) -> ocp.args.Comp
 
 
 @contextlib.contextmanager
-def _explained(action: str, advice: str):
+def _explained(action: str, advice: str) -> Iterator[None]:
+    """Turns any error inside into a UserError."""
     try:
         yield
     except Exception as error:
@@ -169,7 +168,7 @@ class Checkpointer:
         manager, step = self._best if best else self._latest, int(state.step)
         with self._saving():
             if not best:
-                # A checkpoint speaks of the best so far, which must be there by then, whenever the run is killed.
+                # The metadata names the best so far, which must be on disk first, since the run may be killed any time.
                 self._best.wait_until_finished()
             # A resumed run may meet a step again that it has saved: it holds the same state.
             if step not in manager.all_steps():
@@ -247,7 +246,7 @@ class Checkpointer:
         """Whether the best checkpoint is of this step."""
         return step in self._best.all_steps()
 
-    def newest(self) -> str:
+    def describe_newest(self) -> str:
         """Says which checkpoint is the newest, once saves in progress are done."""
         with contextlib.suppress(Exception):  # a failed one does not count
             self._latest.wait_until_finished()
@@ -266,7 +265,7 @@ class Checkpointer:
             self._latest.wait_until_finished()
             self._best.wait_until_finished()
 
-    def _saving(self):
+    def _saving(self) -> contextlib.AbstractContextManager:
         advice = "Earlier checkpoints are intact. Free some space or repair the disk, then run the same command again."
         return _explained(f"save a checkpoint under {self.directory.parent}", advice)
 

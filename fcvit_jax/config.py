@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fcvit_jax import mixing, optim
-from fcvit_jax.checkpoint import Checkpointer, local_path
+from fcvit_jax.checkpoint import Checkpointer
 from fcvit_jax.data import Data, open_dataset
 from fcvit_jax.errors import UserError, check_range
 from fcvit_jax.hosts import check_same, say
@@ -47,7 +47,7 @@ def check_config(config: ConfigDict) -> None:
       UserError: naming every unknown and every missing key, or the first number out of its range.
     """
     fields = [name for name in FCViT.__dataclass_fields__ if name not in ("parent", "name")]
-    known = {
+    sections = {
         "model": {"name", *fields},
         "data": _keywords(open_dataset),
         "mixing": _keywords(mixing.make),
@@ -56,20 +56,13 @@ def check_config(config: ConfigDict) -> None:
         "checkpoint": _keywords(Checkpointer),
         "train": {"steps", "epochs", "log_every", "eval_every", "accumulate", "ema_decay"},
     }
-    required = {
-        "model": {"name", "num_classes"},
-        "data": {"dataset", "batch_size", "image_size"},
-        "train": known["train"],
-    }
-    names = {f"{section}.{key}" for section, keys in known.items() for key in keys}
-    names |= {"seed", "init_from", "resume_with_changes", "compilation_cache"}
-    needed = {f"{section}.{key}" for section, keys in required.items() for key in keys} | {
-        name for name in names if "." not in name
-    }
+    known = {f"{section}.{key}" for section, keys in sections.items() for key in keys}
+    known |= {"seed", "init_from", "resume_with_changes", "compilation_cache"}
+    needed = known - {f"model.{field}" for field in fields if field != "num_classes"}  # the variant has the others
     given = set(_flat(config.to_dict()))
     faults = []
-    for key in sorted(given - names):
-        close = difflib.get_close_matches(key, names, 1)
+    for key in sorted(given - known):
+        close = difflib.get_close_matches(key, known, 1)
         faults.append(f"Unknown config key {key!r}" + (f": did you mean {close[0]!r}?" if close else "."))
     faults += [f"Config key {key!r} is missing." for key in sorted(needed - given)]
     if faults:
@@ -86,13 +79,12 @@ def _keywords(function: Callable) -> set[str]:
     return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def check_sizes(data: Data, mesh: Mesh, model: FCViT, accumulate: int = 1, group: int | None = None) -> None:
+def check_sizes(data: Data, mesh: Mesh, model: FCViT, accumulate: int | None = None) -> None:
     """Checks what no function can check alone: that dataset, batch, devices and model fit each other.
 
     Args:
       data, mesh, model: of the run.
-      accumulate: parts that a batch is computed in.
-      group: images that share batch statistics in training; None or 0: all of a part.
+      accumulate: parts that a training batch is computed in; None: nothing is trained.
 
     Raises:
       UserError: they do not.
@@ -102,13 +94,14 @@ def check_sizes(data: Data, mesh: Mesh, model: FCViT, accumulate: int = 1, group
             f"The dataset has {data.num_classes} classes, the model {model.num_classes}: "
             f"set --config.model.num_classes={data.num_classes}."
         )
-    part, rest = divmod(data.batch_size, accumulate)
+    group, parts = model.bn_group_size, accumulate or 1
+    part, rest = divmod(data.batch_size, parts)
     if rest or part % mesh.size:
         raise UserError(
-            f"data.batch_size={data.batch_size} cannot be split evenly over train.accumulate={accumulate} parts and "
-            f"{mesh.size} devices: choose a multiple of {accumulate * mesh.size}."
+            f"data.batch_size={data.batch_size} cannot be split evenly over train.accumulate={parts} parts and "
+            f"{mesh.size} devices: choose a multiple of {parts * mesh.size}."
         )
-    if group and part % group:
+    if accumulate and group and part % group:
         raise UserError(
             f"A batch of {part} images (data.batch_size={data.batch_size}, train.accumulate={accumulate}) is not a "
             f"multiple of model.bn_group_size={group}: choose a batch that is, or model.bn_group_size=0 for all {part}."
@@ -125,21 +118,17 @@ def check_hosts(config: ConfigDict, data: Data) -> None:
     check_same("datasets", [data.num_train, data.num_eval, data.class_names])
 
 
-def check_workdir(config: ConfigDict, workdir: str | Path) -> Path:
+def check_workdir(config: ConfigDict, workdir: Path) -> None:
     """Compares a config with `<workdir>/config.json`, if the folder holds a run.
 
     A start that has saved no checkpoint binds no later one.
 
-    Returns:
-      The folder's absolute path.
-
     Raises:
-      UserError: the folder holds checkpoints of another config, or is no local path.
+      UserError: the folder holds checkpoints of another config.
     """
-    workdir = local_path(workdir)
     path = workdir / "config.json"
     if not path.exists():
-        return workdir
+        return
     try:
         old = _flat(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
@@ -156,7 +145,6 @@ def check_workdir(config: ConfigDict, workdir: str | Path) -> Path:
     if lines:
         what = "going on with" if has_checkpoint else "no checkpoint yet, so starting with"
         say("\n".join([f"{what} changes to the config of {workdir}:", *lines]))
-    return workdir
 
 
 def check_data(config: ConfigDict, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

@@ -174,7 +174,7 @@ def train_batches(
     if data.train is None:
         noise = _noise(data, len(rows))
         return (noise for _ in range(num_steps))
-    data = dataclasses.replace(data, eval=None)  # which workers need not be sent
+    data = dataclasses.replace(data, eval=None)  # not needed by the workers, to which the rest is sent
     return _stream(data, functools.partial(_train_batch, data, seed, rows), start_step, start_step + num_steps)
 
 
@@ -194,8 +194,9 @@ def eval_batches(data: Data, process_index: int = 0, process_count: int = 1) -> 
     """
     rows = _rows(data, process_index, process_count)
     if data.eval is None:
-        return (batch | {"mask": np.ones(len(rows), bool)} for batch in [_noise(data, len(rows))])
-    data = dataclasses.replace(data, train=None)  # which workers need not be sent
+        noise = _noise(data, len(rows)) | {"mask": np.ones(len(rows), bool)}
+        return (noise for _ in range(1))
+    data = dataclasses.replace(data, train=None)  # not needed by the workers, to which the rest is sent
     return _stream(data, functools.partial(_eval_batch, data, rows), 0, -(-data.num_eval // data.batch_size))
 
 

@@ -17,10 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 IMPLS = ("lax", "shift", "banded", "toeplitz")
 
-_TERMS = 14  # products in a loop's body: more spill registers, fewer pass over the sums too often
-_CHANNELS = 16  # of a block, so that a filter's row of eleven taps stays in registers
+_TERMS = 14  # products in a loop's body: more would spill registers, fewer read and write the sums too often
+_CHANNELS = 16  # of a block: so few that a filter's row of eleven taps stays in registers
 _LANES = 128  # a side of a TPU's matrix unit
-_TPU_TAPS = 25  # of a filter, from which on the matrix units are faster
+_TPU_TAPS = 25  # of the smallest filter for which the matrix units are faster
 
 
 def depthwise_conv(x: jax.Array, kernel: jax.Array, impl: str | None = None) -> jax.Array:
@@ -121,7 +121,7 @@ def _lax_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax
         kernel = jax.ShapeDtypeStruct((*window, x.shape[3]), x.dtype)
         return jax.linear_transpose(partial(_lax, x), kernel)(g)[0].astype(jnp.float32)
 
-    # Where only some axes split the batch, XLA (of JAX 0.10 to 0.12) adds up over the others too.
+    # If the batch is split over only some of several axes, XLA (of JAX 0.10 to 0.12) wrongly sums over the others too.
     return _summed(taps, axes if len(axes) > 1 else ())(x, g)
 
 
@@ -161,7 +161,7 @@ def _pad(x: jax.Array, rows: int, cols: int) -> jax.Array:
 def _by_channels(f: Callable[..., jax.Array], terms: int, out: jax.Array, *arrays: jax.Array) -> jax.Array:
     """Fills `out` with `f`, a sum of `terms` products, of each block of channels (the last axis) of the arrays."""
     channels = out.shape[-1]
-    # A sum of a single turn is fused with what is around it, which a loop over blocks would prevent.
+    # XLA fuses a sum that fits one loop body with its neighbours; a loop over blocks would prevent that.
     if channels % _CHANNELS or terms <= _TERMS:
         return f(*arrays)
 

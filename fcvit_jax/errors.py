@@ -1,4 +1,4 @@
-"""The one exception that is meant for users to read, and the check that raises it most often."""
+"""The exception for mistakes that a user can fix, and the check of a number's range, which raises it."""
 
 import math
 

@@ -33,7 +33,7 @@ def eval_step(model: FCViT, variables: Mapping[str, Any], batch: Mapping[str, ja
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
     own = jnp.take_along_axis(logits, label[:, None], axis=1)
     classes = jnp.arange(logits.shape[1])
-    # How many classes come before the label: the better ones (a NaN is better) and, as argmax has it, equals before it.
+    # How many classes rank before the label: larger logits (NaN is the largest) and, as in argmax, earlier equal ones.
     rank = (~(logits <= own) | ((logits == own) & (classes < label[:, None]))).sum(1)
     return {
         "loss": jnp.where(mask, loss, 0).sum(),
@@ -58,15 +58,13 @@ def evaluate(
       "loss" (mean cross-entropy), "top1" and "top5" (fractions) and "count" (examples).
     """
     totals: Counter[str] = Counter()
-    ahead = None  # read one batch late, so that the device never waits for the host
+    ahead: dict[str, jax.Array] = {}  # read one batch late, so that the device never waits for the host
     for batch in batches:
         with jax.set_mesh(mesh):  # for the depthwise convolutions
             sums = eval_step(model, variables, global_batch(batch, mesh))
-        if ahead is not None:
-            totals.update(_as_floats(ahead))
-        ahead = sums
-    if ahead is not None:
         totals.update(_as_floats(ahead))
+        ahead = sums
+    totals.update(_as_floats(ahead))
     count = int(totals["count"])
     return {name: totals[name] / max(count, 1) for name in ("loss", "top1", "top5")} | {"count": count}
 

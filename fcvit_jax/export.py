@@ -43,7 +43,7 @@ def export(checkpoint: str | Path, dest: str | Path) -> None:
       UserError: the checkpoint cannot be read, the folder is not empty or cannot be written.
     """
     dest = Path(dest).expanduser()
-    if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
+    if dest.is_file() or (dest.is_dir() and any(dest.iterdir())):
         raise UserError(f"{dest} is not an empty folder: choose another.")
     model, variables, metadata = load(checkpoint)
     about = {key: metadata[key] for key in ("class_names", "image_size", "crop_pct", "model")}

@@ -1,4 +1,4 @@
-"""A run on several hosts: how they find each other, and how all of them learn of an error on one."""
+"""A run on several hosts: how they find each other, and how an error or a signal on one of them reaches all."""
 
 import contextlib
 import importlib.util
@@ -40,10 +40,8 @@ def start_distributed(coordinator: str | None, num_processes: int | None, proces
     Raises:
       UserError: the flags are incomplete, or the others cannot be reached.
     """
-    flags = (coordinator, num_processes, process_id)
-    if any(flag is not None for flag in flags):
-        if any(flag is None for flag in flags):
-            raise UserError("Give all of --coordinator=HOST:PORT, --num_processes=N and --process_id=I, or none.")
+    if len({flag is None for flag in (coordinator, num_processes, process_id)}) > 1:
+        raise UserError("Give all of --coordinator=HOST:PORT, --num_processes=N and --process_id=I, or none.")
     launched = any(int(os.environ.get(name, 1)) > 1 for name in _LAUNCHER_COUNTS)
     told = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS") or launched
     # The environment of a TPU VM need not tell that it is one of a pod: JAX then asks the metadata server.
@@ -207,7 +205,9 @@ class StopSignal:
 
 
 class Feed:
-    """This host's batches; on several hosts a failure is kept until `check`, which raises it on all.
+    """This host's batches; an error on one of several hosts waits until `check` raises it on all.
+
+    Until then the last batch is repeated, so that no host is left waiting for this one.
 
     Args:
       batches: a closable iterator of dicts of arrays, all of the same shapes.

@@ -6,15 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.initializers import normal
 
 from fcvit_jax.depthwise import depthwise_conv
 from fcvit_jax.errors import UserError
 
-# `variance_scaling(2, "fan_out")` ignores groups, so the standard deviations are written out.
-normal = nn.initializers.normal
 
-
-@jax.checkpoint  # recomputed in the backward pass, which would keep three maps else
+@jax.checkpoint  # recomputed in the backward pass, which would otherwise keep three maps
 def gelu(x: jax.Array) -> jax.Array:
     """The exact GELU, in float32 inside; XLA's erf is cheaper than the erfc that `jax.nn.gelu` uses."""
     y = x.astype(jnp.float32)
@@ -95,7 +93,7 @@ class BatchNorm(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """Depthwise convolution with stride 1, same size and bias; kernel (k, k, C)."""
+    """Depthwise convolution with a bias; stride 1, the output as large as the input; kernel (k, k, C)."""
 
     kernel_size: int
     dtype: Any = jnp.float32
@@ -104,6 +102,7 @@ class DepthwiseConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         k, channels = self.kernel_size, x.shape[-1]
+        # Not `variance_scaling(2, "fan_out")`, which takes all channels for outputs of one filter.
         kernel = self.param("kernel", normal(2**0.5 / k), (k, k, channels), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)

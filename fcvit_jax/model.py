@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.core import lift
+from flax.linen.initializers import normal
 from jax.experimental.scheduling_groups import xla_metadata_call
 
 from fcvit_jax.blocks import Block, ChannelMixer, TokenMixer, drop_path_factors
 from fcvit_jax.errors import UserError, check_range
-from fcvit_jax.layers import Downsample, group_norm, normal
+from fcvit_jax.layers import Downsample, group_norm
 
 VARIANTS = {
     "fcvit_tiny": {"depths": (3, 3, 5, 2), "dims": (32, 64, 160, 320), "mlp_ratios": (8, 8, 4, 4)},
@@ -164,7 +165,7 @@ class FCViT(_Stages):
       context_heads: similarities per position; must divide `dims`.
       context_reduction: the context's bottleneck has C // context_reduction channels.
       mix_reduction: the token mixer's bottleneck has C // mix_reduction channels; 1: no bottleneck.
-      mix_min_dim: but at least this many.
+      mix_min_dim: the fewest channels of that bottleneck.
       mlp_kernel_size: depthwise kernel of the channel mixer, odd; None: none.
       spatial_attention: gate the end of the token mixer.
       channel_attention: add channel attention at the end of the channel mixer.
@@ -228,27 +229,27 @@ def _is_supported(dtype: Any) -> bool:
         return False
 
 
-def _options(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a variant, by our name or by the original's (fcvit_b12, ...), with `overrides`; lists as tuples."""
+def _create(module: type[nn.Module], name: str, overrides: dict[str, Any]) -> Any:
+    """Makes a module of a variant, by our name or by the original's (fcvit_b12, ...), and checks its fields."""
     ours = name.replace("fcvit_b", "fcvit_s")
     if ours not in VARIANTS:
         raise UserError(f"Unknown model {name!r}: choose from {', '.join(VARIANTS)}.")
     # JSON and command lines give lists, with which a module could not be hashed.
-    options = VARIANTS[ours] | {key: tuple(x) if isinstance(x, list) else x for key, x in overrides.items()}
+    model = module(**VARIANTS[ours] | {key: tuple(x) if isinstance(x, list) else x for key, x in overrides.items()})
     rates = ("dropout_rate", "drop_path_rate")
     counts = ("context_heads", "context_reduction", "mix_reduction", "mix_min_dim")
-    check_range("model", 0, below=1, **{key: options[key] for key in rates if key in options})
-    check_range("model", 1, **{key: options[key] for key in counts if key in options})
-    check_range("model", 0, bn_group_size=options.get("bn_group_size") or 0)
+    check_range("model", 0, below=1, **{key: getattr(model, key) for key in rates})
+    check_range("model", 1, **{key: getattr(model, key) for key in counts})
+    check_range("model", 0, bn_group_size=model.bn_group_size or 0)
     for key in ("dtype", "param_dtype"):
-        if not _is_supported(options.get(key, jnp.float32)):
-            raise UserError(f"model.{key}={options[key]!r} is not supported: choose float32 or bfloat16.")
-    for size in (*options.get("kernel_sizes", ()), options.get("mlp_kernel_size")):
+        if not _is_supported(getattr(model, key)):
+            raise UserError(f"model.{key}={getattr(model, key)!r} is not supported: choose float32 or bfloat16.")
+    for size in (*model.kernel_sizes, model.mlp_kernel_size):
         if size is not None and size % 2 == 0:
             raise UserError(f"model.kernel_sizes and model.mlp_kernel_size must be odd, which {size} is not.")
-    if len({len(options[key]) for key in ("depths", "dims", "mlp_ratios")}) > 1:
+    if len({len(sizes) for sizes in (model.depths, model.dims, model.mlp_ratios)}) > 1:
         raise UserError("model.depths, model.dims and model.mlp_ratios must have one entry for each stage.")
-    return options
+    return model
 
 
 def create_model(name: str, num_classes: int = 1000, **overrides) -> FCViT:
@@ -266,7 +267,7 @@ def create_model(name: str, num_classes: int = 1000, **overrides) -> FCViT:
     Raises:
       UserError: the name is unknown, or a value is not allowed, such as a rate of 1, an even kernel or a 64-bit dtype.
     """
-    return FCViT(num_classes=num_classes, **_options(name, overrides))
+    return _create(FCViT, name, {"num_classes": num_classes, **overrides})
 
 
 def create_backbone(name: str, **overrides) -> Backbone:
@@ -281,4 +282,4 @@ def create_backbone(name: str, **overrides) -> Backbone:
     Raises:
       UserError: the name is unknown, or a value is not allowed, such as a rate of 1, an even kernel or a 64-bit dtype.
     """
-    return Backbone(**_options(name, overrides))
+    return _create(Backbone, name, overrides)

@@ -174,7 +174,7 @@ def update_ema(ema: Any, new: Any, decay: float) -> Any:
     return optax.incremental_update(optax.tree.cast(new, jnp.float32), ema, 1 - decay)
 
 
-def _in_head(params: Any) -> Any:
+def _in_head(params: dict[str, Any]) -> dict[str, bool]:
     if "head" not in params:
         raise UserError("optim.head_lr_multiplier is set, but the model has no parameters under 'head'; leave it at 1.")
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == "head", params)
+    return {name: name == "head" for name in params}

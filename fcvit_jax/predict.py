@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcvit_jax.augment import eval_transform
+from fcvit_jax.augment import IMAGE_SUFFIXES, eval_transform
 from fcvit_jax.checkpoint import find_step, load_metadata, load_model, load_variables, local_path
 from fcvit_jax.errors import UserError
 from fcvit_jax.mixing import normalize
 from fcvit_jax.model import FCViT
-from fcvit_jax.sources import IMAGE_SUFFIXES
 
 CHECKPOINT_HELP = "a run's folder, its checkpoints or best folder (the newest step is taken), or one step's folder"
 
@@ -95,7 +94,7 @@ def probabilities(model: FCViT, variables: Mapping[str, Any], images: jax.Array)
 
 
 def _find_images(paths: Iterable[Path]) -> list[Path]:
-    """The paths, with the images beneath it in place of each folder."""
+    """The paths, each folder replaced by the images beneath it."""
     found = []
     for path in paths:
         if path.is_dir():

@@ -1,5 +1,6 @@
 """Where arrays live: the mesh of devices, and the shardings of batches and of the training state."""
 
+import math
 from typing import Any
 
 import jax
@@ -70,6 +71,4 @@ def state_shardings(tree: Any, mesh: Mesh) -> Any:
 
 def bytes_per_device(tree: Any) -> int:
     """Bytes that a sharded pytree of `jax.ShapeDtypeStruct` or arrays takes on each device."""
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -14,9 +14,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from fcvit_jax import digits
+from fcvit_jax.augment import IMAGE_SUFFIXES
 from fcvit_jax.errors import UserError
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclasses.dataclass(frozen=True)

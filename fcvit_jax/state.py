@@ -68,8 +68,8 @@ def init_variables(model: FCViT, mesh: Mesh, seed: int) -> dict[str, Any]:
     key = jax.random.key(seed)
     keys = [key, *(jax.random.fold_in(key, i) for i in range(1, max(model.depths)))]
     shardings = state_shardings(_init_first_blocks.eval_shape(model, key), mesh)
-    # One program for all draws: XLA takes as long for hundreds of them as for the training step. On a CPU, optimising
-    # it takes longer than running it.
+    # One program, run once for each block of a stage: compiling the draws of all blocks takes XLA as long as compiling
+    # the training step. On a CPU, optimising the program takes longer than running it.
     options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
     init = jax.jit(_init_first_blocks, static_argnums=0, out_shardings=shardings, compiler_options=options)
     return _join(model, [init(model, key) for key in keys])

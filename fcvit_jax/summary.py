@@ -109,7 +109,7 @@ def _saved_bytes(module: nn.Module, x: jax.ShapeDtypeStruct, *train: bool) -> in
 
 
 def _part_name(module_name: str) -> str:
-    """ "stages_0_block_1" -> "stage 1", as people count."""
+    """The part that a module belongs to: of "stages_0_block_1" it is "stage 1", as people count."""
     if module_name.startswith("stages"):
         return f"stage {int(module_name.split('_')[1]) + 1}"
     return module_name.replace("_", " ")

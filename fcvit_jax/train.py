@@ -37,16 +37,6 @@ from fcvit_jax.state import TrainState, abstract_state, create_state, init_varia
 _NO_BEST = {"step": 0, "top1": -1.0}  # worse than any
 
 
-def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Mean cross-entropy of soft targets.
-
-    Args:
-      logits: (N, num_classes) float32.
-      targets: (N, num_classes) float32, rows that sum to 1.
-    """
-    return -(targets * jax.nn.log_softmax(logits)).sum(-1).mean()
-
-
 @functools.partial(
     jax.jit,
     static_argnames=("model", "tx", "schedule", "mix", "mesh", "ema_decay", "accumulate"),
@@ -89,7 +79,7 @@ def train_step(
         variables = {"params": params, "batch_stats": state.batch_stats}
         network = model.clone(share_blocks=True)
         logits, updates = network.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": key})
-        return soft_cross_entropy(logits, targets), updates["batch_stats"]
+        return optax.softmax_cross_entropy(logits, targets).mean(), updates["batch_stats"]
 
     def one_part(images, targets, key):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for the depthwise convolutions
@@ -104,7 +94,7 @@ def train_step(
             x.reshape(-1, accumulate, unit, *x.shape[1:]).swapaxes(0, 1).reshape(accumulate, -1, *x.shape[1:])
             for x in (images, targets)
         ]
-        # Else XLA would split the parts over the devices, and have each compute all of every part.
+        # Otherwise XLA would split the axis of the parts over the devices, and each would compute every part whole.
         parts = jax.lax.with_sharding_constraint(parts, batch_sharding(mesh, axis=1))
         keys = jax.random.split(dropout_key, accumulate)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one_part, images, targets, keys[0]))
@@ -114,7 +104,7 @@ def train_step(
         # All parts start from the same running statistics, so that their mean is what one large batch gives.
         (loss, batch_stats), grads = jax.tree.map(lambda x: x / accumulate, sums)
 
-    # As the state they go into; else fsdp gathers them once more for their norm.
+    # Sharded like the state that they update; otherwise fsdp would gather them once more, for their norm.
     grads = jax.lax.with_sharding_constraint(grads, state_shardings(grads, mesh))
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -129,7 +119,7 @@ def train_step(
 def _global_norm(grads: Any) -> jax.Array:
     """The root of the sum of all squares, () float32."""
     leaves = [g.astype(jnp.float32) for g in jax.tree.leaves(grads)]
-    # Joined where fsdp keeps them whole, since XLA takes long to compile hundreds of sums.
+    # Those that fsdp does not split are joined first, since XLA takes long to compile hundreds of sums.
     small = jnp.concatenate([jnp.zeros(1), *(g.ravel() for g in leaves if g.size < MIN_SHARDED_SIZE)])
     large = [g for g in leaves if g.size >= MIN_SHARDED_SIZE]
     return jnp.sqrt(jnp.stack([jnp.square(g).sum() for g in (small, *large)]).sum())
@@ -161,11 +151,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
         model = create_model(**config.model)
         tx, schedule = optim.make_optimizer(data.steps_per_epoch, config.train.epochs, data.batch_size, **config.optim)
         mix = mixing.make(model.num_classes, **config.mixing)
-        check_sizes(data, mesh, model, config.train.accumulate, model.bn_group_size)
+        check_sizes(data, mesh, model, config.train.accumulate)
         images = jax.ShapeDtypeStruct((data.batch_size, data.image_size, data.image_size, 3), jnp.uint8)
         labels = jax.ShapeDtypeStruct((data.batch_size,), jnp.int32)
         jax.eval_shape(mix, jax.random.key(0), images, labels)  # raises where the batch is no whole number of groups
-        workdir = check_workdir(config, workdir)
+        workdir = local_path(workdir)
+        check_workdir(config, workdir)
     check_hosts(config, data)
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
@@ -178,9 +169,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     eval_steps = config.train.eval_every * data.steps_per_epoch
     say(describe_run(config, data, mesh, model, abstract, schedule, total))
 
-    restored = checkpointer.restore(abstract)
-    if restored is not None and int(restored[0].step) > total:
-        raise UserError(f"{workdir} is at step {int(restored[0].step)}, beyond the {total} steps of this config.")
     about = {
         "model": config.model.to_dict(),
         "class_names": list(data.class_names),
@@ -188,12 +176,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
         "image_size": data.image_size,
         "crop_pct": data.crop_pct,
     }
-    if restored is not None:
+    if restored := checkpointer.restore(abstract):
         state, metadata = restored
+        if int(state.step) > total:
+            raise UserError(f"{workdir} is at step {int(state.step)}, beyond the {total} steps of this config.")
         check_data(config, metadata, about)
         metadata |= about
         if not checkpointer.has_best(metadata["best"]["step"]):
-            # It is lost, or the run was killed before it was written: then it is this one.
+            # The best is lost, or the run was killed before it was written; in that case it is the state just restored.
             metadata["best"] = _NO_BEST
             if metadata["evaluated"]["step"] == int(state.step):
                 metadata["best"] = metadata["evaluated"]
@@ -323,7 +313,7 @@ def _report(
     if not all(map(math.isfinite, values.values())):
         numbers = ", ".join(f"{name.removeprefix('train/')} {value}" for name, value in values.items())
         raise UserError(
-            f"Step {step}: {numbers}. This state was not saved; {checkpointer.newest()}.\n"
+            f"Step {step}: {numbers}. This state was not saved; {checkpointer.describe_newest()}.\n"
             "Try a lower --config.optim.lr, a longer warm-up (optim.warmup_epochs), clipped gradients "
             "(optim.clip_norm=1.0) or model.dtype=float32, with --config.resume_with_changes=True to go on from there."
         )

@@ -67,10 +67,9 @@ def head_correlation(maps: np.ndarray) -> float:
     Returns:
       In [-1, 1]; NaN where no two heads have a map that varies.
     """
-    centred = maps.reshape(-1, maps.shape[-1]) - maps.mean((0, 1))
-    norms = np.linalg.norm(centred, axis=0)
-    unit = centred[:, norms > 0] / norms[norms > 0]
-    pairs = (unit.T @ unit)[np.triu_indices(unit.shape[1], 1)]
+    maps = maps.reshape(-1, maps.shape[-1])
+    maps = maps[:, maps.std(0) > 0]
+    pairs = np.atleast_2d(np.corrcoef(maps, rowvar=False))[np.triu_indices(maps.shape[1], 1)]
     return float(pairs.mean()) if pairs.size else float("nan")
 
 

@@ -186,7 +186,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_intact(workdir, mesh, states):
         with pytest.raises(UserError, match="(?s)Could not save a checkpoint under.*Earlier checkpoints are intact"):
             checkpointer.save(make_state(mesh, 6), METADATA)
             checkpointer.wait()
-        assert checkpointer.newest() == f"the newest checkpoint is {workdir / 'checkpoints/4'}"
+        assert checkpointer.describe_newest() == f"the newest checkpoint is {workdir / 'checkpoints/4'}"
         checkpointer.close()
 
         checkpointer = Checkpointer(workdir)

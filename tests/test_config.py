@@ -6,6 +6,7 @@ import pytest
 import tiny_config
 
 from configs import cifar10, digits, fcvit_s12, fcvit_s24, fcvit_s48, fcvit_tiny, finetune, imagenet
+from fcvit_jax.checkpoint import local_path
 from fcvit_jax.config import check_config, check_workdir, write_config
 from fcvit_jax.errors import UserError
 
@@ -25,13 +26,16 @@ def test_unknown_and_missing_keys_are_named():
         config.optim.weigth_decay = 0.1
         config.trian = 1
         del config.train.epochs
-        del config.data.dataset
+        del config.optim.lr
+        del config.mesh
     with pytest.raises(UserError) as info:
         check_config(config)
     assert str(info.value).splitlines() == [
         "Unknown config key 'optim.weigth_decay': did you mean 'optim.weight_decay'?",
         "Unknown config key 'trian'.",
-        "Config key 'data.dataset' is missing.",
+        "Config key 'mesh.data' is missing.",
+        "Config key 'mesh.fsdp' is missing.",
+        "Config key 'optim.lr' is missing.",
         "Config key 'train.epochs' is missing.",
     ]
 
@@ -46,7 +50,7 @@ def test_numbers_below_one_are_refused(key):
 
 def test_another_config_is_refused_and_its_keys_named(tmp_path, capsys):
     config = tiny_config.get_config()
-    assert check_workdir(config, tmp_path / "run") == tmp_path / "run"
+    check_workdir(config, tmp_path / "run")
     write_config(config, tmp_path / "run")
     check_workdir(config, tmp_path / "run")
     assert json.loads((tmp_path / "run/config.json").read_text())["optim"]["lr"] == config.optim.lr
@@ -85,7 +89,7 @@ def test_what_changes_no_result_may_change(tmp_path, capsys):
 def test_folders_that_are_no_good_are_refused(tmp_path):
     config = tiny_config.get_config()
     with pytest.raises(UserError, match="mount the bucket"):
-        check_workdir(config, "gs://bucket/run")
+        local_path("gs://bucket/run")
     (tmp_path / "config.json").write_text('{"seed": ')
     with pytest.raises(UserError, match="config.json cannot be read"):
         check_workdir(config, tmp_path)
