@@ -1,12 +1,11 @@
 """Trains or evaluates FCViT: `python main.py --config=configs/digits.py --workdir=runs/digits`."""
 
-import os
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from fcvit_jax.errors import UserError
+from fcvit_jax.errors import exit_on_error
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The config file, such as configs/digits.py; --config.KEY=VALUE overrides a key."
@@ -27,18 +26,15 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
     if _MODE.value == "train" and _CHECKPOINT.value:
         raise app.UsageError("--checkpoint goes with --mode=eval: training resumes from the newest checkpoint")
-    try:
+    with exit_on_error():
         run()
-    except KeyboardInterrupt:
-        sys.stdout.flush()
-        os._exit(130)  # a normal exit during compilation may crash the process
 
 
 def run() -> None:
     """Does what the flags say.
 
     Raises:
-      SystemExit: with a message, on a mistake that the user can fix.
+      UserError: on a mistake that the user can fix.
     """
     # Grain's workers import this file again, and need none of this.
     from fcvit_jax.checkpoint import quieten
@@ -56,10 +52,8 @@ def run() -> None:
             train_and_evaluate(_CONFIG.value, _WORKDIR.value)
         else:
             evaluate_checkpoint(_CONFIG.value, _WORKDIR.value, _CHECKPOINT.value or "checkpoints")
-    except Exception as error:
+    except Exception:
         exit_within(30)
-        if isinstance(error, UserError):
-            sys.exit(f"error: {error}")
         raise
 
 
@@ -79,7 +73,10 @@ def parse_flags(argv: list[str]) -> list[str]:
         # ml_collections says what key is missing, Python itself which object of a config file lacks an attribute.
         in_file = isinstance(error, OSError) or getattr(error, "obj", None) is not None
         what = "--config cannot be read" if in_file else "no such config key"
-        sys.exit(f"error: {what}: {error.args[0]}")
+        text = str(error.args[0])
+        if not in_file and "Did you mean" not in text:
+            text += "\nFields of the model that the config does not set go into a config file, as in configs/digits.py."
+        sys.exit(f"error: {what}: {text}")
 
 
 if __name__ == "__main__":

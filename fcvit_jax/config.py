@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -147,16 +147,22 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
         say("\n".join([f"{what} changes to the config of {workdir}:", *lines]))
 
 
+def class_changes(old: Sequence[str], new: Sequence[str]) -> list[str]:
+    """Lines that say which classes differ, the first ten of them."""
+    names = zip_longest(old, new)
+    lines = [f"  class {i}: {a} -> {b}" for i, (a, b) in enumerate(names) if a != b]
+    if lines[10:]:
+        lines[10:] = [f"  and {len(lines) - 10} more classes"]
+    return lines
+
+
 def check_data(config: ConfigDict, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Compares the dataset of a run's checkpoint ("class_names" and "num_train") with that of its new start.
 
     Raises:
       UserError: they differ, so labels, order or epochs would differ too, and `resume_with_changes` is off.
     """
-    names = zip_longest(old["class_names"], new["class_names"])
-    lines = [f"  class {i}: {a} -> {b}" for i, (a, b) in enumerate(names) if a != b]
-    if lines[10:]:
-        lines[10:] = [f"  and {len(lines) - 10} more classes"]
+    lines = class_changes(old["class_names"], new["class_names"])
     if old["num_train"] != new["num_train"]:
         lines.append(f"  training images: {old['num_train']:,} -> {new['num_train']:,}")
     if lines and not config.resume_with_changes:

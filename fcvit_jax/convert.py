@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import re
-import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 from absl import logging
 from flax import traverse_util
 
-from fcvit_jax.errors import UserError
+from fcvit_jax.errors import UserError, exit_on_error
 from fcvit_jax.model import VARIANTS, Backbone, FCViT, create_backbone, create_model
 from fcvit_jax.original import (
     from_original,
@@ -286,8 +285,10 @@ def _read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str
     try:
         with np.load(path) as file:
             arrays = dict(file)
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"Could not read {path}; it may be damaged: {error}") from error
+    except OSError as error:
+        raise UserError(f"Could not read {path}: {error.strerror}.") from error
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:  # what NumPy says may advise to run code
+        raise UserError(f"Could not read {path}: it is damaged, or no .npz.") from error
     return arrays, json.loads(str(arrays.pop(METADATA, "{}")))
 
 
@@ -303,11 +304,13 @@ def _read_torch(path: Path, ema: bool | None) -> dict[str, np.ndarray]:
     """The state dict of a file of the original, which may hold it bare or with timm's other entries around it."""
     torch = _torch()
     try:
-        # timm's files hold their command line, which can do no harm; nothing else may be built, let alone run.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        file = path.open("rb")
     except OSError as error:
         raise UserError(f"Could not read {path}: {error.strerror}.") from error
+    try:
+        # timm's files hold their command line, which can do no harm; nothing else may be built, let alone run.
+        with file, torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler stumbles over; what it says advises to run such code
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(f"Refused to read {path}: it wants to run code when read ({code[1]}).") from error
@@ -339,10 +342,8 @@ def main(argv: list[str] | None = None) -> None:
         "--ema", action="store_true", default=None, help="read the averages; the default for a run that kept them"
     )
     args = parser.parse_args(argv)
-    try:
+    with exit_on_error():
         convert(args.source, args.dest, ema=args.ema)
-    except UserError as error:
-        sys.exit(f"error: {error}")
     dest = Path(args.dest).expanduser()
     print(f"wrote the {'folder' if dest.is_dir() else 'file'} {dest}")
 

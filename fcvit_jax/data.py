@@ -19,7 +19,7 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from fcvit_jax import augment, sources
 from fcvit_jax.errors import UserError, check_range
@@ -117,6 +117,9 @@ def open_dataset(
         num_train, num_eval = 1_281_167, batch_size
     else:
         if dataset.startswith("folder:"):
+            for key, split in {"train_split": train_split, "eval_split": eval_split}.items():
+                if "[" in split:
+                    logging.warning("data.%s=%s takes no part of a folder: all of its images are used.", key, split)
             train, evaluation, class_names = sources.open_folder(os.path.expanduser(dataset.removeprefix("folder:")))
         else:
             train, evaluation, class_names = sources.open_tfds(

@@ -1,10 +1,26 @@
-"""The exception for mistakes that a user can fix, and the check of a number's range, which raises it."""
+"""The exception for mistakes that a user can fix, and what most often raises or shows it."""
 
+import contextlib
 import math
+import os
+import sys
+from collections.abc import Iterator
 
 
 class UserError(ValueError):
     """A mistake the user can fix: `main.py` and the tools print its message without a traceback and exit with 1."""
+
+
+@contextlib.contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Ends a command-line tool with a message instead of a traceback: status 1 on a `UserError`, 130 on Ctrl-C."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        os._exit(130)  # a normal exit during compilation may crash the process
 
 
 def check_range(section: str, low: float, below: float = math.inf, **values: float) -> None:

@@ -9,7 +9,6 @@ To run it, with nothing installed but JAX and flatbuffers::
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -19,7 +18,7 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save
 
-from fcvit_jax.errors import UserError
+from fcvit_jax.errors import UserError, exit_on_error
 from fcvit_jax.mixing import normalize
 from fcvit_jax.predict import CHECKPOINT_HELP, load
 
@@ -78,10 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
     parser.add_argument("dest", type=Path, metavar="DEST", help="a new or empty folder")
     args = parser.parse_args(argv)
-    try:
+    with exit_on_error():
         export(args.checkpoint, args.dest)
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

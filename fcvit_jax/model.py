@@ -87,7 +87,15 @@ class _Stages(nn.Module):
 
         Returns:
           Four arrays (N, ceil(H / s), ceil(W / s), dims[i]) of `dtype`, with s = 4, 8, 16 and 32.
+
+        Raises:
+          UserError: the images are of another shape or dtype.
         """
+        if images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
+            raise UserError(
+                f"Images must be (N, H, W, 3) floats, as fcvit_jax.mixing.normalize makes of uint8, not "
+                f"{images.dtype} {images.shape}."
+            )
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         token_mixer = functools.partial(
             TokenMixer,
@@ -241,6 +249,13 @@ def _create(module: type[nn.Module], name: str, overrides: dict[str, Any]) -> An
     check_range("model", 0, below=1, **{key: getattr(model, key) for key in rates})
     check_range("model", 1, **{key: getattr(model, key) for key in counts})
     check_range("model", 0, bn_group_size=model.bn_group_size or 0)
+    check_range("model", 1, mlp_kernel_size=model.mlp_kernel_size or 1)
+    for key, low in (("depths", 0), ("dims", 1), ("mlp_ratios", 1), ("kernel_sizes", 1)):
+        sizes = getattr(model, key)
+        if not isinstance(sizes, tuple):
+            raise UserError(f"model.{key}={sizes!r} must be a tuple of numbers.")
+        for size in sizes:
+            check_range("model", low, **{key: size})
     for key in ("dtype", "param_dtype"):
         if not _is_supported(getattr(model, key)):
             raise UserError(f"model.{key}={getattr(model, key)!r} is not supported: choose float32 or bfloat16.")
@@ -267,6 +282,7 @@ def create_model(name: str, num_classes: int = 1000, **overrides) -> FCViT:
     Raises:
       UserError: the name is unknown, or a value is not allowed, such as a rate of 1, an even kernel or a 64-bit dtype.
     """
+    check_range("model", 0, num_classes=num_classes)
     return _create(FCViT, name, {"num_classes": num_classes, **overrides})
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from fcvit_jax.augment import IMAGE_SUFFIXES, eval_transform
 from fcvit_jax.checkpoint import find_step, load_metadata, load_model, load_variables, local_path
-from fcvit_jax.errors import UserError
+from fcvit_jax.errors import UserError, exit_on_error
 from fcvit_jax.mixing import normalize
 from fcvit_jax.model import FCViT
 
@@ -43,7 +43,8 @@ def load(checkpoint: str | Path) -> tuple[FCViT, dict[str, Any], dict[str, Any]]
     path = local_path(checkpoint)
     if path.is_file():
         raise UserError(
-            f"{path} is a file, not a checkpoint's folder: python -m fcvit_jax.convert {path} FOLDER makes one."
+            f"{path} is a file, not a checkpoint's folder: python -m fcvit_jax.convert {path} FOLDER makes one,"
+            " if the file holds weights."
         )
     step = find_step(path)
     metadata = load_metadata(step)
@@ -155,10 +156,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
     args = parser.parse_args(argv)
-    try:
+    with exit_on_error():
         sys.exit(_predict(args))
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

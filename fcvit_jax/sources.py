@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
+from absl import logging
 
 from fcvit_jax import digits
 from fcvit_jax.augment import IMAGE_SUFFIXES
@@ -174,30 +175,37 @@ def open_folder(path: str) -> tuple[Files, Files, tuple[str, ...]]:
         raise UserError(
             f"{train} and {evaluation} have different classes:"
             f" only the first has {_first(train_classes.keys() - eval_classes.keys())},"
-            f" only the second has {_first(eval_classes.keys() - train_classes.keys())}"
+            f" only the second has {_first(eval_classes.keys() - train_classes.keys())}."
+            " Every class needs a folder in both."
         )
     return _files(train, train_classes), _files(evaluation, eval_classes), tuple(train_classes)
 
 
 def _list_classes(folder: str) -> dict[str, list[str]]:
-    classes = sorted(
-        (entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")),
-        key=_natural_order,
-    )
+    entries = _visible(folder)
+    classes = sorted((entry.name for entry in entries if entry.is_dir()), key=_natural_order)
     if not classes:
         raise UserError(f"{folder} has no class folders")
-    images = {
-        name: sorted(
-            file
-            for file in os.listdir(os.path.join(folder, name))
-            if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
-        )
-        for name in classes
-    }
+    images, others = {}, [entry.name for entry in entries if not entry.is_dir()]
+    for name in classes:
+        taken = {entry.name: _is_image(entry) for entry in _visible(os.path.join(folder, name))}
+        images[name] = sorted(file for file, is_image in taken.items() if is_image)
+        others += [f"{name}/{file}" for file, is_image in taken.items() if not is_image]
+    kinds = ", ".join(IMAGE_SUFFIXES)
     empty = {name for name, files in images.items() if not files}
     if empty:
-        raise UserError(f"{folder} has class folders without any image ({', '.join(IMAGE_SUFFIXES)}): {_first(empty)}")
+        raise UserError(f"{folder} has class folders without any image ({kinds}) directly in them: {_first(empty)}")
+    if others:
+        logging.warning("%s: only images (%s) directly in classes are read, not %s", folder, kinds, _first(others))
     return images
+
+
+def _visible(folder: str) -> list[os.DirEntry]:
+    return [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+
+
+def _is_image(entry: os.DirEntry) -> bool:
+    return entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file()
 
 
 def _natural_order(name: str) -> tuple:

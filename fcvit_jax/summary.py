@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import functools
 import math
-import sys
 from pathlib import Path
 
 import jax
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from fcvit_jax.blocks import Block, GlobalContext
-from fcvit_jax.errors import UserError
+from fcvit_jax.errors import UserError, exit_on_error
 from fcvit_jax.layers import DepthwiseConv
 from fcvit_jax.model import VARIANTS, FCViT, create_model
 from fcvit_jax.predict import CHECKPOINT_HELP, load
@@ -154,10 +153,8 @@ def main(argv: list[str] | None = None) -> None:
         "--image-size", type=int, metavar="PIXELS", help="side of the images (default: the checkpoint's, else 224)"
     )
     args = parser.parse_args(argv)
-    try:
+    with exit_on_error():
         _summary(args)
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

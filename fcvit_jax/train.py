@@ -15,8 +15,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fcvit_jax import mixing, optim
-from fcvit_jax.checkpoint import Checkpointer, find_step, load_model, local_path
-from fcvit_jax.config import check_config, check_data, check_hosts, check_sizes, check_workdir, write_config
+from fcvit_jax.checkpoint import Checkpointer, find_step, load_metadata, load_model, local_path
+from fcvit_jax.config import (
+    check_config,
+    check_data,
+    check_hosts,
+    check_sizes,
+    check_workdir,
+    class_changes,
+    write_config,
+)
 from fcvit_jax.convert import load_pretrained
 from fcvit_jax.data import Data, eval_batches, open_dataset, train_batches
 from fcvit_jax.errors import UserError
@@ -218,7 +226,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
             is_best = False
             is_eval = step == total or (step > 0 and step % eval_steps == 0)
             if is_eval and metadata["evaluated"]["step"] != step and not stop.received:
-                result = _evaluate(data, model, state.eval_variables, mesh, stop.watch)
+                try:
+                    result = _evaluate(data, model, state.eval_variables, mesh, stop.watch)
+                except UserError:  # a broken image, on all hosts alike: once it is replaced, the run goes on from here
+                    checkpointer.save(state, metadata)
+                    checkpointer.wait()
+                    raise
                 if not stop.received:
                     metadata["evaluated"] = {"step": step, **result}
                     writer.write(step, {f"eval/{name}": value for name, value in result.items()})
@@ -290,6 +303,9 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
         variables = load_pretrained(path, model)
     check_hosts(config, data)
     variables = jax.device_put(variables, state_shardings(variables, mesh))
+    # A converted checkpoint has no names.
+    if changes := class_changes(load_metadata(path).get("class_names", data.class_names), data.class_names):
+        say("\n".join([f"the classes of {path} -> those of the data:", *changes]))
     result = _evaluate(data, model, variables, mesh)
     say(f"{path}: {describe_accuracy(result)}, loss {result['loss']:.4f}, over {result['count']} examples")
     return result

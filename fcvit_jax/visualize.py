@@ -4,7 +4,6 @@ import argparse
 import functools
 import itertools
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from fcvit_jax.errors import UserError
+from fcvit_jax.errors import UserError, exit_on_error
 from fcvit_jax.mixing import normalize
 from fcvit_jax.model import FCViT
 from fcvit_jax.predict import CHECKPOINT_HELP, load, read_image
@@ -218,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     for subparser in (tool, tool_curves):
         subparser.add_argument("--output", required=True, type=Path, help="the picture: .png, .pdf, .svg, ...")
     args = parser.parse_args(argv)
-    try:
+    with exit_on_error():
         output = args.output.expanduser()
         formats = Figure().canvas.get_supported_filetypes()
         if output.suffix[1:].lower() not in formats:
@@ -230,8 +229,6 @@ def main(argv: list[str] | None = None) -> None:
         except OSError as error:
             raise UserError(f"{output} cannot be written: {error}") from error
         print(f"wrote {output}")
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -221,11 +221,16 @@ def test_bad_files_are_user_errors(tmp_path, monkeypatch):
     torch.save(tensors(original()), "good.pth")
     (tmp_path / "folder.npz").mkdir()
     (tmp_path / "text.pth").write_text("hello")
+    content = (tmp_path / "good.pth").read_bytes()
+    (tmp_path / "short.pth").write_bytes(content[: len(content) // 4])
+    (tmp_path / "photo.npz").write_bytes(b"\xff\xd8\xff\xe0")
     for source, dest, ema, message in (
         ("absent.pth", "dest.npz", False, "no file or folder absent.pth"),
         ("damaged.pth", "dest.npz", False, "damaged, or no file of PyTorch's\\.$"),
         ("text.pth", "dest.npz", False, "damaged, or no file of PyTorch's\\.$"),
-        ("damaged.npz", "dest.pth", False, "damaged"),
+        ("short.pth", "dest.npz", False, "damaged, or no file of PyTorch's\\.$"),
+        ("damaged.npz", "dest.pth", False, "damaged, or no .npz\\.$"),
+        ("photo.npz", "dest.pth", False, "damaged, or no .npz\\.$"),
         ("numbers.pth", "dest.npz", False, "a is a int, not a tensor"),
         ("other.pth", "dest.npz", False, "no weights of an FCViT"),
         ("good.pth", "dest.npz", True, "no exponential moving averages"),
@@ -233,7 +238,8 @@ def test_bad_files_are_user_errors(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             convert.convert(source, dest, ema=ema)
-    sources = ["damaged.npz", "damaged.pth", "folder.npz", "good.pth", "numbers.pth", "other.pth", "text.pth"]
+    sources = ["damaged.npz", "damaged.pth", "folder.npz", "good.pth", "numbers.pth", "other.pth", "photo.npz"]
+    sources += ["short.pth", "text.pth"]
     assert sorted(os.listdir()) == sources
 
 

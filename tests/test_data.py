@@ -294,11 +294,20 @@ def open_folder(folder, **options):
     return data.open_dataset(**dict(dataset=f"folder:{folder}", batch_size=2, image_size=8) | options)
 
 
-def test_folder(folder):
+def test_folder(folder, caplog):
     (folder / "val").rename(folder / "validation")
     (folder / "validation" / ".cache").mkdir()
+    (folder / "validation" / "readme.txt").touch()
+    (folder / "validation" / "dog" / "more.jpg").mkdir()
+    (folder / "validation" / "dog" / "absent.jpg").symlink_to("nothing")
     (folder / "validation" / "cat" / "._c.jpg").write_bytes(b"what macOS leaves on other file systems")
-    dataset = open_folder(folder, batch_size=4)
+    dataset = open_folder(folder, batch_size=4, train_split="train[:9]")
+    only = "only images (.jpg, .jpeg, .png, .webp) directly in classes are read"
+    assert caplog.messages == [
+        "data.train_split=train[:9] takes no part of a folder: all of its images are used.",
+        f"{folder / 'train'}: {only}, not cat/notes.txt, dog/notes.txt",
+        f"{folder / 'validation'}: {only}, not cat/notes.txt, dog/absent.jpg, dog/more.jpg, dog/notes.txt, readme.txt",
+    ]
     assert dataset.class_names == ("cat", "dog") and (dataset.num_train, dataset.num_eval) == (4, 4)
     (batch,) = data.eval_batches(dataset)
     files = [folder / "validation" / name for name in ("cat/c.WebP", "cat/d.png", "dog/a.JPEG", "dog/b.jpg")]

@@ -43,6 +43,7 @@ def run(digits_dir, tmp_path, monkeypatch):
     "arguments, message",
     [
         (["--config.optim.lrr=1"], "no such config key: 'lrr'\nDid you mean \"lr\""),
+        (["--config.model.spatial_attention=1"], "no such config key: 'spatial_attention'\nFields of the model"),
         (["--config.optm.lr=1"], "no such config key: 'optm'\nDid you mean \"optim\""),
         (["--config=configs/fcvit_s13.py"], "--config cannot be read: .*No such file"),
         (["--config.train.log_every=0"], "train.log_every=0 must be at least 1"),

@@ -244,6 +244,27 @@ def test_every_variant_is_pinned():
 
 
 @pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"mlp_ratios": 4}, "mlp_ratios=4 must be a tuple"),
+        ({"dims": [0, 8, 8, 8]}, "dims=0 must be at least 1"),
+        ({"depths": (1, 1, -1, 1)}, "depths=-1 must be at least 0"),
+        ({"mlp_kernel_size": -3}, "mlp_kernel_size=-3 must be at least 1"),
+        ({"num_classes": -1}, "num_classes=-1 must be at least 0"),
+    ],
+)
+def test_values_that_make_no_network_are_refused(values, message):
+    with pytest.raises(UserError, match=f"model.{message}"):
+        create_model("fcvit_tiny", **values)
+
+
+@pytest.mark.parametrize("shape, dtype", [((32, 32, 3), jnp.float32), ((1, 32, 32, 3), jnp.uint8)])
+def test_images_that_are_none_are_refused(shape, dtype):
+    with pytest.raises(UserError, match="Images must be .N, H, W, 3. floats.*normalize"):
+        jax.eval_shape(create_model("fcvit_tiny").init, jax.random.key(0), jax.ShapeDtypeStruct(shape, dtype))
+
+
+@pytest.mark.parametrize(
     "options",
     [
         {"use_context": False, "mix_reduction": 1},

@@ -254,6 +254,18 @@ def test_a_run_that_is_stopped_again_and_again_is_the_same_run(undisturbed, conf
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
 
 
+def test_a_broken_validation_image_costs_no_training(undisturbed, config, at_16, monkeypatch):
+    def fail():
+        raise UserError("broken")
+
+    before_batch(monkeypatch, "eval_batches", 1, fail)
+    with pytest.raises(UserError, match="broken"):
+        train_and_evaluate(config, at_16)
+    assert (at_16 / "checkpoints/20").is_dir()
+    assert train_and_evaluate(config, at_16) == undisturbed["result"]
+    assert_same_end(at_16, undisturbed["workdir"])
+
+
 def test_workers_sit_out_a_signal_to_all_and_when_one_dies_the_run_ends(undisturbed, config, tmp_path, monkeypatch):
     """SLURM sends SIGTERM to all processes of a job; here its worker has it long before the run, and when it starts."""
 
@@ -339,7 +351,7 @@ def test_a_bad_step_stops_the_run_and_is_never_saved(undisturbed, config, at_16,
 
 def test_a_gradient_that_overflows_is_noticed_before_the_next_loss():
     class Nowhere:
-        def newest(self):
+        def describe_newest(self):
             return "there is no checkpoint yet"
 
     metrics = {"loss": jnp.float32(1), "grad_norm": jnp.float32(jnp.inf)}
@@ -411,7 +423,7 @@ def test_other_data_under_the_same_config_are_refused(undisturbed, config, at_16
     assert "going on with other data:\n  class 0: 0 -> ten" in capsys.readouterr().out
 
 
-def test_evaluating_a_checkpoint_gives_the_numbers_of_the_run(undisturbed, config, monkeypatch):
+def test_evaluating_a_checkpoint_gives_the_numbers_of_the_run(undisturbed, config, monkeypatch, capsys):
     workdir = undisturbed["workdir"]
     config.train.ema_decay = None  # the checkpoint has averages, and the run evaluated those
     assert evaluate_checkpoint(config, workdir) == undisturbed["result"]
@@ -420,10 +432,19 @@ def test_evaluating_a_checkpoint_gives_the_numbers_of_the_run(undisturbed, confi
     with pytest.raises(UserError, match="No checkpoint at .*/checkpoints/3"):
         evaluate_checkpoint(config, workdir, "checkpoints/3")
 
-    names = ("a", "b", "c")
-    monkeypatch.setattr(
-        train, "open_dataset", lambda **data: dataclasses.replace(open_dataset(**data), class_names=names)
+    def with_classes(*names):
+        def changed(**data):
+            return dataclasses.replace(open_dataset(**data), class_names=names)
+
+        monkeypatch.setattr(train, "open_dataset", changed)
+
+    assert "->" not in capsys.readouterr().out
+    with_classes("ten", *map(str, range(1, 10)))
+    assert evaluate_checkpoint(config, workdir) == undisturbed["result"]
+    assert f"the classes of {workdir / 'checkpoints/20'} -> those of the data:\n  class 0: 0 -> ten\n" in (
+        capsys.readouterr().out
     )
+    with_classes("a", "b", "c")
     config.model.num_classes = 3
     with pytest.raises(UserError, match="checkpoints/20 has 10 classes, the dataset 3: evaluate on"):
         evaluate_checkpoint(config, workdir)
