@@ -6,5 +6,5 @@ from configs import fcvit_s12
 def get_config():
     config = fcvit_s12.get_config()
     with config.unlocked():
-        config.model.depths = (1, 0, 0, 1)
+        config.model.depths = (1, 0, 0, 0)
     return config

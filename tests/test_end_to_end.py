@@ -57,7 +57,7 @@ def test_the_imagenet_config_trains_on_miniature_imagenet_without_tensorflow(ima
         code=WITHOUT_TENSORFLOW,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "5,116,520 parameters, computing in bfloat16" in done.stdout
+    assert "2,538,184 parameters, computing in bfloat16" in done.stdout
     assert "over 21 examples" in done.stdout
     assert "learning rate 7.81e-06 (optim.lr 0.001 x batch 8 / 1024), at most 1e-06 in this run" in done.stdout
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
