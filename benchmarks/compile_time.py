@@ -12,16 +12,15 @@ import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
 
+import jax
+
 from benchmarks.measure import Step, about, make_parser, report
 from fcvit_jax.model import VARIANTS
+from fcvit_jax.sharding import make_mesh
 
 
 def measure(name, args):
     """Figures of one variant, and the machine they are from."""
-    import jax
-
-    from fcvit_jax.sharding import make_mesh
-
     jax.config.update("jax_enable_compilation_cache", False)
     step = Step(name, args.batch_size, args.image_size, args.dtype, make_mesh(data=1))
     jax.devices()

@@ -8,7 +8,9 @@ other libraries' bicubic resize differs from it by up to tens of grey levels.
 
 import io
 import math
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -182,6 +184,11 @@ def eval_geometry(
         size = int(short * width / height), short
     left, top = (round((side - image_size) / 2) for side in size)
     return size, (left, top, left + image_size, top + image_size)
+
+
+def is_image_file(file: os.DirEntry | Path) -> bool:
+    """Whether an entry of a folder is taken for an image, by its ending."""
+    return file.name.lower().endswith(IMAGE_SUFFIXES) and file.is_file()
 
 
 def decode(encoded: bytes) -> Image.Image:

@@ -291,6 +291,11 @@ def local_path(path: str | Path) -> Path:
     return Path(path).expanduser().absolute()
 
 
+def step_folders(folder: Path) -> list[Path]:
+    """What looks like checkpoints in a `checkpoints` or `best` folder, which need not exist; their names are steps."""
+    return [path for path in folder.glob("*") if path.name.isdigit()]
+
+
 def find_step(path: str | Path) -> Path:
     """Finds the folder of one checkpoint.
 
@@ -306,7 +311,7 @@ def find_step(path: str | Path) -> Path:
     if (path / "variables").is_dir():
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = [p for p in folder.iterdir() if p.name.isdigit() and (p / "variables").is_dir()]
+    steps = [step for step in step_folders(folder) if (step / "variables").is_dir()]
     if not steps:
         raise UserError(f"No checkpoint in {folder}: give a run's folder, its checkpoints or best folder, or a step's.")
     return max(steps, key=lambda p: int(p.name))

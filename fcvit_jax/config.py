@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fcvit_jax import mixing, optim
-from fcvit_jax.checkpoint import Checkpointer
+from fcvit_jax.checkpoint import Checkpointer, step_folders
 from fcvit_jax.data import Data, open_dataset
 from fcvit_jax.errors import UserError, check_range
 from fcvit_jax.hosts import check_same, say
@@ -136,7 +136,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
     new = _flat(json.loads(config.to_json()))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     lines = [f"  {key}: {old.get(key)} -> {new.get(key)}" for key in changed if key != "resume_with_changes"]
-    has_checkpoint = any(step.name.isdigit() for step in (workdir / "checkpoints").glob("*"))
+    has_checkpoint = bool(step_folders(workdir / "checkpoints"))
     if has_checkpoint and any(key not in _FREE_KEYS for key in changed) and not config.resume_with_changes:
         raise UserError(
             "\n".join([f"{workdir} holds a run of another config:", *lines])

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcvit_jax.augment import IMAGE_SUFFIXES, eval_transform
+from fcvit_jax.augment import IMAGE_SUFFIXES, eval_transform, is_image_file
 from fcvit_jax.checkpoint import find_step, load_metadata, load_model, load_variables, local_path
 from fcvit_jax.errors import UserError, exit_on_error
 from fcvit_jax.mixing import normalize
@@ -101,7 +101,7 @@ def _find_images(paths: Iterable[Path]) -> list[Path]:
         if path.is_dir():
             # Unlike Path.rglob it follows links, and leaves out what is hidden.
             beneath = map(Path, glob.iglob(f"{glob.escape(str(path))}/**/*", recursive=True))
-            inside = sorted(file for file in beneath if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+            inside = sorted(filter(is_image_file, beneath))
             if not inside:
                 raise UserError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
             found += inside

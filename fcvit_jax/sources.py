@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from fcvit_jax import digits
-from fcvit_jax.augment import IMAGE_SUFFIXES
+from fcvit_jax.augment import IMAGE_SUFFIXES, is_image_file
 from fcvit_jax.errors import UserError
 
 
@@ -188,7 +188,7 @@ def _list_classes(folder: str) -> dict[str, list[str]]:
         raise UserError(f"{folder} has no class folders")
     images, others = {}, [entry.name for entry in entries if not entry.is_dir()]
     for name in classes:
-        taken = {entry.name: _is_image(entry) for entry in _visible(os.path.join(folder, name))}
+        taken = {entry.name: is_image_file(entry) for entry in _visible(os.path.join(folder, name))}
         images[name] = sorted(file for file, is_image in taken.items() if is_image)
         others += [f"{name}/{file}" for file, is_image in taken.items() if not is_image]
     kinds = ", ".join(IMAGE_SUFFIXES)
@@ -202,10 +202,6 @@ def _list_classes(folder: str) -> dict[str, list[str]]:
 
 def _visible(folder: str) -> list[os.DirEntry]:
     return [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-
-
-def _is_image(entry: os.DirEntry) -> bool:
-    return entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file()
 
 
 def _natural_order(name: str) -> tuple:

@@ -300,12 +300,12 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
                 f"{path} has {classes} classes, the dataset {model.num_classes}: evaluate on data with the checkpoint's"
                 f" classes, or fine-tune it on these data, with --config.init_from={path}."
             )
+        # A converted checkpoint has no names.
+        if changes := class_changes(load_metadata(path).get("class_names", data.class_names), data.class_names):
+            say("\n".join([f"the classes of {path} -> those of the data:", *changes]))
         variables = load_pretrained(path, model)
     check_hosts(config, data)
     variables = jax.device_put(variables, state_shardings(variables, mesh))
-    # A converted checkpoint has no names.
-    if changes := class_changes(load_metadata(path).get("class_names", data.class_names), data.class_names):
-        say("\n".join([f"the classes of {path} -> those of the data:", *changes]))
     result = _evaluate(data, model, variables, mesh)
     say(f"{path}: {describe_accuracy(result)}, loss {result['loss']:.4f}, over {result['count']} examples")
     return result
