@@ -2,16 +2,22 @@
 
 Example:
   python -m benchmarks.depthwise --quick --json depthwise.json
+  python -m benchmarks.depthwise --batch-size 128 --dtype bfloat16 --sizes fcvit_s12 --peak 67 3350
 
 The contestants take turns, so that a busy machine slows all of them alike; the table gives the best turn in
-milliseconds, and PyTorch's divided by the default's (above 1: we are faster); the JSON has the medians too.
+milliseconds, and PyTorch's divided by the default's (above 1: we are faster); the JSON has the medians too. The floor,
+of which the last column gives the default's share, is the longer of two times at the device's peak rates: the
+multiply-adds in float32, those with the padding included, and one reading and one writing of a map.
 """
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import about, make_parser, milliseconds, report
+from benchmarks.measure import about, make_parser, milliseconds, repeated, report
 from fcvit_jax.depthwise import IMPLS, depthwise_conv
 
 try:
@@ -20,27 +26,14 @@ except ImportError:
     torch = None
 
 PASSES = ("forward", "input gradient", "weight gradient")
-# (N, H, W, C, k): token mixers of fcvit_tiny and fcvit_s12 at 224 x 224, channel mixers, the digits net.
-SIZES = [
-    (8, 56, 56, 32, 11),
-    (8, 28, 28, 64, 11),
-    (8, 14, 14, 160, 11),
-    (8, 7, 7, 320, 11),
-    (8, 56, 56, 64, 11),
-    (8, 28, 28, 128, 11),
-    (8, 14, 14, 320, 11),
-    (8, 7, 7, 512, 11),
-    (8, 56, 56, 256, 3),
-    (8, 28, 28, 512, 3),
-    (8, 14, 14, 1280, 3),
-    (8, 7, 7, 1280, 3),
-    (64, 8, 8, 16, 11),
-    (64, 4, 4, 32, 11),
-    (64, 2, 2, 64, 11),
-    (64, 1, 1, 96, 11),
-    (64, 8, 8, 128, 3),
-]
-QUICK = SIZES[:4]
+# (N, H, W, C, k) at 224 x 224; the digits net's own images are 32 x 32.
+SIZES = {
+    "fcvit_tiny": [(8, 56, 56, 32, 11), (8, 28, 28, 64, 11), (8, 14, 14, 160, 11), (8, 7, 7, 320, 11)],
+    "fcvit_s12": [(8, 56, 56, 64, 11), (8, 28, 28, 128, 11), (8, 14, 14, 320, 11), (8, 7, 7, 512, 11)],
+    "channel_mixers": [(8, 56, 56, 256, 3), (8, 28, 28, 512, 3), (8, 14, 14, 1280, 3), (8, 7, 7, 1280, 3)],
+    "digits": [(64, 8, 8, 16, 11), (64, 4, 4, 32, 11), (64, 2, 2, 64, 11), (64, 1, 1, 96, 11), (64, 8, 8, 128, 3)],
+}
+WORTHWHILE = {"cpu": ("lax", "shift", "banded"), "gpu": ("lax", "pallas"), "tpu": ("lax", "toeplitz")}
 
 
 def jax_pass(impl, which):
@@ -54,69 +47,104 @@ def jax_pass(impl, which):
     return run
 
 
-def jax_contestant(impl, which, x, kernel, g):
-    compiled = jax.jit(jax_pass(impl, which)).lower(x, kernel, g).compile()
-    return lambda: jax.block_until_ready(compiled(x, kernel, g))
+def jax_contestant(impl, which, sets):
+    run = jax.jit(jax_pass(impl, which))
+    return jax.jit(lambda sets: [run(*inputs) for inputs in sets]).lower(sets)
 
 
 def torch_device():
     return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
 
 
-def torch_contestant(which, x, kernel, g):
+def torch_contestant(which, sets):
     device = torch_device()
 
-    def channels_last(array):
-        tensor = torch.tensor(np.asarray(array, np.float32), device=device).permute(0, 3, 1, 2)
-        return tensor.to(getattr(torch, x.dtype.name))
+    def channels_last(array, dtype):
+        return torch.tensor(np.asarray(array, np.float32), device=device).permute(0, 3, 1, 2).to(dtype)
 
-    k, _, channels = kernel.shape
-    x, g, kernel = channels_last(x), channels_last(g), channels_last(kernel[None]).permute(1, 0, 2, 3).contiguous()
+    def inputs(x, kernel, g):
+        dtype = getattr(torch, x.dtype.name)
+        kernel = channels_last(kernel[None], dtype).permute(1, 0, 2, 3).contiguous()
+        return channels_last(x, dtype), kernel, channels_last(g, dtype)
 
-    def run():
+    def run(x, kernel, g):
+        channels, _, k, _ = kernel.shape
         if which == 0:
-            torch.nn.functional.conv2d(x, kernel, padding=k // 2, groups=channels)
-        else:
-            sizes = [k // 2] * 2
-            mask = [which == 1, which == 2, False]
-            torch.ops.aten.convolution_backward(g, x, kernel, [0], [1, 1], sizes, [1, 1], False, [0, 0], channels, mask)
-        if device == "cuda":
-            torch.cuda.synchronize()
+            return torch.nn.functional.conv2d(x, kernel, padding=k // 2, groups=channels)
+        mask = [which == 1, which == 2, False]
+        sizes = [k // 2] * 2
+        return torch.ops.aten.convolution_backward(
+            g, x, kernel, [0], [1, 1], sizes, [1, 1], False, [0, 0], channels, mask
+        )
 
-    return run
+    sets = [inputs(*arrays) for arrays in sets]
+    wait = (lambda _: torch.cuda.synchronize()) if device == "cuda" else (lambda _: None)
+    return repeated(lambda: [run(*tensors) for tensors in sets], wait)
 
 
-def measure(size, dtype, seconds):
+def draw(size, dtype):
     n, height, width, channels, k = size
-    keys = jax.random.split(jax.random.key(0), 3)
-    x, g = (jax.random.normal(key, (n, height, width, channels), dtype) for key in keys[:2])
-    kernel = jax.random.normal(keys[2], (k, k, channels), dtype)
-    for which, name in enumerate(PASSES):
-        contestants = {}
-        for impl in (None, *IMPLS):
-            # Its loop is over the positions: on a map of 56 x 56 fifty times as long as `shift` takes.
-            if impl != "banded" or height * width <= 64:
-                contestants[impl or "default"] = jax_contestant(impl, which, x, kernel, g)
+    # On an accelerator, so many inputs that its cache does not hold them and starting a program takes no time.
+    for key in jax.random.split(jax.random.key(0), 1 if jax.default_backend() == "cpu" else 4):
+        keys = jax.random.split(key, 3)
+        x, g = (jax.random.normal(key, (n, height, width, channels), dtype) for key in keys[:2])
+        yield x, jax.random.normal(keys[2], (k, k, channels), dtype), g
+
+
+def measure(size, dtype, impls, seconds):
+    """{contestant: [best, median]} of every pass, in milliseconds."""
+    sets = list(draw(size, dtype))
+    # Its loop is over the positions: on a map of 56 x 56 fifty times as long as `shift` takes.
+    impls = [impl for impl in impls if impl != "banded" or size[1] * size[2] <= 64]
+    lowered = {(which, impl): jax_contestant(impl, which, sets) for which in range(3) for impl in impls}
+    with ThreadPoolExecutor() as pool:
+        compiled = dict(zip(lowered, pool.map(lambda program: program.compile(), lowered.values()), strict=True))
+    for which in range(3):
+        contestants = {impl: repeated(partial(compiled[which, impl], sets)) for impl in impls}
         if torch is not None:
-            contestants["torch"] = torch_contestant(which, x, kernel, g)
-        yield {"size": size, "pass": name, "ms": milliseconds(contestants, seconds)}
+            contestants["torch"] = torch_contestant(which, sets)
+        times = milliseconds(contestants, seconds)
+        yield {by: [ms / len(sets) for ms in values] for by, values in times.items()}
+
+
+def floor_ms(size, dtype, peak):
+    n, height, width, channels, k = size
+    values = n * height * width * channels
+    return max(2 * values * k * k / (1e9 * peak[0]), 2 * values * dtype.itemsize / (1e6 * peak[1]))
 
 
 def main():
+    impls = WORTHWHILE[jax.default_backend()]
     parser = make_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="fcvit_tiny's token mixers only, less time each")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--batch-size", type=int, help="instead of 8, and of the digits net's 64")
+    parser.add_argument(
+        "--impls", nargs="+", choices=IMPLS, default=impls, help="beside the default; here: %(default)s"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--seconds", type=float, default=0.5, help="per contestant, which takes at least three turns")
+    parser.add_argument("--peak", nargs=2, type=float, metavar=("TFLOPS", "GB/S"), help="for the floor")
     args = parser.parse_args()
+    if args.quick:
+        args.sizes, args.seconds = ["fcvit_tiny"], 0.3
 
-    columns = ("default", *IMPLS, *(["torch"] if torch is not None else []))
-    print(f"{'N, H, W, C, k':24}{'pass':16}" + "".join(f"{name:>10}" for name in columns) + "  torch / default")
+    dtype = jnp.dtype(args.dtype)
+    columns = ("default", *args.impls, *(["torch"] if torch is not None else []))
+    print(f"{'N, H, W, C, k':24}{'pass':16}" + "".join(f"{name:>10}" for name in columns) + "  torch / default  floor")
     rows = []
-    for size in QUICK if args.quick else SIZES:
-        for row in measure(size, jnp.dtype(args.dtype), 0.3 if args.quick else 0.5):
+    for n, *shape in (size for name in args.sizes for size in SIZES[name]):
+        size = (args.batch_size or n, *shape)
+        for name, times in zip(PASSES, measure(size, dtype, (None, *args.impls), args.seconds), strict=True):
+            times["default"] = times.pop(None)
+            row = {"size": size, "pass": name, "ms": times}
+            cells = "".join(f"{times[by][0]:10.3f}" if by in times else f"{'-':>10}" for by in columns)
+            ratio = f"{times['torch'][0] / times['default'][0]:17.2f}" if torch is not None else f"{'-':>17}"
+            if args.peak:
+                row["floor_ms"] = floor_ms(size, dtype, args.peak)
+            share = f"{row['floor_ms'] / times['default'][0]:7.0%}" if args.peak else f"{'-':>7}"
+            print(f"{str(size):24}{name:16}{cells}{ratio}{share}", flush=True)
             rows.append(row)
-            cells = "".join(f"{row['ms'][name][0]:10.3f}" if name in row["ms"] else f"{'-':>10}" for name in columns)
-            ratio = f"{row['ms']['torch'][0] / row['ms']['default'][0]:17.2f}" if torch is not None else ""
-            print(f"{str(size):24}{row['pass']:16}{cells}{ratio}", flush=True)
     report(args, rows, **about())
 
 

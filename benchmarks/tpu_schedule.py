@@ -34,7 +34,8 @@ from fcvit_jax.model import VARIANTS
 
 CLOCK, HBM = 1.5e9, 819e9  # of a TPU v5e: cycles and bytes a second
 # (H, W, C, k): the token mixers of fcvit_tiny and fcvit_s12, and smaller filters, for where the choice turns.
-TPU_SIZES = [*(size[1:] for size in SIZES[:8]), (56, 56, 64, 5), (14, 14, 320, 5), (14, 14, 1280, 3)]
+TOKEN_MIXERS = [size[1:] for name in ("fcvit_tiny", "fcvit_s12") for size in SIZES[name]]
+TPU_SIZES = [*TOKEN_MIXERS, (56, 56, 64, 5), (14, 14, 320, 5), (14, 14, 1280, 3)]
 INSTRUCTION = re.compile(r"\s*(?:ROOT )?(%[\w.-]+) = (.*?) [\w-]+\((.*?)\)")
 
 

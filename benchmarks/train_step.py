@@ -4,7 +4,8 @@ Example:
   python -m benchmarks.train_step --models fcvit_tiny fcvit_s12 --batch-size 8 --json train_step.json
   python -m benchmarks.train_step --batch-size 128 --dtype bfloat16 --peak-tflops 989 --json train_step.json
 
-All contestants take turns, so that a busy machine slows them alike: FCViT here and in PyTorch (the tests' reference),
+All contestants take turns, so that a busy machine slows them alike (on a GPU ten steps a turn, before one wait): FCViT
+here and in PyTorch (the tests' reference),
 and timm's convnext_tiny and poolformer_s12 where timm is installed. Our step is `fcvit_jax.train.train_step`, which
 takes uint8 images and includes mixing, erasing, drop-path and AdamW; PyTorch's takes normalised images and includes
 only AdamW. With bfloat16 PyTorch runs under autocast, on a GPU with torch.compile and channels last (NHWC); on a CPU
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.depthwise import torch_device
-from benchmarks.measure import Step, about, make_parser, milliseconds, report
+from benchmarks.measure import Step, about, make_parser, milliseconds, repeated, report
 from fcvit_jax.model import VARIANTS, create_model
 from fcvit_jax.sharding import make_mesh
 from fcvit_jax.summary import summarize
@@ -54,14 +55,15 @@ def program_mib(compiled):
 def jax_contestants(name, args):
     """{pass: (run, MiB)} of FCViT."""
     step = Step(name, args.batch_size, args.image_size, args.dtype, make_mesh(data=1))
-    compiled_step = step.lower().compile()
-    images = jnp.asarray(normal_images(args))
-    variables = step.create_state().eval_variables
-    forward = jax.jit(step.model.apply).lower(variables, images).compile()
-    return {
-        "forward": (lambda: jax.block_until_ready(forward(variables, images)), program_mib(forward)),
-        "step": (step.runner(compiled_step), program_mib(compiled_step)),
-    }
+    contestants = {}
+    if "forward" in args.passes:
+        images, variables = jnp.asarray(normal_images(args)), step.create_state().eval_variables
+        forward = jax.jit(step.model.apply).lower(variables, images).compile()
+        contestants["forward"] = repeated(lambda: forward(variables, images)), program_mib(forward)
+    if "step" in args.passes:
+        compiled = step.lower().compile()
+        contestants["step"] = step.runner(compiled), program_mib(compiled)
+    return contestants
 
 
 def torch_contestants(network, args, channels_last=True):
@@ -76,7 +78,7 @@ def torch_contestants(network, args, channels_last=True):
     def autocast():
         return torch.autocast(device, torch.bfloat16) if args.dtype == "bfloat16" else contextlib.nullcontext()
 
-    def wait():
+    def wait(_):
         if device == "cuda":
             torch.cuda.synchronize()
 
@@ -84,7 +86,6 @@ def torch_contestants(network, args, channels_last=True):
         network.eval()
         with torch.inference_mode(), autocast():
             apply(images)
-        wait()
 
     def step():
         network.train()
@@ -93,17 +94,18 @@ def torch_contestants(network, args, channels_last=True):
             logits = apply(images)
         torch.nn.functional.cross_entropy(logits.float(), targets).backward()
         optimizer.step()
-        wait()
 
-    def with_memory(run):
+    def with_memory(call):
+        run = repeated(call, wait)
         if device == "cpu":
             return run, None
-        run()
+        run(1)
         torch.cuda.reset_peak_memory_stats()
-        run()
+        run(1)
         return run, torch.cuda.max_memory_allocated() / 2**20
 
-    return {"forward": with_memory(forward), "step": with_memory(step)}
+    calls = {"forward": forward, "step": step}
+    return {which: with_memory(calls[which]) for which in args.passes}
 
 
 def normal_images(args):
@@ -116,7 +118,7 @@ def matmul_contestant(dtype):
     n = 2048 if jax.default_backend() == "cpu" else 8192
     a = jnp.ones((n, n), dtype)
     multiply = jax.jit(jnp.matmul).lower(a, a).compile()
-    return lambda: jax.block_until_ready(multiply(a, a)), 2 * n**3
+    return repeated(lambda: multiply(a, a)), 2 * n**3
 
 
 def main():
@@ -125,6 +127,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=8, help="even (default: 8)")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--passes", nargs="+", choices=("forward", "step"), default=["forward", "step"])
     parser.add_argument("--seconds", type=float, default=20, help="per contestant, which takes at least three turns")
     parser.add_argument("--peak-tflops", type=float, help="the device's peak; default: measured by a matrix product")
     parser.add_argument("--quick", action="store_true", help="fcvit_tiny with 4 images of 64 x 64, three turns")

@@ -1,8 +1,8 @@
 """The depthwise convolution: one op, several implementations, chosen by platform and size.
 
 Forward, input gradient and weight gradient are bilinear maps, each the derivative of another, so the two rules below
-give derivatives of every order in reverse mode. The choice in `_cpu_impl` comes from `benchmarks/depthwise.py`,
-that in `_tpu_impl` from `benchmarks/tpu_schedule.py`; the figures are in docs/performance.md.
+give derivatives of every order in reverse mode. The choices in `_cpu_impl` and `_cuda_impl` come from
+`benchmarks/depthwise.py`, that in `_tpu_impl` from `benchmarks/tpu_schedule.py`; figures are in docs/performance.md.
 """
 
 import math
@@ -13,14 +13,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 from jax.sharding import PartitionSpec as P
 
-IMPLS = ("lax", "shift", "banded", "toeplitz")
+IMPLS = ("lax", "shift", "banded", "toeplitz", "pallas")
 
 _TERMS = 14  # products in a loop's body: more would spill registers, fewer read and write the sums too often
 _CHANNELS = 16  # of a block: so few that a filter's row of eleven taps stays in registers
 _LANES = 128  # a side of a TPU's matrix unit
 _TPU_TAPS = 25  # of the smallest filter for which the matrix units are faster
+_GPU_TAPS = 25  # of the smallest filter that GPUs leave to the kernels: cuDNN's 3x3 is nearly as fast
 
 
 def depthwise_conv(x: jax.Array, kernel: jax.Array, impl: str | None = None) -> jax.Array:
@@ -34,6 +38,8 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, impl: str | None = None) -> 
       x: (N, H, W, C), float32 or bfloat16.
       kernel: (k, k, C), odd k; any float dtype, which its gradient shares. Sums are taken in float32.
       impl: one of `IMPLS` for all passes, or None for the best on the platform that the program is lowered for.
+        "pallas" is as "lax" where no CUDA GPU is at hand, and in a program for several devices without its mesh in
+        context (`jax.set_mesh`).
 
     Returns:
       (N, H, W, C), dtype of x. Reverse mode works to any order; forward mode raises JAX's TypeError for custom_vjp.
@@ -62,12 +68,20 @@ def _tpu_impl(shape: tuple[int, ...], window: tuple[int, int]) -> str:
     return "toeplitz" if window[0] * window[1] >= _TPU_TAPS and shape[2] <= _LANES else "lax"
 
 
+def _cuda_impl(shape: tuple[int, ...], window: tuple[int, int]) -> str:
+    """The faster on a CUDA GPU: the kernels, unless filters are small."""
+    return "pallas" if window[0] * window[1] >= _GPU_TAPS else "lax"
+
+
+_CHOICES = {"cpu": _cpu_impl, "cuda": _cuda_impl, "tpu": _tpu_impl}
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv(x: jax.Array, kernel: jax.Array, impl: str | None) -> jax.Array:
     if impl is not None:
         return _FORWARD[impl](x, kernel)
-    cpu, tpu = (_FORWARD[choose(x.shape, kernel.shape)] for choose in (_cpu_impl, _tpu_impl))
-    return lax.platform_dependent(x, kernel, cpu=cpu, tpu=tpu, default=_lax)
+    by_platform = {platform: _FORWARD[choose(x.shape, kernel.shape)] for platform, choose in _CHOICES.items()}
+    return lax.platform_dependent(x, kernel, **by_platform, default=_lax)
 
 
 def _conv_fwd(x, kernel, impl):
@@ -87,8 +101,10 @@ def _weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int], impl: str 
     """Sum x[n, h + i - p, w + j - p, c] * g[n, h, w, c] over n, h, w: (*window, C) in float32."""
     if impl is not None:
         return _WEIGHT_GRAD[impl](x, g, window)
-    cpu, tpu = (partial(_WEIGHT_GRAD[choose(x.shape, window)], window=window) for choose in (_cpu_impl, _tpu_impl))
-    return lax.platform_dependent(x, g, cpu=cpu, tpu=tpu, default=partial(_lax_weight_grad, window=window))
+    by_platform = {
+        platform: partial(_WEIGHT_GRAD[choose(x.shape, window)], window=window) for platform, choose in _CHOICES.items()
+    }
+    return lax.platform_dependent(x, g, **by_platform, default=partial(_lax_weight_grad, window=window))
 
 
 def _weight_grad_fwd(x, g, window, impl):
@@ -298,10 +314,71 @@ def _toeplitz_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -
     return _summed(taps, _batch_axes(x))(x, g)
 
 
-_FORWARD = {"lax": _lax, "shift": _shift, "banded": _banded, "toeplitz": _toeplitz}
+# A primitive, so that only the lowering decides, which alone knows the device and whether the program is exported.
+_pallas_p = Primitive("depthwise_pallas")
+
+
+@_pallas_p.def_abstract_eval
+def _pallas_shape(x, other, *, window):
+    """`other` is the kernel, or the incoming gradient if `window` says which taps its sum is for."""
+    return ShapedArray((*window, x.shape[3]), jnp.float32) if window else ShapedArray(x.shape, x.dtype)
+
+
+def _has_kernels(shape: tuple[int, ...]) -> bool:
+    """Whether the GPUs, this version of JAX and maps of this shape go with the kernels."""
+    try:
+        from fcvit_jax import depthwise_gpu  # here, since JAX has announced to remove what it is written in
+
+        modern = all(float(device.compute_capability) >= 8 for device in jax.local_devices(backend="cuda"))
+    except (ImportError, RuntimeError):  # RuntimeError: no GPU, where a program is only compiled for one
+        return False
+    return modern and all(isinstance(size, int) for size in shape) and depthwise_gpu.supports(shape)
+
+
+def _pallas_lowering(ctx, x, other, *, window, kernels):
+    module = ctx.module_context
+    # XLA cannot split a kernel between devices, and an exported program must outlive this version of JAX.
+    stays = getattr(module.axis_context, "num_devices", 1) == 1 and not module.lowering_parameters.for_export
+    if kernels and stays and _has_kernels(ctx.avals_in[0].shape):
+        from fcvit_jax.depthwise_gpu import forward, weight_grad
+    else:
+        forward, weight_grad = _lax, _lax_weight_grad
+    run = partial(weight_grad, window=window) if window else forward
+    return mlir.lower_fun(run, multiple_results=False)(ctx, x, other)
+
+
+def _pallas_batch(args, dims, *, window):
+    """Makes the mapped axis part of the channels, of which each is convolved by itself anyway."""
+    size = next(arg.shape[dim] for arg, dim in zip(args, dims, strict=True) if dim is not None)
+    args = [batching.bdim_at_front(arg, dim, size) for arg, dim in zip(args, dims, strict=True)]
+    out = _pallas_p.bind(*(jnp.moveaxis(arg, 0, -2).reshape(*arg.shape[1:-1], -1) for arg in args), window=window)
+    return out.reshape(*out.shape[:-1], size, -1), out.ndim - 1
+
+
+mlir.register_lowering(_pallas_p, partial(_pallas_lowering, kernels=True), platform="cuda")
+mlir.register_lowering(_pallas_p, partial(_pallas_lowering, kernels=False))
+batching.primitive_batchers[_pallas_p] = _pallas_batch
+
+
+@jax.jit
+def _pallas(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """By the kernels of `depthwise_gpu` where a GPU runs it, else as `_lax`."""
+    conv = partial(_pallas_p.bind, window=None)
+    if axes := _batch_axes(x):
+        conv = jax.shard_map(conv, in_specs=(P(axes), P()), out_specs=P(axes), axis_names=set(axes), check_vma=False)
+    return conv(x, kernel)
+
+
+@partial(jax.jit, static_argnames="window")
+def _pallas_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax.Array:
+    return _summed(partial(_pallas_p.bind, window=window), _batch_axes(x))(x, g)
+
+
+_FORWARD = {"lax": _lax, "shift": _shift, "banded": _banded, "toeplitz": _toeplitz, "pallas": _pallas}
 _WEIGHT_GRAD = {
     "lax": _lax_weight_grad,
     "shift": _shift_weight_grad,
     "banded": _shift_weight_grad,
     "toeplitz": _toeplitz_weight_grad,
+    "pallas": _pallas_weight_grad,
 }

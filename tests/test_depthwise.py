@@ -1,3 +1,4 @@
+import contextlib
 import re
 from functools import partial
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fcvit_jax import depthwise, depthwise_gpu
 from fcvit_jax.depthwise import IMPLS, depthwise_conv
 
 # (N, H, W, C, k): odd and even maps, not square, smaller than the filter, one image, one pixel, blocks of channels.
@@ -221,3 +223,45 @@ def test_a_batch_split_over_some_axes_of_a_mesh_has_the_same_gradient(impl):
     alone = grad(kernel, x)
     with jax.set_mesh(mesh):
         assert_close(grad(kernel, jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))), alone)
+
+
+KERNEL_SIZES = [
+    (2, 8, 8, 16, 3),  # even maps
+    (3, 7, 7, 32, 11),  # whole rows; an odd number of them, while a program takes four
+    (1, 16, 32, 16, 5),  # two parts of a row; more rows than one program of the weight gradient sums
+    (2, 3, 13, 48, 7),  # fewer rows than the filter reaches
+]
+
+
+@pytest.mark.parametrize("size", KERNEL_SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_gpu_kernels_equal_the_oracle_in_interpret_mode(size, dtype):
+    x, kernel, g = draw(size, dtype)
+    window = kernel.shape[:2]
+    assert depthwise_gpu.supports(x.shape)
+    found = depthwise_gpu.forward(x, kernel, interpret=True), depthwise_gpu.weight_grad(x, g, window, interpret=True)
+    y, _, taps = value_and_gradients(oracle)(*(a.astype(jnp.float32) for a in (x, kernel, g)))
+    assert_close(found, (y.astype(dtype), taps), 1e-5 if dtype == jnp.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("mesh", [False, True])
+def test_only_a_program_that_a_gpu_runs_itself_has_the_kernels(monkeypatch, mesh):
+    monkeypatch.setattr(depthwise, "_has_kernels", lambda shape: True)
+    monkeypatch.setattr(depthwise_gpu, "forward", lambda x, kernel: jax.lax.erf_inv(x))
+    monkeypatch.setattr(depthwise_gpu, "weight_grad", lambda x, g, window: jnp.cbrt(g[0, : window[0], : window[1]]))
+    args = draw((8, 12, 12, 16, 11))
+    run = value_and_gradients(ours(None))
+
+    def kernels(text):
+        return text.count("erf_inv"), text.count("cbrt")
+
+    def lowered(platform, **shardings):
+        return kernels(jax.jit(run, **shardings).trace(*args).lower(lowering_platforms=(platform,)).as_text())
+
+    assert min(lowered("cuda")) > 0
+    assert lowered("cpu") == lowered("tpu") == lowered("rocm") == (0, 0)
+    assert kernels(jax.export.export(jax.jit(run), platforms=("cuda",))(*args).mlir_module()) == (0, 0)
+    devices = Mesh(np.array(jax.devices()), ("data",))
+    batch, everywhere = (NamedSharding(devices, spec) for spec in (PartitionSpec("data"), PartitionSpec()))
+    with jax.sharding.use_abstract_mesh(devices.abstract_mesh) if mesh else contextlib.nullcontext():
+        assert (min(lowered("cuda", in_shardings=(batch, everywhere, batch))) > 0) == mesh

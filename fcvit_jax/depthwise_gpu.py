@@ -1,0 +1,180 @@
+"""The depthwise convolution as Pallas kernels for CUDA GPUs, which keep their sums in registers.
+
+A program is one warp, and a thread has four channels of one part of a row: at most `_COLS` positions, so that a value,
+once loaded, serves up to as many products. The floor is float32 arithmetic, since sums are float32.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+_COLS = 28  # positions of a thread: more would take too many registers
+_WARP = 128  # elements of a program: four channels for each thread of a warp
+_ROWS = 14  # of a map that a program of the weight gradient sums
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How maps (N, H, W, C) are shared out: a program has `lanes` parts of rows, and of each `block` channels."""
+
+    n: int
+    height: int
+    width: int
+    channels: int
+
+    @property
+    def cols(self) -> int:
+        return max(cols for cols in range(1, _COLS + 1) if self.width % cols == 0)
+
+    @property
+    def parts(self) -> int:
+        return self.width // self.cols
+
+    @property
+    def block(self) -> int:
+        return max(block for block in (64, 32, 16, 8, 4, 2, 1) if self.channels % block == 0)
+
+    @property
+    def lanes(self) -> int:
+        return _WARP // self.block
+
+    @property
+    def groups(self) -> int:
+        return pl.cdiv(self.n * self.parts, self.lanes)
+
+    def place(self, group: jax.Array, block: jax.Array) -> "_Place":
+        part = group * self.lanes + lax.broadcasted_iota(jnp.int32, (self.lanes, self.block), 0)
+        channel = block * self.block + lax.broadcasted_iota(jnp.int32, (self.lanes, self.block), 1)
+        last = self.n * self.parts - 1
+        image, first = jnp.minimum(part, last) // self.parts, jnp.minimum(part, last) % self.parts * self.cols
+        start = (image * (self.height * self.width) + first) * self.channels + channel
+        return _Place(self, start, first, channel, part <= last)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a program's elements (lanes, block) lie in maps that are flat in memory.
+
+    Attributes:
+      start: index of the part's first position, in row 0 of its image.
+      first: column of that position.
+      channel: index of the channel.
+      real: False for what is left of the last program, which repeats the last part.
+    """
+
+    plan: _Plan
+    start: jax.Array
+    first: jax.Array
+    channel: jax.Array
+    real: jax.Array
+
+    def at(self, row: jax.Array, col: int) -> jax.Array:
+        return self.start + (row * self.plan.width + col) * self.plan.channels
+
+    def row(self, ref: jax.Array, row: jax.Array, half: int) -> dict[int, jax.Array]:
+        """Values by column, counted from the part's first, up to `half` outside it; 0 off the map, or left out."""
+        cols, values = self.plan.cols, {}
+        for col in range(cols) if self.plan.parts == 1 else range(-half, cols + half):
+            inside = None
+            if not 0 <= col < cols:
+                inside = self.first >= -col if col < 0 else self.first < self.plan.width - col
+            values[col] = _load(ref, self.at(row, col), inside)
+        return values
+
+
+def _load(ref: jax.Array, at: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    return triton.load(ref.at[at], mask=mask, other=None if mask is None else 0).astype(jnp.float32)
+
+
+def _fma(a: jax.Array, b: jax.Array, c: jax.Array, interpret: bool) -> jax.Array:
+    if interpret:
+        return a * b + c
+    # The compiler keeps a product and its sum apart, which takes half as long again.
+    out = [jax.ShapeDtypeStruct(c.shape, c.dtype)]
+    asm = {"asm": "fma.rn.f32 $0, $1, $2, $3;", "constraints": "=f,f,f,f", "pack": 1, "result_shape_dtypes": out}
+    return triton.elementwise_inline_asm(args=[a, b, c], **asm)[0]
+
+
+def _call(body: Callable, grid: tuple[int, ...], out: tuple[int, Any], interpret: bool, *maps: jax.Array) -> jax.Array:
+    call = pl.pallas_call(
+        body,
+        grid=grid,
+        out_shape=jax.ShapeDtypeStruct((out[0],), out[1]),
+        compiler_params=triton.CompilerParams(num_warps=1, num_stages=1),
+        interpret=interpret,
+        name=body.__name__,
+    )
+    return call(*(x.reshape(-1) for x in maps))
+
+
+def supports(shape: tuple[int, ...]) -> bool:
+    """Whether the kernels are made for maps (N, H, W, C): channels in sixteens, rows in parts, 32-bit indices."""
+    plan = _Plan(*shape)
+    small = plan.n * plan.height * plan.width * plan.channels < 2**31
+    return small and plan.block >= 16 and (plan.parts == 1 or plan.cols >= 4)
+
+
+def forward(x: jax.Array, kernel: jax.Array, interpret: bool = False) -> jax.Array:
+    """(N, H, W, C) and (kh, kw, C) to (N, H, W, C): a thread sums its positions of a row, tap by tap."""
+    plan = _Plan(*x.shape)
+    height, (kh, kw) = plan.height, kernel.shape[:2]
+
+    def depthwise_forward(x_ref, kernel_ref, out_ref):
+        place, row = plan.place(pl.program_id(0), pl.program_id(2)), pl.program_id(1)
+
+        def tap_row(i, sums):
+            sums = list(sums)
+            taps = [_load(kernel_ref, (i * kw + j) * plan.channels + place.channel) for j in range(kw)]
+            for col, value in place.row(x_ref, row + i - kh // 2, kw // 2).items():
+                for j, tap in enumerate(taps):
+                    if 0 <= (out := col + kw // 2 - j) < plan.cols:
+                        sums[out] = _fma(value, tap, sums[out], interpret)
+            return tuple(sums)
+
+        zeros = tuple(jnp.zeros(place.start.shape, jnp.float32) for _ in range(plan.cols))
+        low, high = jnp.maximum(0, kh // 2 - row), jnp.minimum(kh, height + kh // 2 - row)  # rows on the map
+        for col, total in enumerate(lax.fori_loop(low, high, tap_row, zeros)):
+            triton.store(out_ref.at[place.at(row, col)], total.astype(x.dtype))
+
+    grid = (plan.groups, height, plan.channels // plan.block)
+    kernel = kernel.astype(x.dtype).astype(jnp.float32)
+    return _call(depthwise_forward, grid, (x.size, x.dtype), interpret, x, kernel).reshape(x.shape)
+
+
+def weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int], interpret: bool = False) -> jax.Array:
+    """x and g (N, H, W, C) to taps (*window, C) in float32: a thread sums one row of taps over its part of rows."""
+    plan = _Plan(*x.shape)
+    height, (kh, kw) = plan.height, window
+    chunks = pl.cdiv(height, _ROWS)
+
+    def depthwise_weight_grad(x_ref, g_ref, out_ref):
+        # The row of taps varies first, so that programs of the same maps run together.
+        i, chunk, block = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        place, first = plan.place(chunk // chunks, block), chunk % chunks * _ROWS
+
+        def map_row(row, sums):
+            sums = list(sums)
+            gs = [_load(g_ref, place.at(row, col), place.real) for col in range(plan.cols)]
+            for col, value in place.row(x_ref, row + i - kh // 2, kw // 2).items():
+                for j in range(kw):
+                    if 0 <= (out := col + kw // 2 - j) < plan.cols:
+                        sums[j] = _fma(value, gs[out], sums[j], interpret)
+            return tuple(sums)
+
+        zeros = tuple(jnp.zeros(place.start.shape, jnp.float32) for _ in range(kw))
+        low = jnp.maximum(first, kh // 2 - i)
+        high = jnp.minimum(jnp.minimum(first + _ROWS, height), height + kh // 2 - i)
+        channel = block * plan.block + lax.iota(jnp.int32, plan.block)
+        for j, total in enumerate(lax.fori_loop(low, high, map_row, zeros)):
+            triton.store(out_ref.at[((chunk * kh + i) * kw + j) * plan.channels + channel], total.sum(0))
+
+    grid = (kh, plan.groups * chunks, plan.channels // plan.block)
+    parts = (plan.groups * chunks, kh, kw, plan.channels)
+    size = plan.groups * chunks * kh * kw * plan.channels
+    return _call(depthwise_weight_grad, grid, (size, jnp.float32), interpret, x, g).reshape(parts).sum(0)
