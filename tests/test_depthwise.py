@@ -225,16 +225,16 @@ def test_a_batch_split_over_some_axes_of_a_mesh_has_the_same_gradient(impl):
         assert_close(grad(kernel, jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))), alone)
 
 
-KERNEL_SIZES = [
-    (2, 8, 8, 16, 3),  # even maps
-    (3, 7, 7, 32, 11),  # whole rows; an odd number of them, while a program takes four
-    (1, 16, 32, 16, 5),  # two parts of a row; more rows than one program of the weight gradient sums
-    (2, 3, 13, 48, 7),  # fewer rows than the filter reaches
-]
-
-
-@pytest.mark.parametrize("size", KERNEL_SIZES, ids=str)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [
+        ((2, 8, 8, 16, 3), jnp.float32),  # even maps
+        ((3, 7, 7, 32, 7), jnp.bfloat16),  # whole rows; an odd number of them, while a program takes four
+        ((1, 16, 32, 16, 5), jnp.float32),  # two parts of a row; more rows than a program of the weight gradient sums
+        ((2, 3, 13, 48, 7), jnp.float32),  # fewer rows than the filter reaches
+    ],
+    ids=str,
+)
 def test_the_gpu_kernels_equal_the_oracle_in_interpret_mode(size, dtype):
     x, kernel, g = draw(size, dtype)
     window = kernel.shape[:2]
