@@ -48,7 +48,7 @@ def repeated(call, wait=jax.block_until_ready):
 
 
 def milliseconds(contestants, seconds):
-    """[best, median] per call of each contestant; in turns, at least three each and until their seconds are over.
+    """[best, median] per call of each contestant, in turns: at least three each, until their seconds or 200 are over.
 
     On an accelerator a turn is ten calls before one wait: it works while the host prepares the next, as in training.
     """

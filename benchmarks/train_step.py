@@ -4,12 +4,11 @@ Example:
   python -m benchmarks.train_step --models fcvit_tiny fcvit_s12 --batch-size 8 --json train_step.json
   python -m benchmarks.train_step --batch-size 128 --dtype bfloat16 --peak-tflops 989 --json train_step.json
 
-All contestants take turns, so that a busy machine slows them alike (on a GPU ten steps a turn, before one wait): FCViT
-here and in PyTorch (the tests' reference),
-and timm's convnext_tiny and poolformer_s12 where timm is installed. Our step is `fcvit_jax.train.train_step`, which
-takes uint8 images and includes mixing, erasing, drop-path and AdamW; PyTorch's takes normalised images and includes
-only AdamW. With bfloat16 PyTorch runs under autocast, on a GPU with torch.compile and channels last (NHWC); on a CPU
-FCViT runs in both layouts, and the last column takes the faster.
+All contestants take turns, so that a busy machine slows them alike; on a GPU a turn is ten steps before one wait. They
+are FCViT here and in PyTorch (the tests' reference), with channels last (NHWC) and first (NCHW), of which the last
+column takes the faster, and timm's convnext_tiny and poolformer_s12 where timm is installed. Our step is
+`fcvit_jax.train.train_step`, which takes uint8 images and includes mixing, erasing, drop-path and AdamW; PyTorch's
+takes normalised images and includes only AdamW. With bfloat16 PyTorch runs under autocast, on a GPU with torch.compile.
 
 Utilisation is useful operations a second over those of a large matrix product in the same dtype (measured, or
 --peak-tflops): two for each multiply-add of the forward pass as `fcvit_jax.summary` counts them (XLA's own count takes
@@ -140,10 +139,9 @@ def main():
         contestants[name, "fcvit_jax"] = jax_contestants(name, args)
         multiply_adds[name] = args.batch_size * summarize(create_model(name), args.image_size)["total"].multiply_adds
         if torch is not None:
-            contestants[name, "torch NHWC"] = torch_contestants(torch_reference.FCViT(**VARIANTS[name]), args)
-            if torch_device() == "cpu":
+            for layout in ("NHWC", "NCHW"):
                 network = torch_reference.FCViT(**VARIANTS[name])
-                contestants[name, "torch NCHW"] = torch_contestants(network, args, channels_last=False)
+                contestants[name, f"torch {layout}"] = torch_contestants(network, args, layout == "NHWC")
     if torch is not None and importlib.util.find_spec("timm"):
         import timm
 

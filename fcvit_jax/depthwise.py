@@ -24,7 +24,7 @@ _TERMS = 14  # products in a loop's body: more would spill registers, fewer read
 _CHANNELS = 16  # of a block: so few that a filter's row of eleven taps stays in registers
 _LANES = 128  # a side of a TPU's matrix unit
 _TPU_TAPS = 25  # of the smallest filter for which the matrix units are faster
-_GPU_TAPS = 25  # of the smallest filter that GPUs leave to the kernels: cuDNN's 3x3 is nearly as fast
+_GPU_TAPS = 25  # of the smallest filter for which GPUs use the kernels: cuDNN's 3x3 is nearly as fast
 
 
 def depthwise_conv(x: jax.Array, kernel: jax.Array, impl: str | None = None) -> jax.Array:
@@ -324,22 +324,38 @@ def _pallas_shape(x, other, *, window):
     return ShapedArray((*window, x.shape[3]), jnp.float32) if window else ShapedArray(x.shape, x.dtype)
 
 
-def _has_kernels(shape: tuple[int, ...]) -> bool:
+@_pallas_p.def_impl
+def _pallas_by_ops(x, other, *, window):
+    """Where `jax.disable_jit` has every operation run by itself."""
+    return _lax_weight_grad(x, other, window) if window else _lax(x, other)
+
+
+def _has_kernels(shape: tuple[int, ...], window: tuple[int, int]) -> bool:
     """Whether the GPUs, this version of JAX and maps of this shape go with the kernels."""
     try:
         from fcvit_jax import depthwise_gpu  # here, since JAX has announced to remove what it is written in
 
-        modern = all(float(device.compute_capability) >= 8 for device in jax.local_devices(backend="cuda"))
+        gpus = jax.local_devices(backend="cuda")
     except (ImportError, RuntimeError):  # RuntimeError: no GPU, where a program is only compiled for one
         return False
-    return modern and all(isinstance(size, int) for size in shape) and depthwise_gpu.supports(shape)
+    default = jax.config.jax_default_device or jax.local_devices()[0]  # whose kernels Pallas makes
+    modern = default in (*gpus, "gpu", "cuda") and all(float(gpu.compute_capability) >= 8 for gpu in gpus)
+    return modern and all(isinstance(size, int) for size in shape) and depthwise_gpu.supports(shape, window)
+
+
+def _is_whole(context: Any) -> bool:
+    """Whether nothing of a program in this axis context is left for XLA to split between devices."""
+    if hasattr(context, "num_devices"):
+        return context.num_devices == 1
+    manual = context.manual_axes | set(context.mesh.manual_axes)
+    return all(size == 1 for axis, size in context.mesh.shape.items() if axis not in manual)
 
 
 def _pallas_lowering(ctx, x, other, *, window, kernels):
-    module = ctx.module_context
+    module, (maps, second) = ctx.module_context, ctx.avals_in
     # XLA cannot split a kernel between devices, and an exported program must outlive this version of JAX.
-    stays = getattr(module.axis_context, "num_devices", 1) == 1 and not module.lowering_parameters.for_export
-    if kernels and stays and _has_kernels(ctx.avals_in[0].shape):
+    stays = _is_whole(module.axis_context) and not module.lowering_parameters.for_export
+    if kernels and stays and _has_kernels(maps.shape, window or second.shape[:2]):
         from fcvit_jax.depthwise_gpu import forward, weight_grad
     else:
         forward, weight_grad = _lax, _lax_weight_grad

@@ -1,9 +1,10 @@
 """The depthwise convolution as Pallas kernels for CUDA GPUs, which keep their sums in registers.
 
-A program is one warp, and a thread has four channels of one part of a row: at most `_COLS` positions, so that a value,
-once loaded, serves up to as many products. The floor is float32 arithmetic, since sums are float32.
+A program is one warp. A thread has four channels of one part of a row, at most `_COLS` positions: so many products need
+each tap, and each value is loaded and converted once for all the taps of a row.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 _COLS = 28  # positions of a thread: more would take too many registers
-_WARP = 128  # elements of a program: four channels for each thread of a warp
+_ELEMENTS = 128  # of a program: four channels for each thread of a warp
 _ROWS = 14  # of a map that a program of the weight gradient sums
+_TAPS = 21  # of a row: more sums would not fit the registers
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,18 @@ class _Plan:
 
     @property
     def lanes(self) -> int:
-        return _WARP // self.block
+        return _ELEMENTS // self.block
 
     @property
     def groups(self) -> int:
         return pl.cdiv(self.n * self.parts, self.lanes)
+
+    @property
+    def chunks(self) -> int:
+        return pl.cdiv(self.height, _ROWS)
+
+    def partial_sums(self, window: tuple[int, int]) -> tuple[int, ...]:
+        return self.groups * self.chunks, *window, self.channels
 
     def place(self, group: jax.Array, block: jax.Array) -> "_Place":
         part = group * self.lanes + lax.broadcasted_iota(jnp.int32, (self.lanes, self.block), 0)
@@ -113,10 +122,10 @@ def _call(body: Callable, grid: tuple[int, ...], out: tuple[int, Any], interpret
     return call(*(x.reshape(-1) for x in maps))
 
 
-def supports(shape: tuple[int, ...]) -> bool:
+def supports(shape: tuple[int, ...], window: tuple[int, int]) -> bool:
     """Whether the kernels are made for maps (N, H, W, C): channels in sixteens, rows in parts, 32-bit indices."""
     plan = _Plan(*shape)
-    small = plan.n * plan.height * plan.width * plan.channels < 2**31
+    small = 0 < max(math.prod(shape), math.prod(plan.partial_sums(window))) < 2**31 and window[1] <= _TAPS
     return small and plan.block >= 16 and (plan.parts == 1 or plan.cols >= 4)
 
 
@@ -150,8 +159,8 @@ def forward(x: jax.Array, kernel: jax.Array, interpret: bool = False) -> jax.Arr
 def weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int], interpret: bool = False) -> jax.Array:
     """x and g (N, H, W, C) to taps (*window, C) in float32: a thread sums one row of taps over its part of rows."""
     plan = _Plan(*x.shape)
-    height, (kh, kw) = plan.height, window
-    chunks = pl.cdiv(height, _ROWS)
+    height, chunks, (kh, kw) = plan.height, plan.chunks, window
+    parts = plan.partial_sums(window)
 
     def depthwise_weight_grad(x_ref, g_ref, out_ref):
         # The row of taps varies first, so that programs of the same maps run together.
@@ -175,6 +184,5 @@ def weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int], interpret: 
             triton.store(out_ref.at[((chunk * kh + i) * kw + j) * plan.channels + channel], total.sum(0))
 
     grid = (kh, plan.groups * chunks, plan.channels // plan.block)
-    parts = (plan.groups * chunks, kh, kw, plan.channels)
-    size = plan.groups * chunks * kh * kw * plan.channels
-    return _call(depthwise_weight_grad, grid, (size, jnp.float32), interpret, x, g).reshape(parts).sum(0)
+    sums = _call(depthwise_weight_grad, grid, (math.prod(parts), jnp.float32), interpret, x, g)
+    return sums.reshape(parts).sum(0)

@@ -141,6 +141,14 @@ def test_checkpoint_gives_the_same_gradients():
     np.testing.assert_allclose(remat(kernel), plain(kernel), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("impl", ALL)
+def test_every_operation_by_itself_gives_the_same(impl):
+    args = draw((2, 5, 4, 16, 3))
+    with jax.disable_jit():
+        found = value_and_gradients(ours(impl))(*args)
+    assert_close(found, value_and_gradients(oracle)(*args))
+
+
 def test_one_export_serves_every_platform_with_its_own_implementation():
     args = draw((2, 9, 9, 3, 5))
     run = jax.jit(value_and_gradients(ours(None)))
@@ -229,7 +237,7 @@ def test_a_batch_split_over_some_axes_of_a_mesh_has_the_same_gradient(impl):
     ("size", "dtype"),
     [
         ((2, 8, 8, 16, 3), jnp.float32),  # even maps
-        ((3, 7, 7, 32, 7), jnp.bfloat16),  # whole rows; an odd number of them, while a program takes four
+        ((5, 7, 7, 32, 7), jnp.bfloat16),  # whole rows; two programs, the second with one of four
         ((1, 16, 32, 16, 5), jnp.float32),  # two parts of a row; more rows than a program of the weight gradient sums
         ((2, 3, 13, 48, 7), jnp.float32),  # fewer rows than the filter reaches
     ],
@@ -238,7 +246,7 @@ def test_a_batch_split_over_some_axes_of_a_mesh_has_the_same_gradient(impl):
 def test_the_gpu_kernels_equal_the_oracle_in_interpret_mode(size, dtype):
     x, kernel, g = draw(size, dtype)
     window = kernel.shape[:2]
-    assert depthwise_gpu.supports(x.shape)
+    assert depthwise_gpu.supports(x.shape, window)
     found = depthwise_gpu.forward(x, kernel, interpret=True), depthwise_gpu.weight_grad(x, g, window, interpret=True)
     y, _, taps = value_and_gradients(oracle)(*(a.astype(jnp.float32) for a in (x, kernel, g)))
     assert_close(found, (y.astype(dtype), taps), 1e-5 if dtype == jnp.float32 else 4e-3)
@@ -246,7 +254,7 @@ def test_the_gpu_kernels_equal_the_oracle_in_interpret_mode(size, dtype):
 
 @pytest.mark.parametrize("mesh", [False, True])
 def test_only_a_program_that_a_gpu_runs_itself_has_the_kernels(monkeypatch, mesh):
-    monkeypatch.setattr(depthwise, "_has_kernels", lambda shape: True)
+    monkeypatch.setattr(depthwise, "_has_kernels", lambda shape, window: True)
     monkeypatch.setattr(depthwise_gpu, "forward", lambda x, kernel: jax.lax.erf_inv(x))
     monkeypatch.setattr(depthwise_gpu, "weight_grad", lambda x, g, window: jnp.cbrt(g[0, : window[0], : window[1]]))
     args = draw((8, 12, 12, 16, 11))
