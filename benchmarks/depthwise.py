@@ -6,9 +6,8 @@ Example:
 
 The contestants take turns, so that a busy machine slows all of them alike; the table gives the best turn in
 milliseconds, and that of PyTorch's faster layout divided by the default's (above 1: we are faster); the JSON has the
-medians too. The floor,
-of which the last column gives the default's share, is the longer of two times at the device's peak rates: the
-multiply-adds in float32, those with the padding included, and one reading and one writing of a map.
+medians too. The floor, of which the last column gives the default's share, is the longer of two times at the device's
+peak rates: the multiply-adds in float32, those with the padding included, and one reading and one writing of a map.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ try:
 except ImportError:
     LAYOUTS = {}
 else:
+    torch.backends.cudnn.benchmark = True  # tries its algorithms, as XLA does
     LAYOUTS = {"torch NHWC": torch.channels_last, "torch NCHW": torch.contiguous_format}
 
 PASSES = ("forward", "input gradient", "weight gradient")
@@ -56,25 +56,24 @@ def jax_contestant(impl, which, sets):
 
 
 def torch_device():
-    """Where PyTorch runs; on a GPU cuDNN tries all its algorithms from here on, as under XLA."""
-    if jax.default_backend() == "gpu" and torch.cuda.is_available():
-        torch.backends.cudnn.benchmark = True
-        return "cuda"
-    return "cpu"
+    return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
 
 
-def torch_contestant(which, sets, layout):
-    device = torch_device()
+def torch_repeated(call):
+    """As `repeated`, for a call of PyTorch's."""
+    return repeated(call, lambda _: torch.cuda.synchronize() if torch_device() == "cuda" else None)
 
-    def tensor(array, dtype):
-        array = np.asarray(array, np.float32)
-        return torch.tensor(array, device=device).permute(0, 3, 1, 2).to(dtype).contiguous(memory_format=layout)
 
-    def inputs(x, kernel, g):
-        dtype = getattr(torch, x.dtype.name)
-        kernel = tensor(kernel[None], dtype).permute(1, 0, 2, 3).contiguous()
-        return tensor(x, dtype), kernel, tensor(g, dtype)
+def torch_sets(sets, layout):
+    def tensor(array):
+        dtype, array = getattr(torch, array.dtype.name), np.asarray(array, np.float32)
+        array = torch.tensor(array, device=torch_device()).permute(0, 3, 1, 2)
+        return array.to(dtype).contiguous(memory_format=layout)
 
+    return [(tensor(x), tensor(kernel[None]).permute(1, 0, 2, 3).contiguous(), tensor(g)) for x, kernel, g in sets]
+
+
+def torch_contestant(which, sets):
     def run(x, kernel, g):
         channels, _, k, _ = kernel.shape
         if which == 0:
@@ -85,9 +84,7 @@ def torch_contestant(which, sets, layout):
             g, x, kernel, [0], [1, 1], sizes, [1, 1], False, [0, 0], channels, mask
         )
 
-    sets = [inputs(*arrays) for arrays in sets]
-    wait = (lambda _: torch.cuda.synchronize()) if device == "cuda" else (lambda _: None)
-    return repeated(lambda: [run(*tensors) for tensors in sets], wait)
+    return torch_repeated(lambda: [run(*tensors) for tensors in sets])
 
 
 def draw(size, dtype):
@@ -107,10 +104,10 @@ def measure(size, dtype, impls, seconds):
     lowered = {(which, impl): jax_contestant(impl, which, sets) for which in range(3) for impl in impls}
     with ThreadPoolExecutor() as pool:
         compiled = dict(zip(lowered, pool.map(lambda program: program.compile(), lowered.values()), strict=True))
+    tensors = {name: torch_sets(sets, layout) for name, layout in LAYOUTS.items()}
     for which in range(3):
-        contestants = {impl: repeated(partial(compiled[which, impl], sets)) for impl in impls}
-        for name, layout in LAYOUTS.items():
-            contestants[name] = torch_contestant(which, sets, layout)
+        contestants = {impl or "default": repeated(partial(compiled[which, impl], sets)) for impl in impls}
+        contestants |= {name: torch_contestant(which, tensors[name]) for name in LAYOUTS}
         times = milliseconds(contestants, seconds)
         yield {by: [ms / len(sets) for ms in values] for by, values in times.items()}
 
@@ -144,7 +141,6 @@ def main():
     for n, *shape in (size for name in args.sizes for size in SIZES[name]):
         size = (args.batch_size or n, *shape)
         for name, times in zip(PASSES, measure(size, dtype, (None, *args.impls), args.seconds), strict=True):
-            times["default"] = times.pop(None)
             row = {"size": size, "pass": name, "ms": times}
             cells = "".join(f"{times[by][0]:11.3f}" if by in times else f"{'-':>11}" for by in columns)
             theirs = [times[by][0] for by in LAYOUTS]

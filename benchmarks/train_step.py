@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.depthwise import torch_device
+from benchmarks.depthwise import LAYOUTS, torch_device, torch_repeated
 from benchmarks.measure import Step, about, make_parser, milliseconds, repeated, report
 from fcvit_jax.model import VARIANTS, create_model
 from fcvit_jax.sharding import make_mesh
@@ -65,9 +65,9 @@ def jax_contestants(name, args):
     return contestants
 
 
-def torch_contestants(network, args, channels_last=True):
+def torch_contestants(network, args, layout):
     """{pass: (run, MiB)} of a PyTorch network; its memory is known on a GPU only."""
-    device, layout = torch_device(), torch.channels_last if channels_last else torch.contiguous_format
+    device = torch_device()
     network = network.to(device, memory_format=layout)
     images = torch.tensor(normal_images(args), device=device).permute(0, 3, 1, 2).contiguous(memory_format=layout)
     targets = torch.softmax(torch.randn(args.batch_size, 1000, device=device), 1)
@@ -76,10 +76,6 @@ def torch_contestants(network, args, channels_last=True):
 
     def autocast():
         return torch.autocast(device, torch.bfloat16) if args.dtype == "bfloat16" else contextlib.nullcontext()
-
-    def wait(_):
-        if device == "cuda":
-            torch.cuda.synchronize()
 
     def forward():
         network.eval()
@@ -95,7 +91,7 @@ def torch_contestants(network, args, channels_last=True):
         optimizer.step()
 
     def with_memory(call):
-        run = repeated(call, wait)
+        run = torch_repeated(call)
         if device == "cpu":
             return run, None
         run(1)
@@ -138,15 +134,13 @@ def main():
     for name in args.models:
         contestants[name, "fcvit_jax"] = jax_contestants(name, args)
         multiply_adds[name] = args.batch_size * summarize(create_model(name), args.image_size)["total"].multiply_adds
-        if torch is not None:
-            for layout in ("NHWC", "NCHW"):
-                network = torch_reference.FCViT(**VARIANTS[name])
-                contestants[name, f"torch {layout}"] = torch_contestants(network, args, layout == "NHWC")
+        for by, layout in LAYOUTS.items():
+            contestants[name, by] = torch_contestants(torch_reference.FCViT(**VARIANTS[name]), args, layout)
     if torch is not None and importlib.util.find_spec("timm"):
         import timm
 
         for name in ("convnext_tiny", "poolformer_s12"):
-            contestants[name, "timm NHWC"] = torch_contestants(timm.create_model(name), args)
+            contestants[name, "timm NHWC"] = torch_contestants(timm.create_model(name), args, torch.channels_last)
 
     matmul, matmul_flops = matmul_contestant(args.dtype)
     runs = {(*key, which): run for key, passes in contestants.items() for which, (run, _) in passes.items()}

@@ -76,12 +76,17 @@ def _cuda_impl(shape: tuple[int, ...], window: tuple[int, int]) -> str:
 _CHOICES = {"cpu": _cpu_impl, "cuda": _cuda_impl, "tpu": _tpu_impl}
 
 
+def _choose(impls: dict[str, Callable], impl: str | None, x: jax.Array, other: jax.Array, window: tuple[int, int]):
+    """Runs one of `impls`, that for the platform if `impl` is None."""
+    if impl is not None:
+        return impls[impl](x, other)
+    by_platform = {platform: impls[choice(x.shape, window)] for platform, choice in _CHOICES.items()}
+    return lax.platform_dependent(x, other, **by_platform, default=impls["lax"])
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv(x: jax.Array, kernel: jax.Array, impl: str | None) -> jax.Array:
-    if impl is not None:
-        return _FORWARD[impl](x, kernel)
-    by_platform = {platform: _FORWARD[choose(x.shape, kernel.shape)] for platform, choose in _CHOICES.items()}
-    return lax.platform_dependent(x, kernel, **by_platform, default=_lax)
+    return _choose(_FORWARD, impl, x, kernel, kernel.shape[:2])
 
 
 def _conv_fwd(x, kernel, impl):
@@ -99,12 +104,7 @@ _conv.defvjp(_conv_fwd, _conv_bwd)
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int], impl: str | None) -> jax.Array:
     """Sum x[n, h + i - p, w + j - p, c] * g[n, h, w, c] over n, h, w: (*window, C) in float32."""
-    if impl is not None:
-        return _WEIGHT_GRAD[impl](x, g, window)
-    by_platform = {
-        platform: partial(_WEIGHT_GRAD[choose(x.shape, window)], window=window) for platform, choose in _CHOICES.items()
-    }
-    return lax.platform_dependent(x, g, **by_platform, default=partial(_lax_weight_grad, window=window))
+    return _choose({name: partial(f, window=window) for name, f in _WEIGHT_GRAD.items()}, impl, x, g, window)
 
 
 def _weight_grad_fwd(x, g, window, impl):
@@ -255,6 +255,14 @@ def _batch_axes(x: jax.Array) -> tuple[str, ...]:
     return axes if axes and x.shape[0] % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
 
 
+def _apart(conv: Callable[[jax.Array, jax.Array], jax.Array], axes: tuple[str, ...]) -> Callable:
+    """The convolution by every device of its own images; as it is where there are no axes."""
+    if not axes:
+        return conv
+    own = {"in_specs": (P(axes), P()), "out_specs": P(axes), "axis_names": set(axes), "check_vma": False}
+    return jax.shard_map(conv, **own)
+
+
 def _summed(taps: Callable[[jax.Array, jax.Array], jax.Array], axes: tuple[str, ...]) -> Callable:
     """The taps from each device's own images, summed over the axes; as they are where there are none."""
     if not axes:
@@ -285,9 +293,7 @@ def _toeplitz(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return y.reshape(n, tiles * rows, width, channels)[:, :height]
 
     # XLA would send matrices from device to device, which are much larger than the filters.
-    if axes := _batch_axes(x):
-        conv = jax.shard_map(conv, in_specs=(P(axes), P()), out_specs=P(axes), axis_names=set(axes))
-    return conv(x, kernel)
+    return _apart(conv, _batch_axes(x))(x, kernel)
 
 
 @partial(jax.jit, static_argnames="window")
@@ -324,9 +330,8 @@ def _pallas_shape(x, other, *, window):
     return ShapedArray((*window, x.shape[3]), jnp.float32) if window else ShapedArray(x.shape, x.dtype)
 
 
-@_pallas_p.def_impl
-def _pallas_by_ops(x, other, *, window):
-    """Where `jax.disable_jit` has every operation run by itself."""
+@_pallas_p.def_impl  # for `jax.disable_jit`
+def _pallas_by_lax(x, other, *, window):
     return _lax_weight_grad(x, other, window) if window else _lax(x, other)
 
 
@@ -351,15 +356,16 @@ def _is_whole(context: Any) -> bool:
     return all(size == 1 for axis, size in context.mesh.shape.items() if axis not in manual)
 
 
-def _pallas_lowering(ctx, x, other, *, window, kernels):
+def _pallas_lowering(ctx, x, other, *, window):
     module, (maps, second) = ctx.module_context, ctx.avals_in
     # XLA cannot split a kernel between devices, and an exported program must outlive this version of JAX.
     stays = _is_whole(module.axis_context) and not module.lowering_parameters.for_export
-    if kernels and stays and _has_kernels(maps.shape, window or second.shape[:2]):
+    if stays and _has_kernels(maps.shape, window or second.shape[:2]):
         from fcvit_jax.depthwise_gpu import forward, weight_grad
+
+        run = partial(weight_grad, window=window) if window else forward
     else:
-        forward, weight_grad = _lax, _lax_weight_grad
-    run = partial(weight_grad, window=window) if window else forward
+        run = partial(_pallas_by_lax, window=window)
     return mlir.lower_fun(run, multiple_results=False)(ctx, x, other)
 
 
@@ -371,18 +377,15 @@ def _pallas_batch(args, dims, *, window):
     return out.reshape(*out.shape[:-1], size, -1), out.ndim - 1
 
 
-mlir.register_lowering(_pallas_p, partial(_pallas_lowering, kernels=True), platform="cuda")
-mlir.register_lowering(_pallas_p, partial(_pallas_lowering, kernels=False))
+mlir.register_lowering(_pallas_p, _pallas_lowering, platform="cuda")
+mlir.register_lowering(_pallas_p, mlir.lower_fun(_pallas_by_lax, multiple_results=False))
 batching.primitive_batchers[_pallas_p] = _pallas_batch
 
 
 @jax.jit
 def _pallas(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """By the kernels of `depthwise_gpu` where a GPU runs it, else as `_lax`."""
-    conv = partial(_pallas_p.bind, window=None)
-    if axes := _batch_axes(x):
-        conv = jax.shard_map(conv, in_specs=(P(axes), P()), out_specs=P(axes), axis_names=set(axes), check_vma=False)
-    return conv(x, kernel)
+    return _apart(partial(_pallas_p.bind, window=None), _batch_axes(x))(x, kernel)
 
 
 @partial(jax.jit, static_argnames="window")

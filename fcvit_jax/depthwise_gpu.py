@@ -5,7 +5,7 @@ each tap, and each value is loaded and converted once for all the taps of a row.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,15 +86,17 @@ class _Place:
     def at(self, row: jax.Array, col: int) -> jax.Array:
         return self.start + (row * self.plan.width + col) * self.plan.channels
 
-    def row(self, ref: jax.Array, row: jax.Array, half: int) -> dict[int, jax.Array]:
-        """Values by column, counted from the part's first, up to `half` outside it; 0 off the map, or left out."""
-        cols, values = self.plan.cols, {}
-        for col in range(cols) if self.plan.parts == 1 else range(-half, cols + half):
+    def products(self, ref: jax.Array, row: jax.Array, taps: int) -> Iterator[tuple[jax.Array, int, int]]:
+        """Values of a row, each with a column of the part and a tap that meet there; 0 off the map, or left out."""
+        cols, half = self.plan.cols, taps // 2
+        for source in range(cols) if self.plan.parts == 1 else range(-half, cols + half):
             inside = None
-            if not 0 <= col < cols:
-                inside = self.first >= -col if col < 0 else self.first < self.plan.width - col
-            values[col] = _load(ref, self.at(row, col), inside)
-        return values
+            if not 0 <= source < cols:
+                inside = self.first >= -source if source < 0 else self.first < self.plan.width - source
+            value = _load(ref, self.at(row, source), inside)
+            for tap in range(taps):
+                if 0 <= (col := source + half - tap) < cols:
+                    yield value, col, tap
 
 
 def _load(ref: jax.Array, at: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -140,10 +142,8 @@ def forward(x: jax.Array, kernel: jax.Array, interpret: bool = False) -> jax.Arr
         def tap_row(i, sums):
             sums = list(sums)
             taps = [_load(kernel_ref, (i * kw + j) * plan.channels + place.channel) for j in range(kw)]
-            for col, value in place.row(x_ref, row + i - kh // 2, kw // 2).items():
-                for j, tap in enumerate(taps):
-                    if 0 <= (out := col + kw // 2 - j) < plan.cols:
-                        sums[out] = _fma(value, tap, sums[out], interpret)
+            for value, col, j in place.products(x_ref, row + i - kh // 2, kw):
+                sums[col] = _fma(value, taps[j], sums[col], interpret)
             return tuple(sums)
 
         zeros = tuple(jnp.zeros(place.start.shape, jnp.float32) for _ in range(plan.cols))
@@ -170,10 +170,8 @@ def weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int], interpret: 
         def map_row(row, sums):
             sums = list(sums)
             gs = [_load(g_ref, place.at(row, col), place.real) for col in range(plan.cols)]
-            for col, value in place.row(x_ref, row + i - kh // 2, kw // 2).items():
-                for j in range(kw):
-                    if 0 <= (out := col + kw // 2 - j) < plan.cols:
-                        sums[j] = _fma(value, gs[out], sums[j], interpret)
+            for value, col, j in place.products(x_ref, row + i - kh // 2, kw):
+                sums[j] = _fma(value, gs[col], sums[j], interpret)
             return tuple(sums)
 
         zeros = tuple(jnp.zeros(place.start.shape, jnp.float32) for _ in range(kw))
