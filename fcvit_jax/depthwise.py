@@ -119,7 +119,13 @@ def _weight_grad_bwd(window, impl, residuals, t):
 _weight_grad.defvjp(_weight_grad_fwd, _weight_grad_bwd)
 
 
+@jax.jit
 def _lax(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    # Left to XLA, devices would exchange maps where `fsdp` splits the kernel.
+    return _apart(_lax_conv, _batch_axes(x))(x, kernel)
+
+
+def _lax_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.conv_general_dilated(
         x,
         kernel[:, :, None].astype(x.dtype),
@@ -130,15 +136,15 @@ def _lax(x: jax.Array, kernel: jax.Array) -> jax.Array:
     )
 
 
+@partial(jax.jit, static_argnames="window")
 def _lax_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax.Array:
-    axes = _batch_axes(x)
+    # Left to XLA (of JAX 0.10 to 0.12), a batch split over only some of several axes is wrongly summed over all.
+    return _summed(partial(_lax_taps, window=window), _batch_axes(x))(x, g)
 
-    def taps(x: jax.Array, g: jax.Array) -> jax.Array:
-        kernel = jax.ShapeDtypeStruct((*window, x.shape[3]), x.dtype)
-        return jax.linear_transpose(partial(_lax, x), kernel)(g)[0].astype(jnp.float32)
 
-    # If the batch is split over only some of several axes, XLA (of JAX 0.10 to 0.12) wrongly sums over the others too.
-    return _summed(taps, axes if len(axes) > 1 else ())(x, g)
+def _lax_taps(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax.Array:
+    kernel = jax.ShapeDtypeStruct((*window, x.shape[3]), x.dtype)
+    return jax.linear_transpose(partial(_lax_conv, x), kernel)(g)[0].astype(jnp.float32)
 
 
 @jax.jit
@@ -332,7 +338,7 @@ def _pallas_shape(x, other, *, window):
 
 @_pallas_p.def_impl  # for `jax.disable_jit`
 def _pallas_by_lax(x, other, *, window):
-    return _lax_weight_grad(x, other, window) if window else _lax(x, other)
+    return _lax_taps(x, other, window) if window else _lax_conv(x, other)
 
 
 def _has_kernels(shape: tuple[int, ...], window: tuple[int, int]) -> bool:

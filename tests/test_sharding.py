@@ -1,5 +1,7 @@
 """The mesh and the rule by which a state is split."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +58,7 @@ def narrow(monkeypatch):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("choice", ["_cpu_impl", "_tpu_impl"])
+@pytest.mark.parametrize("choice", ["_cpu_impl", "_tpu_impl", "_cuda_impl"])
 def test_what_a_step_sends(choice, narrow, monkeypatch):
     """One reduction of the gradients; with `fsdp` tensors of the state as well, but nothing much larger."""
     monkeypatch.setattr(depthwise, "_cpu_impl", getattr(depthwise, choice))
@@ -64,8 +66,12 @@ def test_what_a_step_sends(choice, narrow, monkeypatch):
     sent = {}
     for fsdp in (1, 4):
         step = Step(narrow, 16, 64, "float32", make_mesh(data=4 // fsdp, fsdp=fsdp), group_size=4)
-        sent[fsdp] = collectives(step.lower().compile().as_text())
+        lowered = step.lower()
+        sent[fsdp] = collectives(lowered.compile().as_text())
         state = step.abstract_state()
+        # XLA for GPUs reduces the gradients together only if no weight can be updated while another is still in use.
+        barriers = re.findall(r":(\d+) = stablehlo.optimization_barrier", lowered.as_text())
+        assert str(len(jax.tree.leaves(state.params))) in barriers
     jax.clear_caches()
 
     params, statistics = (sum(4 * x.size for x in jax.tree.leaves(tree)) for tree in (state.params, state.batch_stats))
