@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.seed = 42  # for the weights, the order of the data, augmentation, mixing and drop-path
     config.init_from = config_dict.placeholder(str)  # weights to start from: a checkpoint, .pth, .pth.tar or .npz
     config.resume_with_changes = False  # resume a run although its config or data differ
-    config.compilation_cache = True  # keep compiled programs in <workdir>/compilation_cache
+    config.compilation_cache = True  # keep compiled programs in <workdir>/, unless JAX_COMPILATION_CACHE_DIR is set
 
     model = config.model = ConfigDict()  # see fcvit_jax.FCViT, whose other attributes may be added here
     model.name = "fcvit_s12"  # a key of fcvit_jax.VARIANTS, or the name that the original gives it
@@ -33,8 +33,8 @@ def get_config() -> ConfigDict:
     data.eval_split = "validation"  # likewise
     data.batch_size = 1024  # per update, over all devices and hosts
     data.image_size = 224  # height and width in pixels
-    data.workers = -1  # decoding processes on each host; -1: one fewer than cores; 0: decode in the training process
-    data.prefetch = 1  # finished batches that each of them keeps ready, in shared memory
+    data.workers = -1  # decoding processes; -1: one fewer than cores; 0: decode in the training process
+    data.prefetch = 1  # batches in each of a process's two buffers; it holds up to 2 * prefetch + 2 in shared memory
     data.crop_scale = (0.08, 1.0)  # smallest and largest share of the image's area
     data.crop_ratio = (3 / 4, 4 / 3)  # smallest and largest width over height
     data.flip = 0.5  # probability of a horizontal flip

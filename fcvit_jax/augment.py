@@ -21,7 +21,7 @@ from fcvit_jax.errors import UserError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of the files that are taken for images in a folder
 FILL = (124, 116, 104)  # 255 * ImageNet mean, rounded
 # What Pillow raises for broken or refused files.
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError)
 RESAMPLE = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
 
 

@@ -53,9 +53,12 @@ def _lock(workdir: Path) -> TextIO:
     """Opens a file that one process at a time can hold; the system releases it however that process ends.
 
     Raises:
-      UserError: another one holds it.
+      UserError: another one holds it, or the folder cannot be written.
     """
-    file = (workdir / ".lock").open("w")
+    try:
+        file = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}.") from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:

@@ -67,8 +67,8 @@ def check_config(config: ConfigDict) -> None:
     faults += [f"Config key {key!r} is missing." for key in sorted(needed - given)]
     if faults:
         raise UserError("\n".join(faults))
-    if config.seed < 0:
-        raise UserError(f"seed={config.seed} must not be negative.")
+    if not 0 <= config.seed < 2**32:  # JAX drops the higher bits
+        raise UserError(f"seed={config.seed} must lie between 0 and {2**32 - 1}.")
     train = {key: value for key, value in config.train.items() if value is not None}
     check_range("train", 0, below=1, ema_decay=train.pop("ema_decay", 0))
     check_range("train", 1, **train)

@@ -38,7 +38,7 @@ class Data:
       class_names: one name per class, in the order of the labels.
       batch_size: images per step over all hosts.
       image_size: height and width of the images in pixels.
-      workers, prefetch: decoding processes on this host; finished batches that each keeps ready.
+      workers, prefetch: decoding processes, and batches in each of their buffers, as in `open_dataset`.
       crop_pct: share of the resized image that evaluation crops.
       augmentation: keyword arguments of `augment.train_transform`.
     """
@@ -95,9 +95,9 @@ def open_dataset(
       batch_size: images per step over all hosts.
       data_dir: where TFDS keeps its data.
       image_size: height and width of the images in pixels.
-      workers: decoding processes on this host; 0 decodes in a thread of this process; -1 uses one fewer than the
-        cores that this process may use, to leave one for training, but at least one.
-      prefetch: finished batches that each worker keeps ready.
+      workers: decoding processes of this process; 0 decodes in a thread of it; -1 uses one fewer than the cores that
+        this process may use, to leave one for training, but at least one.
+      prefetch: batches in each of a worker's two buffers; it holds up to 2 * prefetch + 2 in shared memory.
       train_split, eval_split: TFDS splits, slices such as "train[:1%]" included.
       crop_pct: share of the resized image that evaluation crops.
       crop_scale, crop_ratio, flip, rand_augment: see `augment.train_transform`.
@@ -274,8 +274,9 @@ def _stream(data: Data, load: Callable[[int], Batch], start: int, stop: int) -> 
         if "Worker process was terminated" not in str(error):
             raise
         raise UserError(
-            f"A process that decodes images died: {str(error).split('. ')[0]}. If memory or shared memory ran out, "
-            "set a lower --config.data.workers: each worker needs some of both."
+            f"A process that decodes images died: {str(error).split('. ')[0]}. What it printed, if anything, is above. "
+            "If memory or shared memory ran out, set a lower --config.data.workers: each worker needs some of both. A "
+            'script that trains needs `if __name__ == "__main__":`, since the workers import it.'
         ) from error
     finally:
         iterator.close()

@@ -243,7 +243,7 @@ def _to_tiles(x: jax.Array, rows: int, tiles: int) -> jax.Array:
     """(N, H, W, C) to (N, tiles, C * rows * W)."""
     n, height, width, channels = x.shape
     x = jnp.pad(x, ((0, 0), (0, tiles * rows - height), (0, 0), (0, 0)))
-    return x.reshape(n, tiles, rows * width, channels).swapaxes(2, 3).reshape(n, tiles, -1)
+    return x.reshape(n, tiles, rows * width, channels).swapaxes(2, 3).reshape(n, tiles, channels * rows * width)
 
 
 def _bands(rows: int, reach: int, width: int, window: tuple[int, int], dtype: Any) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,6 @@
 """What happens to a batch on the device before the model sees it: mixup or cutmix, normalisation, random erasing.
 
-Random decisions are drawn by `draw_*` and carried out by `apply_*` functions, so that given decisions can be replayed.
+Random decisions are drawn by `draw_*` functions and carried out by others, so that given decisions can be replayed.
 They depend only on the key and on the place in the global batch, never on how devices share the batch.
 """
 
@@ -201,17 +201,6 @@ def draw_erasing(key: jax.Array, n: int, height: int, width: int, prob: float) -
     return erasing_boxes(applied[:, 0] < prob, area, aspect, position, height, width)
 
 
-def apply_erasing(images: jax.Array, boxes: jax.Array, noise: jax.Array) -> jax.Array:
-    """Replaces the inside of each image's box by noise.
-
-    Args:
-      images: float32, (N, H, W, 3), normalised.
-      boxes: int32, (N, 4), as in `erasing_boxes`.
-      noise: as images.
-    """
-    return jnp.where(inside(boxes, *images.shape[1:3]), noise, images)
-
-
 def make(
     num_classes: int,
     *,
@@ -278,7 +267,7 @@ def make(
         images = normalize(images)
         if erase_prob:
             boxes = draw_erasing(box_key, n, height, width, erase_prob)
-            images = apply_erasing(images, boxes, jax.random.normal(noise_key, images.shape))
+            images = jnp.where(inside(boxes, height, width), jax.random.normal(noise_key, images.shape), images)
         return images, targets
 
     return mix

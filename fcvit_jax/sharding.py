@@ -34,7 +34,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
     if used > len(devices) or (jax.process_count() > 1 and used != len(devices)):
         raise UserError(
             f"mesh.data={data} x mesh.fsdp={fsdp} needs {used} devices, but there are {len(devices)}: "
-            "set mesh.data=-1 to use them all."
+            f"set mesh.data=-1 to use them all, and mesh.fsdp to a divisor of {len(devices)}."
         )
     return Mesh(np.array(devices[:used]).reshape(data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 

@@ -91,11 +91,11 @@ def open_tfds(name: str, data_dir: str, train_split: str, eval_split: str) -> tu
     else:
         try:
             builder = tfds.builder(name, data_dir=data_dir)
-        except (ValueError, AssertionError) as error:  # no such dataset, configuration or version
+        except (ValueError, AssertionError, ImportError) as error:  # no such dataset, configuration, version or package
             near = difflib.get_close_matches(name, ["digits", "synthetic", *tfds.list_builders()])
             there = sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
             raise UserError(
-                f"{str(error).splitlines()[0]} data.dataset is digits, synthetic, folder:PATH or a TFDS name"
+                f"{str(error).strip().splitlines()[0]} data.dataset is digits, synthetic, folder:PATH or a TFDS name"
                 f" (similar: {', '.join(near) or 'none'}; in {data_dir}: {', '.join(there) or 'nothing'})"
             ) from error
         if not builder.data_path.exists():
@@ -119,7 +119,9 @@ def open_tfds(name: str, data_dir: str, train_split: str, eval_split: str) -> tu
             source = builder.as_data_source(split, decoders=decoders, file_format="array_record")
         except ValueError as error:
             known = ", ".join(builder.info.splits)
-            raise UserError(f"data.{key}={split}: {str(error).splitlines()[0]} {name} has {known}") from error
+            raise UserError(
+                f"data.{key}={split}: {str(error).splitlines()[0].rstrip('.')}. {name} has {known}"
+            ) from error
         records = Records(name, split, source)
         if next(records.read([0]))[1] < 0:
             raise UserError(f"data.{key}={split} of {name} has no labels")

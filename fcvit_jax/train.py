@@ -2,8 +2,10 @@
 
 import functools
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -166,14 +169,16 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
         tx, schedule = optim.make_optimizer(data.steps_per_epoch, config.train.epochs, data.batch_size, **config.optim)
         mix = mixing.make(model.num_classes, **config.mixing)
         check_sizes(data, mesh, model, config.train.accumulate)
-        images = jax.ShapeDtypeStruct((data.batch_size, data.image_size, data.image_size, 3), jnp.uint8)
-        labels = jax.ShapeDtypeStruct((data.batch_size,), jnp.int32)
+        size, rows = (data.batch_size, data.image_size, data.image_size, 3), batch_sharding(mesh)
+        images = jax.ShapeDtypeStruct(size, jnp.uint8, sharding=rows)
+        labels = jax.ShapeDtypeStruct(size[:1], jnp.int32, sharding=rows)
         jax.eval_shape(mix, jax.random.key(0), images, labels)  # raises where the batch is no whole number of groups
         workdir = local_path(workdir)
         check_workdir(config, workdir)
     check_hosts(config, data)
-    if config.compilation_cache:
+    if config.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
+        compilation_cache.reset_cache()  # else JAX stays with the folder of an earlier run of this process
     checkpointer = Checkpointer(workdir, **config.checkpoint)
 
     ema_decay = config.train.ema_decay
@@ -182,6 +187,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     total = epochs * data.steps_per_epoch if config.train.steps is None else config.train.steps
     eval_steps = config.train.eval_every * data.steps_per_epoch
     say(describe_run(config, data, mesh, model, abstract, schedule, total))
+
+    key = jax.random.key(config.seed)
+    fixed = {"model": model, "tx": tx, "schedule": schedule, "mix": mix, "mesh": mesh, "ema_decay": ema_decay}
+    fixed["accumulate"] = config.train.accumulate
 
     about = {
         "model": config.model.to_dict(),
@@ -196,12 +205,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
             raise UserError(f"{workdir} is at step {int(state.step)}, beyond the {total} steps of this config.")
         check_data(config, metadata, about)
         metadata |= about
-        if not checkpointer.has_best(metadata["best"]["step"]):
+        lost = metadata["best"]["step"]
+        if not checkpointer.has_best(lost):
             # The best is lost, or the run was killed before it was written; in that case it is the state just restored.
             metadata["best"] = _NO_BEST
             if metadata["evaluated"]["step"] == int(state.step):
                 metadata["best"] = metadata["evaluated"]
                 checkpointer.save(state, metadata, best=True)
+            elif lost:
+                say(f"the best checkpoint, of step {lost}, is gone: the best of the evaluations to come is kept")
         say(f"resuming at step {int(state.step)} of {total}")
     else:
         if config.init_from:
@@ -209,7 +221,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
                 variables = load_pretrained(config.init_from, model)
             say(f"starting from the weights of {config.init_from}")
         else:
-            variables = init_variables(model, mesh, config.seed)
+            batch = {"image": images, "label": labels}
+            with ThreadPoolExecutor(1) as pool:  # compiles the step while the weights are drawn
+                compiled = pool.submit(lambda: train_step.lower(abstract, batch, key, **fixed).compile())
+                variables = init_variables(model, mesh, config.seed)
+            compiled.result()
         state = create_state(variables, tx, abstract)
         metadata = {**about, "evaluated": {"step": 0}, "best": _NO_BEST}
 
@@ -217,9 +233,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     with failing_together():
         write_config(config, workdir)
         writer = MetricsWriter(workdir, step, metadata["evaluated"]["step"], data.steps_per_epoch)
-    key = jax.random.key(config.seed)
-    fixed = {"model": model, "tx": tx, "schedule": schedule, "mix": mix, "mesh": mesh, "ema_decay": ema_decay}
-    fixed["accumulate"] = config.train.accumulate
     process = jax.process_index(), jax.process_count()
     with (
         StopSignal() as stop,
@@ -306,9 +319,13 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
                 f"{path} has {classes} classes, the dataset {model.num_classes}: evaluate on data with the checkpoint's"
                 f" classes, or fine-tune it on these data, with --config.init_from={path}."
             )
+        metadata = load_metadata(path)
         # A converted checkpoint has no names.
-        if changes := class_changes(load_metadata(path).get("class_names", data.class_names), data.class_names):
+        if changes := class_changes(metadata.get("class_names", data.class_names), data.class_names):
             say("\n".join([f"the classes of {path} -> those of the data:", *changes]))
+        for name, used in {"image_size": data.image_size, "crop_pct": data.crop_pct}.items():
+            if metadata.get(name, used) != used:
+                say(f"{path} was trained with data.{name}={metadata[name]} and is evaluated with {used}")
         variables = load_pretrained(path, model)
     check_hosts(config, data)
     variables = jax.device_put(variables, state_shardings(variables, mesh))

@@ -241,6 +241,10 @@ def test_a_folder_in_which_another_run_is_under_way_is_refused(tmp_path):
             Checkpointer(tmp_path)
         other.kill()
     Checkpointer(tmp_path).close()
+    (tmp_path / ".lock").unlink()
+    (tmp_path / ".lock").mkdir()  # as root, who runs some of these tests, may write to any file
+    with pytest.raises(UserError, match=f"--workdir={tmp_path} cannot be written: Is a directory"):
+        Checkpointer(tmp_path)
 
 
 def test_saves_do_not_ask_for_a_preemption(tmp_path, mesh, monkeypatch):

@@ -68,6 +68,8 @@ def undisturbed(quick_compilation, digits_dir, tmp_path_factory):
         events.append("step")
         return _original(*args, **kwargs)
 
+    step.lower = train.train_step.lower
+
     def report(step, *args, _original=train._report):
         events.append(f"report {step}")
         return _original(step, *args)
@@ -107,9 +109,8 @@ def test_a_run_leaves_what_the_readme_says(undisturbed):
     assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 20
 
 
-def test_nothing_is_compiled_after_the_first_step_evaluation_and_save(undisturbed):
-    assert undisturbed["compiled"] <= {0, 1, 4, 10}
-    assert 1 in undisturbed["compiled"]
+def test_the_step_is_compiled_once_and_ahead_and_nothing_after_the_first_evaluation_and_save(undisturbed):
+    assert {0} <= undisturbed["compiled"] <= {0, 4, 10}
 
 
 def test_the_host_is_one_step_ahead_and_no_more(undisturbed):
@@ -141,6 +142,7 @@ def test_same_losses_on_any_mesh(undisturbed, config, tmp_path, monkeypatch, cap
         whole.add(sum(x.nbytes for x in jax.tree.leaves(state)))
         return state, metrics
 
+    step.lower = train.train_step.lower
     monkeypatch.setattr(train, "train_step", step)
     monkeypatch.setattr(metrics, "bytes_per_device", lambda state: said.append(bytes_per_device(state)) or 7 * 2**20)
     train_and_evaluate(config, tmp_path)
@@ -444,6 +446,9 @@ def test_evaluating_a_checkpoint_gives_the_numbers_of_the_run(undisturbed, confi
     assert f"the classes of {workdir / 'checkpoints/20'} -> those of the data:\n  class 0: 0 -> ten\n" in (
         capsys.readouterr().out
     )
+    config.data.crop_pct = 0.8
+    evaluate_checkpoint(config, workdir)
+    assert "was trained with data.crop_pct=1.0 and is evaluated with 0.8" in capsys.readouterr().out
     with_classes("a", "b", "c")
     config.model.num_classes = 3
     with pytest.raises(UserError, match="checkpoints/20 has 10 classes, the dataset 3: evaluate on"):
