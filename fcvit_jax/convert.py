@@ -234,6 +234,8 @@ def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None) ->
     elif dest.name.endswith(".npz"):
         arrays = {path: x.astype(np.float32) for path, x in traverse_util.flatten_dict(variables, sep="/").items()}
         _write(dest, lambda file: np.savez(file, **arrays, **{METADATA: json.dumps(metadata)}))
+    elif dest.suffix.lower() in (".safetensors", ".ckpt", ".bin", ".tar", ".gz", ".zip", ".h5"):
+        raise UserError(f"{dest}: the ending must be .pth, .pt, .pth.tar or .npz, or none for a folder.")
     else:
         from fcvit_jax import checkpoint
 

@@ -55,7 +55,12 @@ def load(checkpoint: str | Path) -> tuple[FCViT, dict[str, Any], dict[str, Any]]
     expected = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
     if jax.tree.map(np.shape, variables) != jax.tree.map(lambda x: x.shape, expected):
         raise UserError(f"{step} holds the weights of another network than the {metadata['model']} that it names.")
-    usual = {"class_names": [str(i) for i in range(model.num_classes)], "image_size": 224, "crop_pct": 0.9}
+    deep = metadata["model"]["name"].removeprefix("fcvit_") in ("s24", "s48", "b24", "b48")  # with a crop of their own
+    usual = {
+        "class_names": [str(i) for i in range(model.num_classes)],
+        "image_size": 224,
+        "crop_pct": 0.95 if deep else 0.9,
+    }
     if missing := sorted(usual.keys() - metadata.keys()):
         print(
             f"{step} says nothing of {', '.join(missing)}; the defaults are numbered classes, images of "
@@ -94,8 +99,8 @@ def probabilities(model: FCViT, variables: Mapping[str, Any], images: jax.Array)
     return jax.nn.softmax(model.apply(variables, normalize(images)))
 
 
-def _find_images(paths: Iterable[Path]) -> list[Path]:
-    """The paths, each folder replaced by the images beneath it."""
+def find_images(paths: Iterable[Path]) -> list[Path]:
+    """The paths, each folder replaced by the images beneath it; a UserError where it holds none."""
     found = []
     for path in paths:
         if path.is_dir():
@@ -114,7 +119,7 @@ def _predict(args: argparse.Namespace) -> int:
     """Prints predictions batch by batch; returns 1 if an image could not be read."""
     if args.top < 1 or args.batch_size < 1:
         raise UserError("--top and --batch-size must be at least 1.")
-    paths = _find_images(args.images)
+    paths = find_images(args.images)
     model, variables, metadata = load(args.checkpoint)
     if not model.num_classes:
         raise UserError(f"{args.checkpoint} has no head: there are no classes to predict.")

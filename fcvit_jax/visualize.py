@@ -17,10 +17,11 @@ from matplotlib.figure import Figure
 from fcvit_jax.errors import UserError, exit_on_error
 from fcvit_jax.mixing import normalize
 from fcvit_jax.model import FCViT
-from fcvit_jax.predict import CHECKPOINT_HELP, load, read_image
+from fcvit_jax.predict import CHECKPOINT_HELP, find_images, load, read_image
 
 # Okabe and Ito's colours, which stay apart for every kind of colour vision; without yellow, too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MAX_IMAGES = 32  # of one picture
 
 
 def similarity_maps(
@@ -135,6 +136,8 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
         except ValueError as error:
             if number < len(lines):
                 raise UserError(f"{path}, line {number} is not JSON: {error}") from error
+    if not all(isinstance(line, dict) and "epoch" in line for line in metrics):
+        raise UserError(f"{path} is of another program: its lines have no epoch.")
     if not metrics:
         raise UserError(f"{path} is empty: the run has reported nothing yet.")
     return metrics
@@ -148,6 +151,7 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     """
     figure = Figure(figsize=(12, 4.2 + 0.25 * len(runs)), dpi=120, layout="constrained")
     loss, rate, top1 = figure.subplots(1, 3)
+    handles, labels = [], []  # given to the legend as they are: it would leave out names that begin with "_"
     for (name, metrics), colour in zip(runs.items(), itertools.cycle(COLOURS), strict=False):
 
         def curve(axis, key, scale=1.0, metrics=metrics, **style):
@@ -160,11 +164,12 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
         curve(rate, "train/lr", color=colour)
         values = curve(top1, "eval/top1", 100.0, color=colour, marker="o", markersize=4)
         best = f"best top-1 {max(values):.2f} %" if values else "not evaluated yet"
-        top1.plot((), (), color=colour, label=f"{name}: {best}")
+        handles += top1.plot((), (), color=colour)
+        labels.append(f"{name}: {best}".replace("$", r"\$"))
     loss.plot((), (), color="0.4", label="training (augmented)")
     loss.plot((), (), color="0.4", linestyle="--", marker="o", markersize=4, label="validation")
     loss.legend(fontsize=9)
-    figure.legend(handles=top1.get_legend_handles_labels()[0], loc="outside lower center", fontsize=10)
+    figure.legend(handles, labels, loc="outside lower center", fontsize=10)
     for axis, title, unit in ((loss, "Loss", "cross-entropy"), (rate, "Learning rate", ""), (top1, "Top-1", "%")):
         axis.set(title=title, xlabel="epoch", ylabel=unit)
         axis.grid(alpha=0.3)
@@ -173,15 +178,19 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
 
 def _similarity(args: argparse.Namespace) -> Figure:
     model, variables, metadata = load(args.checkpoint)
-    images = [read_image(path, metadata) for path in args.images]
+    paths = find_images(args.images)
+    if len(paths) > _MAX_IMAGES:
+        raise UserError(f"{len(paths)} images do not fit a picture: choose at most {_MAX_IMAGES}.")
+    images = [read_image(path, metadata) for path in paths]
     block, maps = similarity_maps(model, variables, np.stack(images), args.block)
     correlations = [head_correlation(image_maps) for image_maps in maps]
-    for path, value in zip(args.images, correlations, strict=True):
+    for path, value in zip(paths, correlations, strict=True):
         print(f"{path}: correlation between heads {value:.3f}")
     mean = float(np.mean([value for value in correlations if not np.isnan(value)] or [np.nan]))
     print(f"mean correlation between the maps of two heads, {block}: {mean:.3f}")
-    title = f"Token-global similarity in {block}\nmean correlation between heads r = {mean:.2f}"
-    return draw_similarity(images, maps, [path.name for path in args.images], title)
+    place = f"{block}, {maps.shape[1]} x {maps.shape[2]} positions"
+    title = f"Token-global similarity in {place}\nmean correlation between heads r = {mean:.2f}"
+    return draw_similarity(images, maps, [path.name for path in paths], title)
 
 
 def _curves(args: argparse.Namespace) -> Figure:
@@ -203,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
         epilog=f"example: {prog} similarity --checkpoint runs/digits a.png b.png --output similarity.png",
     )
     tool.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
-    tool.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    tool.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="a folder: all images beneath it")
     tool.add_argument("--block", help="such as stages_2_block_0; default: the last whose map is more than one position")
     tool.set_defaults(draw=_similarity)
     tool_curves = tools.add_parser(

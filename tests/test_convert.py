@@ -235,6 +235,7 @@ def test_bad_files_are_user_errors(tmp_path, monkeypatch):
         ("other.pth", "dest.npz", False, "no weights of an FCViT"),
         ("good.pth", "dest.npz", True, "no exponential moving averages"),
         ("good.pth", "folder.npz", False, "Could not write folder.npz"),
+        ("good.pth", "dest.safetensors", False, "dest.safetensors: the ending must be"),
     ):
         with pytest.raises(UserError, match=message):
             convert.convert(source, dest, ema=ema)

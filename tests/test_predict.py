@@ -142,6 +142,10 @@ def test_load_says_what_it_assumes(tmp_path, capsys):
     _, _, metadata = predict.load(tmp_path / "bare")
     assert metadata == {"model": TINY, "image_size": 48, "crop_pct": 0.9, "class_names": ["0", "1", "2"]}
     assert "says nothing of class_names, crop_pct;" in capsys.readouterr().err
+    for name in ("fcvit_s24", "fcvit_b48"):  # the original evaluates these with another crop
+        save_variables(tmp_path / name, tiny_variables(), {"model": TINY | {"name": name}, "image_size": 48})
+        assert predict.load(tmp_path / name)[2]["crop_pct"] == 0.95
+        assert "and crop_pct 0.95" in capsys.readouterr().err
 
 
 TOOLS = {

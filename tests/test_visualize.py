@@ -92,6 +92,10 @@ def test_similarity_from_the_command_line(tmp_path, capsys):
     assert np.ptp(np.asarray(Image.open(tmp_path / "new/out.png").convert("L"))) > 200
     for name in ("out.xyz", "out"):
         assert f"{name}: its ending must be one of ." in exit_of(visualize.main, *args, tmp_path / name)
+    visualize.main([*map(str, args[:3]), str(tmp_path), "--output", str(tmp_path / "new/of_a_folder.png")])
+    assert str(paths[1]) in capsys.readouterr().out
+    many = [paths[0]] * 33
+    assert "33 images do not fit" in exit_of(visualize.main, *args[:3], *many, "--output", tmp_path / "out.png")
     assert "No such file" in exit_of(visualize.main, *args[:3], tmp_path / "no.png", "--output", tmp_path / "out.png")
     assert "out.png cannot be written" in exit_of(visualize.main, *args, paths[0] / "out.png")
 
@@ -107,11 +111,11 @@ def write_run(folder, factor):
 
 
 def test_curves(tmp_path):
-    for factor, name in [(1, "a"), (0.5, "b")]:
+    for factor, name in [(1, "a"), (0.5, "_b$x$")]:
         write_run(tmp_path / name, factor)
-    with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
+    with (tmp_path / "_b$x$" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3')  # the run was killed
-    runs = {str(tmp_path / name): visualize.read_metrics(tmp_path / name) for name in "ab"}
+    runs = {str(tmp_path / name): visualize.read_metrics(tmp_path / name) for name in ("a", "_b$x$")}
     figure = draw_curves(runs)
     assert_nothing_is_cut_off(figure)
     loss, rate, top1 = figure.axes
@@ -121,7 +125,7 @@ def test_curves(tmp_path):
     assert [axis.get_title() for axis in figure.axes] == ["Loss", "Learning rate", "Top-1"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         f"{tmp_path / 'a'}: best top-1 50.00 %",
-        f"{tmp_path / 'b'}: best top-1 25.00 %",
+        rf"{tmp_path}/_b\$x\$: best top-1 25.00 %",
     ]
     visualize.main(["curves", str(tmp_path / "a"), "--output", str(tmp_path / "curves.png")])
     assert (tmp_path / "curves.png").stat().st_size > 10_000
@@ -134,3 +138,5 @@ def test_curves_of_what_is_no_run(tmp_path):
     assert "reported nothing yet" in exit_of(visualize.main, *args)
     (tmp_path / "metrics.jsonl").write_text('broken\n{"step": 1}\n')
     assert "line 1 is not JSON" in exit_of(visualize.main, *args)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}\n')
+    assert "of another program" in exit_of(visualize.main, *args)
