@@ -131,6 +131,14 @@ def test_vmap_over_images_and_filters(impl):
     assert_close([shared[1]], [oracle(xs[1], kernels[0])])
 
 
+@pytest.mark.parametrize("impl", ALL)
+def test_an_empty_batch_has_an_empty_result_and_no_gradient(impl):
+    """As a detector gives it that has found nothing."""
+    y, x_grad, kernel_grad = jax.jit(value_and_gradients(ours(impl)))(*draw((0, 5, 4, 16, 5)))
+    assert y.shape == x_grad.shape == (0, 5, 4, 16)
+    np.testing.assert_array_equal(kernel_grad, np.zeros((5, 5, 16)))
+
+
 def test_checkpoint_gives_the_same_gradients():
     x, kernel, g = draw((2, 6, 5, 3, 5))
 
