@@ -157,17 +157,21 @@ def class_changes(old: Sequence[str], new: Sequence[str]) -> list[str]:
 
 
 def check_data(config: ConfigDict, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Compares the dataset of a run's checkpoint ("class_names" and "num_train") with that of its new start.
+    """Compares the dataset of a run's checkpoint ("class_names", "num_train", "num_eval") with that of its new start.
 
     Raises:
-      UserError: they differ, so labels, order or epochs would differ too, and `resume_with_changes` is off.
+      UserError: they differ, so labels, order, epochs or evaluations would too, and `resume_with_changes` is off.
     """
     lines = class_changes(old["class_names"], new["class_names"])
     if old["num_train"] != new["num_train"]:
         lines.append(f"  training images: {old['num_train']:,} -> {new['num_train']:,}")
+    if old["num_eval"] != new["num_eval"]:
+        lines.append(
+            f"  images of evaluation: {old['num_eval']:,} -> {new['num_eval']:,}; the best so far is of the former"
+        )
     if lines and not config.resume_with_changes:
         raise UserError(
-            "\n".join(["The data are not those that this run was trained on:", *lines])
+            "\n".join(["The data are not those of this run:", *lines])
             + "\nRestore them, choose another --workdir, or go on with these: --config.resume_with_changes=True"
         )
     if lines:

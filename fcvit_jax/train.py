@@ -196,6 +196,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
         "model": config.model.to_dict(),
         "class_names": list(data.class_names),
         "num_train": data.num_train,
+        "num_eval": data.num_eval,
         "image_size": data.image_size,
         "crop_pct": data.crop_pct,
     }
@@ -325,7 +326,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
             say("\n".join([f"the classes of {path} -> those of the data:", *changes]))
         for name, used in {"image_size": data.image_size, "crop_pct": data.crop_pct}.items():
             if metadata.get(name, used) != used:
-                say(f"{path} was trained with data.{name}={metadata[name]} and is evaluated with {used}")
+                say(f"{path} is of a run with data.{name}={metadata[name]}; this evaluation is with {used}")
         variables = load_pretrained(path, model)
     check_hosts(config, data)
     variables = jax.device_put(variables, state_shardings(variables, mesh))

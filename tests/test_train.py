@@ -351,6 +351,13 @@ def test_a_bad_step_stops_the_run_and_is_never_saved(undisturbed, config, at_16,
     assert_same_end(at_16, undisturbed["workdir"])
 
 
+def test_a_best_that_is_lost_on_the_way_is_said(config, at_16, capsys):
+    shutil.rmtree(at_16 / "best")
+    train_and_evaluate(config, at_16)
+    assert "the best checkpoint, of step 10, is gone" in capsys.readouterr().out
+    assert [path.name for path in (at_16 / "best").iterdir()] == ["20"]
+
+
 def test_a_gradient_that_overflows_is_noticed_before_the_next_loss():
     class Nowhere:
         def describe_newest(self):
@@ -412,11 +419,12 @@ def test_the_best_is_the_earlier_of_equals_and_survives_a_kill_before_it_is_writ
 def test_other_data_under_the_same_config_are_refused(undisturbed, config, at_16, monkeypatch, capsys):
     def other(**data):
         dataset = open_dataset(**data)
-        return dataclasses.replace(dataset, num_train=96, class_names=("ten", *dataset.class_names[1:]))
+        return dataclasses.replace(dataset, num_train=96, num_eval=39, class_names=("ten", *dataset.class_names[1:]))
 
     monkeypatch.setattr(train, "open_dataset", other)
     with pytest.raises(
-        UserError, match="(?s)not those .*class 0: 0 -> ten\n  training images: 80 -> 96\n.*resume_with"
+        UserError,
+        match="(?s)not those .*class 0: 0 -> ten\n  training images: 80 -> 96\n  .*: 40 -> 39; .*resume_with",
     ):
         train_and_evaluate(config, at_16)
     config.resume_with_changes = True
@@ -448,7 +456,7 @@ def test_evaluating_a_checkpoint_gives_the_numbers_of_the_run(undisturbed, confi
     )
     config.data.crop_pct = 0.8
     evaluate_checkpoint(config, workdir)
-    assert "was trained with data.crop_pct=1.0 and is evaluated with 0.8" in capsys.readouterr().out
+    assert "is of a run with data.crop_pct=1.0; this evaluation is with 0.8" in capsys.readouterr().out
     with_classes("a", "b", "c")
     config.model.num_classes = 3
     with pytest.raises(UserError, match="checkpoints/20 has 10 classes, the dataset 3: evaluate on"):
