@@ -58,7 +58,7 @@ def narrow(monkeypatch):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("choice", ["_cpu_impl", "_tpu_impl", "_cuda_impl"])
+@pytest.mark.parametrize("choice", ["_cpu_impl", "_tpu_impl"])
 def test_what_a_step_sends(choice, narrow, monkeypatch):
     """One reduction of the gradients; with `fsdp` tensors of the state as well, but nothing much larger."""
     monkeypatch.setattr(depthwise, "_cpu_impl", getattr(depthwise, choice))
