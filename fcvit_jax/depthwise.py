@@ -122,7 +122,7 @@ _weight_grad.defvjp(_weight_grad_fwd, _weight_grad_bwd)
 @jax.jit
 def _lax(x: jax.Array, kernel: jax.Array) -> jax.Array:
     # Left to XLA, devices would exchange maps where `fsdp` splits the kernel.
-    return _apart(_lax_conv, _batch_axes(x))(x, kernel)
+    return _apart(_lax_conv, x, kernel)
 
 
 def _lax_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -139,7 +139,7 @@ def _lax_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
 @partial(jax.jit, static_argnames="window")
 def _lax_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax.Array:
     # Left to XLA (of JAX 0.10 to 0.12), a batch split over only some of several axes is wrongly summed over all.
-    return _summed(partial(_lax_taps, window=window), _batch_axes(x))(x, g)
+    return _summed(partial(_lax_taps, window=window), x, g)
 
 
 def _lax_taps(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax.Array:
@@ -261,20 +261,20 @@ def _batch_axes(x: jax.Array) -> tuple[str, ...]:
     return axes if axes and x.shape[0] % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
 
 
-def _apart(conv: Callable[[jax.Array, jax.Array], jax.Array], axes: tuple[str, ...]) -> Callable:
-    """The convolution by every device of its own images; as it is where there are no axes."""
-    if not axes:
-        return conv
+def _apart(conv: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The convolution, by every device of its own images where they can be split."""
+    if not (axes := _batch_axes(x)):
+        return conv(x, kernel)
     own = {"in_specs": (P(axes), P()), "out_specs": P(axes), "axis_names": set(axes), "check_vma": False}
-    return jax.shard_map(conv, **own)
+    return jax.shard_map(conv, **own)(x, kernel)
 
 
-def _summed(taps: Callable[[jax.Array, jax.Array], jax.Array], axes: tuple[str, ...]) -> Callable:
-    """The taps from each device's own images, summed over the axes; as they are where there are none."""
-    if not axes:
-        return taps
+def _summed(taps: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, g: jax.Array) -> jax.Array:
+    """The taps, summed over those that every device has from its own images where they can be split."""
+    if not (axes := _batch_axes(x)):
+        return taps(x, g)
     own = {"in_specs": P(axes), "out_specs": P(), "axis_names": set(axes), "check_vma": False}
-    return jax.shard_map(lambda x, g: lax.psum(taps(x, g), axes), **own)
+    return jax.shard_map(lambda x, g: lax.psum(taps(x, g), axes), **own)(x, g)
 
 
 @jax.jit
@@ -299,7 +299,7 @@ def _toeplitz(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return y.reshape(n, tiles * rows, width, channels)[:, :height]
 
     # XLA would send matrices from device to device, which are much larger than the filters.
-    return _apart(conv, _batch_axes(x))(x, kernel)
+    return _apart(conv, x, kernel)
 
 
 @partial(jax.jit, static_argnames="window")
@@ -323,7 +323,7 @@ def _toeplitz_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -
         by_rows = jnp.einsum("qavcbw,vwj->qabjc", matrices, col_bands, precision="highest")
         return jnp.einsum("qabjc,qabi->ijc", by_rows, row_bands, precision="highest")
 
-    return _summed(taps, _batch_axes(x))(x, g)
+    return _summed(taps, x, g)
 
 
 # A primitive, so that only the lowering decides, which alone knows the device and whether the program is exported.
@@ -391,12 +391,12 @@ batching.primitive_batchers[_pallas_p] = _pallas_batch
 @jax.jit
 def _pallas(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """By the kernels of `depthwise_gpu` where a GPU runs it, else as `_lax`."""
-    return _apart(partial(_pallas_p.bind, window=None), _batch_axes(x))(x, kernel)
+    return _apart(partial(_pallas_p.bind, window=None), x, kernel)
 
 
 @partial(jax.jit, static_argnames="window")
 def _pallas_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax.Array:
-    return _summed(partial(_pallas_p.bind, window=window), _batch_axes(x))(x, g)
+    return _summed(partial(_pallas_p.bind, window=window), x, g)
 
 
 _FORWARD = {"lax": _lax, "shift": _shift, "banded": _banded, "toeplitz": _toeplitz, "pallas": _pallas}

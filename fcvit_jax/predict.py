@@ -55,7 +55,7 @@ def load(checkpoint: str | Path) -> tuple[FCViT, dict[str, Any], dict[str, Any]]
     expected = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
     if jax.tree.map(np.shape, variables) != jax.tree.map(lambda x: x.shape, expected):
         raise UserError(f"{step} holds the weights of another network than the {metadata['model']} that it names.")
-    deep = metadata["model"]["name"].removeprefix("fcvit_") in ("s24", "s48", "b24", "b48")  # with a crop of their own
+    deep = metadata["model"]["name"].endswith(("24", "48"))  # which the original evaluates with another crop
     usual = {
         "class_names": [str(i) for i in range(model.num_classes)],
         "image_size": 224,

@@ -223,10 +223,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
             say(f"starting from the weights of {config.init_from}")
         else:
             batch = {"image": images, "label": labels}
-            with ThreadPoolExecutor(1) as pool:  # compiles the step while the weights are drawn
-                compiled = pool.submit(lambda: train_step.lower(abstract, batch, key, **fixed).compile())
-                variables = init_variables(model, mesh, config.seed)
+            # The step is compiled while the weights are drawn. No `with`, in which Ctrl-C would wait for the compiler.
+            compiler = ThreadPoolExecutor(1)
+            compiled = compiler.submit(lambda: train_step.lower(abstract, batch, key, **fixed).compile())
+            variables = init_variables(model, mesh, config.seed)
             compiled.result()
+            compiler.shutdown()
         state = create_state(variables, tx, abstract)
         metadata = {**about, "evaluated": {"step": 0}, "best": _NO_BEST}
 
