@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,9 +14,6 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from fcvit_jax import optim
@@ -25,6 +23,15 @@ from fcvit_jax.hosts import say
 from fcvit_jax.model import FCViT
 from fcvit_jax.sharding import bytes_per_device
 from fcvit_jax.state import TrainState
+
+# Where PyTorch is installed, tensorboardX would import it for an annotation: slow, and with CUDA libraries of its own.
+_torch = sys.modules.setdefault("torch", None)
+from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402
+from tensorboardX.summary import scalar  # noqa: E402
+
+if _torch is None:
+    del sys.modules["torch"]
 
 
 class MetricsWriter:

@@ -230,6 +230,12 @@ class Backbone(_Stages):
         return tuple(group_norm(name=f"norm_{i}", **dtypes)(x) for i, x in enumerate(maps))
 
 
+def abstract_variables(model: FCViT | Backbone) -> dict[str, Any]:
+    """The model's variables as `jax.ShapeDtypeStruct`: {"params": ..., "batch_stats": ...}."""
+    model = model.clone(share_blocks=True)  # traced in 0.4 s for fcvit_s48, which would take 3 s
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
+
+
 def _is_supported(dtype: Any) -> bool:
     try:
         return jnp.dtype(dtype) in (jnp.float32, jnp.bfloat16, jnp.float16)

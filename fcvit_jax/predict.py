@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fcvit_jax.augment import IMAGE_SUFFIXES, eval_transform, is_image_file
 from fcvit_jax.checkpoint import find_step, load_metadata, load_model, load_variables, local_path
 from fcvit_jax.errors import UserError, exit_on_error
 from fcvit_jax.mixing import normalize
-from fcvit_jax.model import FCViT
+from fcvit_jax.model import FCViT, abstract_variables
 
 CHECKPOINT_HELP = "a run's folder, its checkpoints or best folder (the newest step is taken), or one step's folder"
 
@@ -52,8 +51,7 @@ def load(checkpoint: str | Path) -> tuple[FCViT, dict[str, Any], dict[str, Any]]
     if "norm_0" in variables["params"]:
         raise UserError(f"{step} holds a feature pyramid, which has no classes: a classifier is needed here.")
     model = load_model(step)
-    expected = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
-    if jax.tree.map(np.shape, variables) != jax.tree.map(lambda x: x.shape, expected):
+    if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, abstract_variables(model)):
         raise UserError(f"{step} holds the weights of another network than the {metadata['model']} that it names.")
     deep = metadata["model"]["name"].endswith(("24", "48"))  # which the original evaluates with another crop
     usual = {

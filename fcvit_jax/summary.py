@@ -2,9 +2,10 @@
 
 import argparse
 import dataclasses
-import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.extend
@@ -61,26 +62,30 @@ def summarize(model: FCViT, image_size: int = 224) -> dict[str, Part]:
         module, out = context.module, call(*args, **kwargs)
         if context.method_name != "__call__" or not module.path:
             return out
-        part = parts.setdefault(_part_name(module.path[0]), Part())
+        name, blocks = _part(module.path[0], model.depths)
+        part = parts.setdefault(name, Part())
         if len(module.path) == 1:
             part.shape = out.shape[1:]
-            part.parameters += sum(x.size for x in jax.tree.leaves(module.variables["params"]))
-            calls.append((part, module.clone(parent=None, name=None), args[:2]))  # drop-path keeps next to nothing
+            part.parameters += blocks * sum(x.size for x in jax.tree.leaves(module.variables["params"]))
+            x, *train = args[:2]  # drop-path keeps next to nothing
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (module.variables, x))
+            calls.append((part, blocks, module.clone(parent=None, name=None), *shapes, *train))
         if isinstance(module, nn.Conv | nn.Dense | DepthwiseConv):
             # Each weight meets one input per output position.
-            part.multiply_adds += module.variables["params"]["kernel"].size * math.prod(out.shape[:-1])
+            part.multiply_adds += blocks * module.variables["params"]["kernel"].size * math.prod(out.shape[:-1])
         elif isinstance(module, GlobalContext) and module.weighted:
-            part.multiply_adds += args[0].size  # the similarity: every value times its head's query
+            part.multiply_adds += blocks * args[0].size  # the similarity: every value times its head's query
         return out
 
-    model = model.clone(bn_group_size=None)  # one image is the whole batch
+    # One image is the whole batch, and one block stands for all of its stage.
+    traced = model.clone(bn_group_size=None, depths=[min(depth, 1) for depth in model.depths])
     with nn.intercept_methods(count):
-        jax.eval_shape(lambda: model.init(_rngs(), jnp.zeros((1, image_size, image_size, 3)), train=True))
-    for part, module, (x, *train) in calls:
+        jax.eval_shape(lambda: traced.init(_rngs(), jnp.zeros((1, image_size, image_size, 3)), train=True))
+    for part, blocks, module, variables, x, *train in calls:
         if model.remat and isinstance(module, Block):  # from its input alone
-            part.activations += x.size * x.dtype.itemsize
+            part.activations += blocks * x.size * x.dtype.itemsize
         else:
-            part.activations += _saved_bytes(module, jax.ShapeDtypeStruct(x.shape, x.dtype), *train)
+            part.activations += blocks * _saved_bytes(module, variables, x, *train)
     sums = [
         sum(getattr(part, field) for part in parts.values()) for field in Part.__dataclass_fields__ if field != "shape"
     ]
@@ -91,8 +96,7 @@ def _rngs() -> dict[str, jax.Array]:
     return {"params": jax.random.key(0), "dropout": jax.random.key(0)}
 
 
-@functools.cache  # the blocks of a stage are alike
-def _saved_bytes(module: nn.Module, x: jax.ShapeDtypeStruct, *train: bool) -> int:
+def _saved_bytes(module: nn.Module, variables: dict[str, Any], x: jax.ShapeDtypeStruct, *train: bool) -> int:
     """Bytes that the backward pass of a module needs: its input and what it computed, but not its variables."""
 
     def saved(variables, x):
@@ -101,17 +105,17 @@ def _saved_bytes(module: nn.Module, x: jax.ShapeDtypeStruct, *train: bool) -> in
 
         return jax.tree.leaves(jax.vjp(forward, variables["params"], x)[1])
 
-    variables = jax.eval_shape(lambda x: module.init(_rngs(), x, *train), x)
     jaxpr = jax.make_jaxpr(saved)(variables, x).jaxpr
     found = {var for var in jaxpr.outvars if isinstance(var, jax.extend.core.Var)} - set(jaxpr.invars[:-1])
     return sum(var.aval.size * var.aval.dtype.itemsize for var in found)
 
 
-def _part_name(module_name: str) -> str:
-    """The part that a module belongs to: of "stages_0_block_1" it is "stage 1", as people count."""
+def _part(module_name: str, depths: Sequence[int]) -> tuple[str, int]:
+    """The part that a module belongs to, and how many of it there are: "stages_0_block_0" is ("stage 1", depths[0])."""
     if module_name.startswith("stages"):
-        return f"stage {int(module_name.split('_')[1]) + 1}"
-    return module_name.replace("_", " ")
+        stage = int(module_name.split("_")[1])
+        return f"stage {stage + 1}", depths[stage]
+    return module_name.replace("_", " "), 1
 
 
 def _summary(args: argparse.Namespace) -> None:

@@ -1,10 +1,14 @@
-"""Eight simulated CPU devices, set up before anything imports jax, and absl flags that Grain's workers can read."""
+"""Eight simulated CPU devices and quick compilation, set up before anything imports jax; and absl flags for Grain."""
 
 import os
 import socket
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Small programs run in no time and compile for long: in a third of the time without LLVM's optimiser and by XLA's older
+# emitters. Processes that the tests start do the same.
+QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+WELL = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}  # compiler options: as by default
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY} --xla_force_host_platform_device_count=8"
 
 from absl import flags  # noqa: E402
 
@@ -51,15 +55,14 @@ def imagenet_mini(imagenet_mini_dirs):
 
 
 @pytest.fixture(scope="module")
-def quick_compilation(tmp_path_factory):
-    """Programs are compiled quickly rather than well, and kept for all tests and for processes that they start."""
+def shared_programs(tmp_path_factory):
+    """Compiled programs are kept for all tests and for processes that they start."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # each worker has a folder of its own in it
     settings = {
         "jax_compilation_cache_dir": str(folder / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_disable_most_optimizations": True,
     }
     before = {name: jax.config.values[name] for name in settings}
     for name, value in settings.items():

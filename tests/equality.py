@@ -1,6 +1,5 @@
 """Compares modules of ours with those of torch_reference.py, at random sizes and options, in float64 on its side."""
 
-import functools
 import zlib
 
 import hypothesis.strategies as st
@@ -11,9 +10,6 @@ from flax import traverse_util
 from hypothesis import Phase, given, settings
 
 from fcvit_jax.original import from_original, original_names, to_original
-
-# Gradients of small networks run in no time and compile for long: twice as fast without LLVM's optimiser.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def nhwc(x):
@@ -93,7 +89,7 @@ def assert_module_equals(ours, theirs, place, shape, seed, *args):
     variables = {key: from_original(weights[names[key]], whole[key]) for key in flat}
     assert {names[key] for key in flat} == {key for key in weights if "num_batches_tracked" not in key}
 
-    @quick_jit
+    @jax.jit
     def run(variables, images, cotangent):
         def outputs(params, images):
             tree = {"params": params, **{k: x for k, x in variables.items() if k != "params"}}

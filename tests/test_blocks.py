@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch_reference
-from equality import assert_close, assert_module_equals, at_random, nhwc, quick_jit
+from equality import assert_close, assert_module_equals, at_random, nhwc
 from flax import linen as nn
 
 from fcvit_jax.blocks import Block, ChannelMixer, GlobalContext, TokenMixer, drop_path_factors, standardize
@@ -88,8 +88,8 @@ def test_drop_path_leaves_out_whole_branches_of_single_examples():
         layer_scale_init=1.0,
     )
     x = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, 4, 4, 16)), (400, 4, 4, 16))
-    variables = quick_jit(lambda: block.init(jax.random.key(1), x, False))()
-    apply = quick_jit(block.apply, static_argnums=2)
+    variables = jax.jit(lambda: block.init(jax.random.key(1), x, False))()
+    apply = jax.jit(block.apply, static_argnums=2)
     factors = drop_path_factors(jax.random.key(2), np.array([0, 0.25, 1]), 400)
     np.testing.assert_array_equal(factors[0], 1)
     np.testing.assert_array_equal(factors[2], 0)
@@ -110,9 +110,9 @@ def test_drop_path_leaves_out_whole_branches_of_single_examples():
 def test_dropout_acts_twice_in_the_channel_mixer_and_in_training_alone():
     mixer = ChannelMixer(ratio=2, kernel_size=None, dropout_rate=0.4)
     x = jax.random.normal(jax.random.key(0), (8, 8, 8, 16))
-    variables = quick_jit(lambda: mixer.init(jax.random.key(1), x, False))()
+    variables = jax.jit(lambda: mixer.init(jax.random.key(1), x, False))()
 
-    @quick_jit
+    @jax.jit
     def in_training(key):
         def is_dropout(module, _):
             return isinstance(module, nn.Dropout)
@@ -125,4 +125,4 @@ def test_dropout_acts_twice_in_the_channel_mixer_and_in_training_alone():
     assert hidden.shape[-1] == 32 and (last == y).all()
     for x_dropped in (hidden, last):
         assert abs((x_dropped == 0).mean() - 0.4) < 0.02
-    assert (quick_jit(lambda: mixer.apply(variables, x, False))() != 0).all()
+    assert (jax.jit(lambda: mixer.apply(variables, x, False))() != 0).all()

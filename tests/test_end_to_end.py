@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from conftest import QUICKLY
 
 import fcvit_jax
 import main
@@ -27,25 +28,24 @@ INLINE = re.findall(r"`(--(?:config\.|mode=).*?)`", README)
 MAIN += [["--config=configs/imagenet.py", "--workdir=runs/a", *text.split()] for text in INLINE]
 TOOLS = [shlex.split(line, comments=True) for line in re.findall(r"python -m (fcvit_jax\.[^`\n]*)", README)]
 
-# Runs main.py, then fails where TensorFlow was imported along the way.
-WITHOUT_TENSORFLOW = """
+# Runs main.py, then fails where TensorFlow or PyTorch was imported along the way.
+WITHOUT_OTHERS = """
 import runpy, sys
 try:
     runpy.run_path("main.py", run_name="__main__")
 finally:
-    assert "tensorflow" not in sys.modules
+    assert not {"tensorflow", "torch"} & set(sys.modules)
 """
 
 
 def run(*args, code=None, devices=2):
     command = [sys.executable, *(["-c", code] if code else ["main.py"]), *args]
-    # Without LLVM's optimiser, which takes longer than these few steps.
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"{QUICKLY} --xla_force_host_platform_device_count={devices}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
 
 
-def test_the_imagenet_config_trains_on_miniature_imagenet_without_tensorflow(imagenet_mini, tmp_path):
+def test_the_imagenet_config_trains_on_miniature_imagenet_without_other_frameworks(imagenet_mini, tmp_path):
     done = run(
         "--config=tests/imagenet_config.py",
         f"--workdir={tmp_path}",
@@ -54,7 +54,7 @@ def test_the_imagenet_config_trains_on_miniature_imagenet_without_tensorflow(ima
         "--config.data.image_size=32",
         "--config.model.bn_group_size=4",
         "--config.train.steps=3",
-        code=WITHOUT_TENSORFLOW,
+        code=WITHOUT_OTHERS,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2,538,184 parameters, computing in bfloat16" in done.stdout
@@ -67,7 +67,7 @@ def test_the_imagenet_config_trains_on_miniature_imagenet_without_tensorflow(ima
     assert metadata["class_names"][0] == "n01440764"
 
 
-@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.usefixtures("shared_programs")
 def test_the_python_of_the_readme_runs(monkeypatch):
     monkeypatch.setitem(fcvit_jax.VARIANTS["fcvit_tiny"], "depths", (0, 0, 0, 2))  # fewer blocks to compile
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

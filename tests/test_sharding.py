@@ -57,7 +57,7 @@ def narrow(monkeypatch):
     return "narrow"
 
 
-@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.usefixtures("shared_programs")
 @pytest.mark.parametrize("choice", ["_cpu_impl", "_tpu_impl"])
 def test_what_a_step_sends(choice, narrow, monkeypatch):
     """One reduction of the gradients; with `fsdp` tensors of the state as well, but nothing much larger."""
@@ -80,7 +80,7 @@ def test_what_a_step_sends(choice, narrow, monkeypatch):
     assert sum(op["bytes"] for op in sent[4]) < 6 * params
 
 
-@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.usefixtures("shared_programs")
 def test_a_batch_in_parts_is_the_same_step_and_every_device_has_its_share_of_each(narrow):
     """Of a part of four images, which are one BatchNorm group, each of four devices has one."""
     step = Step(narrow, 16, 64, "float32", make_mesh(data=4), group_size=4)

@@ -11,7 +11,7 @@ from fcvit_jax.sharding import make_mesh
 from fcvit_jax.state import abstract_state, create_state, init_variables
 
 
-@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.usefixtures("shared_programs")
 def test_the_first_state_is_as_the_model_initialises_it_and_blocks_are_drawn_apart():
     quick = {"dims": (16, 16, 16, 32), "kernel_sizes": (3,), "use_context": False}
     model = create_model("fcvit_tiny", num_classes=3, depths=(2, 0, 0, 3), **quick)

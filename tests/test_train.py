@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_config
-from conftest import free_port
+from conftest import QUICKLY, free_port
 from PIL import Image
 
 from benchmarks.kill_resume import arrays, assert_same_end, kill_and_resume, record
@@ -35,7 +35,7 @@ from fcvit_jax.train import evaluate_checkpoint, train_and_evaluate
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
+    pytest.mark.usefixtures("shared_programs"),
     # Orbax leaves the further exceptions of a failed write to the garbage collector.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:Sharding info not provided"),
 ]
@@ -57,7 +57,7 @@ def evaluations(workdir):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(quick_compilation, digits_dir, tmp_path_factory):
+def undisturbed(shared_programs, digits_dir, tmp_path_factory):
     """A run on one device that nothing stops; with what it did, in order, and at which steps XLA compiled."""
     config = tiny_config.get_config()
     config.data.data_dir = digits_dir
@@ -156,7 +156,7 @@ def start_two(workdir, *arguments, slurm=False):
     port = str(free_port())
     command = [sys.executable, "main.py", "--config=tests/tiny_config.py", f"--workdir={workdir}", *arguments]
     command.append("--config.mesh.data=-1")
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env = os.environ | {"XLA_FLAGS": f"{QUICKLY} --xla_force_host_platform_device_count=2"}
     if slurm:
         env |= {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1"}
         env |= {"SLURM_NTASKS": "2", "JAX_COORDINATOR_PORT": port}

@@ -13,6 +13,6 @@ def get_config():
     config.mesh.data = 1
     config.compilation_cache = False  # the tests share one
     with config.unlocked():
-        config.model.update(depths=(1, 1, 0, 0), dims=(8, 8, 16, 16), kernel_sizes=(3,), context_heads=8)
+        config.model.update(depths=(1, 0, 0, 0), dims=(8, 8, 16, 16), kernel_sizes=(3,), context_heads=8)
         config.model.update(drop_path_rate=0.2, bn_group_size=8)
     return config
