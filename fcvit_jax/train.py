@@ -45,6 +45,8 @@ from fcvit_jax.model import FCViT, create_model
 from fcvit_jax.sharding import MIN_SHARDED_SIZE, batch_sharding, global_batch, make_mesh, state_shardings
 from fcvit_jax.state import TrainState, abstract_state, create_state, init_variables
 
+# The same for the same config, so that a second run of a process need not trace its step again.
+_make_optimizer, _make_mix = functools.cache(optim.make_optimizer), functools.cache(mixing.make)
 _NO_BEST = {"step": 0, "top1": -1.0}  # worse than any
 
 
@@ -166,8 +168,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
         data = open_dataset(**config.data)
         mesh = make_mesh(**config.mesh)
         model = create_model(**config.model)
-        tx, schedule = optim.make_optimizer(data.steps_per_epoch, config.train.epochs, data.batch_size, **config.optim)
-        mix = mixing.make(model.num_classes, **config.mixing)
+        tx, schedule = _make_optimizer(data.steps_per_epoch, config.train.epochs, data.batch_size, **config.optim)
+        mix = _make_mix(model.num_classes, **config.mixing)
         check_sizes(data, mesh, model, config.train.accumulate)
         size, rows = (data.batch_size, data.image_size, data.image_size, 3), batch_sharding(mesh)
         images = jax.ShapeDtypeStruct(size, jnp.uint8, sharding=rows)

@@ -244,6 +244,7 @@ def test_a_run_that_is_stopped_again_and_again_is_the_same_run(undisturbed, conf
         (signal.SIGINT, "eval_batches", 2, 20),  # in the last evaluation
     ]
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    traced = train.train_step._cache_size()
     for number, name, batch, step in stops:
         before_batch(monkeypatch, name, batch, functools.partial(os.kill, os.getpid(), number))
         train_and_evaluate(config, tmp_path)
@@ -254,6 +255,7 @@ def test_a_run_that_is_stopped_again_and_again_is_the_same_run(undisturbed, conf
     assert "resuming at step 20 of 20" in out and "done: final top-1" in out
     assert_same_end(tmp_path, undisturbed["workdir"])
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+    assert train.train_step._cache_size() == traced  # by the run before this test
 
 
 def test_a_broken_validation_image_costs_no_training(undisturbed, config, at_16, monkeypatch):
