@@ -20,9 +20,9 @@ from flax import nnx, traverse_util
 from fcvit_jax import convert, model, optim, train
 from fcvit_jax.blocks import Block
 from fcvit_jax.errors import UserError
-from fcvit_jax.model import VARIANTS, Backbone, FCViT, create_backbone, create_model
+from fcvit_jax.model import VARIANTS, Backbone, FCViT, abstract_variables, create_backbone, create_model
 from fcvit_jax.sharding import make_mesh
-from fcvit_jax.state import TrainState
+from fcvit_jax.state import abstract_state, create_state
 
 DATA = Path(__file__).parent / "data"
 # What differs from the defaults in each file; spec of the files: the option's name in the original.
@@ -182,14 +182,13 @@ def test_ten_optimizer_steps_equal_the_originals_and_averages_follow():
     network, variables = small("trajectory")
     constant = {"lr": meta["lr"], "min_lr": meta["lr"], "lr_batch_size": None, "warmup_epochs": 0}
     tx, schedule = optim.make_optimizer(meta["steps"], 1, meta["batch"], weight_decay=meta["wd"], **constant)
-    averages, ema = variables, jax.tree.map(jnp.array, variables)
-    variables = jax.tree.map(jnp.array, variables)
-    state = TrainState(jnp.array(0), **variables, opt_state=jax.jit(tx.init)(variables["params"]), ema=ema)
+    mesh, averages = make_mesh(data=1), variables
+    state = create_state(variables, tx, abstract_state(network, tx, mesh, ema=True))
 
     def mix(key, images, labels):
         return images, 0.9 * jax.nn.one_hot(labels, meta["num_classes"]) + 0.1 / meta["num_classes"]
 
-    fixed = {"model": network, "tx": tx, "schedule": schedule, "mix": mix, "mesh": make_mesh(data=1), "ema_decay": 0.7}
+    fixed = {"model": network, "tx": tx, "schedule": schedule, "mix": mix, "mesh": mesh, "ema_decay": 0.7}
     losses, size = [], (3, meta["hw"], meta["hw"])
     for step in range(meta["steps"]):
         rng = np.random.default_rng([meta["seed"], 900, step])
@@ -229,8 +228,7 @@ def test_ten_optimizer_steps_equal_the_originals_and_averages_follow():
     ],
 )
 def test_variants_have_the_originals_size_and_names(name, original, count):
-    variables = jax.eval_shape(lambda: create_model(name).init(jax.random.key(0), jnp.zeros((1, 64, 64, 3))))
-    assert sum(x.size for x in jax.tree.leaves(variables["params"])) == count
+    assert sum(x.size for x in jax.tree.leaves(abstract_variables(create_model(name))["params"])) == count
     assert create_model(original) == create_model(name)
     assert create_backbone(original) == create_backbone(name)
 
