@@ -33,8 +33,8 @@ class Data:
     """A dataset opened for training and evaluation, as `open_dataset` returns it.
 
     Attributes:
-      train, eval: the examples of the two splits; None if synthetic.
-      num_train, num_eval: number of examples.
+      train, eval: the examples of the two splits; None if synthetic, and train where it was not opened.
+      num_train, num_eval: number of examples; num_train is 0 where train was not opened.
       class_names: one name per class, in the order of the labels.
       batch_size: images per step over all hosts.
       image_size: height and width of the images in pixels.
@@ -65,6 +65,7 @@ class Data:
 
 
 def open_dataset(
+    training: bool = True,
     *,
     dataset: str,
     batch_size: int,
@@ -89,6 +90,7 @@ def open_dataset(
             batch["image"], batch["label"]                  # uint8 (128, 32, 32, 3), int32 (128,)
 
     Args:
+      training: False: open the split for evaluation alone; the other need not be there.
       dataset: "digits"; a TFDS name such as "imagenet2012", with the features image and label; "folder:PATH", a folder
         with train/CLASS/*.jpg and val/CLASS/*.jpg (or validation/; also .jpeg, .png, .webp); or "synthetic", one batch
         of noise, for measuring the training step alone: as many images and classes as ImageNet, one batch to evaluate.
@@ -120,13 +122,14 @@ def open_dataset(
             for key, split in {"train_split": train_split, "eval_split": eval_split}.items():
                 if "[" in split:
                     logging.warning("data.%s=%s takes no part of a folder: all of its images are used.", key, split)
-            train, evaluation, class_names = sources.open_folder(os.path.expanduser(dataset.removeprefix("folder:")))
+            folder = os.path.expanduser(dataset.removeprefix("folder:"))
+            train, evaluation, class_names = sources.open_folder(folder, training)
         else:
             train, evaluation, class_names = sources.open_tfds(
-                dataset, os.path.expanduser(data_dir), train_split, eval_split
+                dataset, os.path.expanduser(data_dir), train_split if training else None, eval_split
             )
-        num_train, num_eval = len(train), len(evaluation)
-    if num_train < batch_size:
+        num_train, num_eval = len(train or ()), len(evaluation)
+    if training and num_train < batch_size:
         raise UserError(
             f"{dataset} has {num_train} training images, less than one batch: data.batch_size is {batch_size}"
         )
@@ -168,11 +171,13 @@ def train_batches(
       examples, cut to whole batches. `.close()` ends the workers.
 
     Raises:
-      UserError: a batch cannot be split evenly; the seed is negative; an image cannot be read (the message
-        names it); or a worker died.
+      UserError: a batch cannot be split evenly; the seed is negative; the data were opened for evaluation alone; an
+        image cannot be read (the message names it); or a worker died.
     """
     if seed < 0:
         raise UserError(f"seed={seed} must not be negative")
+    if not data.num_train:
+        raise UserError("These data were opened for evaluation alone.")
     rows = _rows(data, process_index, process_count)
     if data.train is None:
         noise = _noise(data, len(rows))

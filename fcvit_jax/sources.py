@@ -71,13 +71,15 @@ class Files:
         return os.path.join(self.folder, self.names[index])
 
 
-def open_tfds(name: str, data_dir: str, train_split: str, eval_split: str) -> tuple[Records, Records, tuple[str, ...]]:
+def open_tfds(
+    name: str, data_dir: str, train_split: str | None, eval_split: str
+) -> tuple[Records | None, Records, tuple[str, ...]]:
     """Opens two splits of a TFDS dataset without importing TensorFlow; the digits are prepared if need be.
 
     Args:
       name: "digits" or a TFDS name, "NAME/CONFIG:VERSION" included.
       data_dir: where TFDS keeps its data.
-      train_split, eval_split: TFDS splits, slices included.
+      train_split, eval_split: TFDS splits, slices included; a train_split of None is not opened.
 
     Returns:
       The two splits and the class names.
@@ -127,7 +129,8 @@ def open_tfds(name: str, data_dir: str, train_split: str, eval_split: str) -> tu
             raise UserError(f"data.{key}={split} of {name} has no labels")
         return records
 
-    return open_split("train_split", train_split), open_split("eval_split", eval_split), tuple(label.names)
+    train = None if train_split is None else open_split("train_split", train_split)
+    return train, open_split("eval_split", eval_split), tuple(label.names)
 
 
 def _how_to_prepare(builder: tfds.core.DatasetBuilder, name: str, data_dir: str) -> str:
@@ -155,11 +158,12 @@ Add array_record files to it (only this needs TensorFlow and Beam; Beam goes to 
     --dataset_version_dir={builder.data_path}"""
 
 
-def open_folder(path: str) -> tuple[Files, Files, tuple[str, ...]]:
+def open_folder(path: str, training: bool = True) -> tuple[Files | None, Files, tuple[str, ...]]:
     """Opens a folder with train/CLASS/IMAGE and val/CLASS/IMAGE (or validation/); class 2 comes before class 10.
 
     Args:
       path: the folder; images end in .jpg, .jpeg, .png or .webp, in any case.
+      training: False: train is not opened, and need not be there.
 
     Returns:
       The two splits and the class names.
@@ -169,10 +173,12 @@ def open_folder(path: str) -> tuple[Files, Files, tuple[str, ...]]:
     """
     train = os.path.join(path, "train")
     evaluation = [os.path.join(path, name) for name in ("val", "validation") if os.path.isdir(os.path.join(path, name))]
-    if not os.path.isdir(train) or len(evaluation) != 1:
-        raise UserError(f"{path} must have a folder train, and one of val and validation")
+    if (training and not os.path.isdir(train)) or len(evaluation) != 1:
+        raise UserError(f"{path} must have {'a folder train, and ' if training else ''}one of val and validation")
     (evaluation,) = evaluation
-    train_classes, eval_classes = _list_classes(train), _list_classes(evaluation)
+    train_classes, eval_classes = _list_classes(train) if training else None, _list_classes(evaluation)
+    if train_classes is None:
+        return None, _files(evaluation, eval_classes), tuple(eval_classes)
     if train_classes.keys() != eval_classes.keys():
         raise UserError(
             f"{train} and {evaluation} have different classes:"

@@ -313,7 +313,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
     """
     with failing_together():
         check_config(config)
-        data = open_dataset(**config.data)
+        data = open_dataset(training=False, **config.data)
         mesh = make_mesh(**config.mesh)
         model = create_model(**config.model)
         check_sizes(data, mesh, model)

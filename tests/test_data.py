@@ -339,6 +339,20 @@ def test_bad_folders(folder):
         open_folder(folder)
 
 
+def test_evaluation_needs_no_training_images(folder, imagenet_mini):
+    shutil.rmtree(folder / "train")
+    of_folder = open_folder(folder, training=False)
+    of_tfds = open_folder(folder, training=False, dataset="imagenet2012", data_dir=imagenet_mini, train_split="none")
+    for dataset, classes, num_eval in ((of_folder, 2, 4), (of_tfds, 1000, 21)):
+        assert (dataset.num_classes, dataset.num_train, dataset.num_eval) == (classes, 0, num_eval)
+        assert sum(batch["mask"].sum() for batch in data.eval_batches(dataset)) == num_eval
+        with pytest.raises(UserError, match="were opened for evaluation alone"):
+            data.train_batches(dataset, 0, 0, 1)
+    (folder / "val").rename(folder / "test")
+    with pytest.raises(UserError, match=f"^{folder} must have one of val and validation"):
+        open_folder(folder, training=False)
+
+
 def test_a_broken_file_is_named(folder):
     (folder / "val" / "dog" / "b.jpg").write_bytes(b"some text")
     (folder / "train" / "dog" / "b.jpg").write_bytes(b"some text")

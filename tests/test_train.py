@@ -438,6 +438,7 @@ def test_other_data_under_the_same_config_are_refused(undisturbed, config, at_16
 def test_evaluating_a_checkpoint_gives_the_numbers_of_the_run(undisturbed, config, monkeypatch, capsys):
     workdir = undisturbed["workdir"]
     config.train.ema_decay = None  # the checkpoint has averages, and the run evaluated those
+    config.data.train_split = "none"
     assert evaluate_checkpoint(config, workdir) == undisturbed["result"]
     best = load_metadata(workdir / "best")["evaluated"]
     assert evaluate_checkpoint(config, workdir, "best") == {k: v for k, v in best.items() if k != "step"}
