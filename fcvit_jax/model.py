@@ -91,7 +91,8 @@ class _Stages(nn.Module):
         Raises:
           UserError: the images are of another shape or dtype.
         """
-        if images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
+        channels_first = images.shape[1:2] == (3,) != images.shape[3:]
+        if images.ndim != 4 or channels_first or not jnp.issubdtype(images.dtype, jnp.floating):
             raise UserError(
                 f"Images must be (N, H, W, 3) floats, as fcvit_jax.mixing.normalize makes of uint8, not "
                 f"{images.dtype} {images.shape}."

@@ -82,7 +82,7 @@ def open_tfds(
       train_split, eval_split: TFDS splits, slices included; a train_split of None is not opened.
 
     Returns:
-      The two splits and the class names.
+      The two splits, of which train may be None, and the class names.
 
     Raises:
       UserError: the dataset is unknown, not prepared, not stored as array_record or without images and labels; a split
@@ -166,7 +166,7 @@ def open_folder(path: str, training: bool = True) -> tuple[Files | None, Files, 
       training: False: train is not opened, and need not be there.
 
     Returns:
-      The two splits and the class names.
+      The two splits, of which train may be None, and the class names.
 
     Raises:
       UserError: a folder is missing, a class is empty, or train and val differ in their classes.

@@ -254,7 +254,9 @@ def test_values_that_make_no_network_are_refused(values, message):
         create_model("fcvit_tiny", **values)
 
 
-@pytest.mark.parametrize("shape, dtype", [((32, 32, 3), jnp.float32), ((1, 32, 32, 3), jnp.uint8)])
+@pytest.mark.parametrize(
+    "shape, dtype", [((32, 32, 3), jnp.float32), ((1, 32, 32, 3), jnp.uint8), ((1, 3, 32, 32), jnp.float32)]
+)
 def test_images_that_are_none_are_refused(shape, dtype):
     with pytest.raises(UserError, match="Images must be .N, H, W, 3. floats.*normalize"):
         jax.eval_shape(create_model("fcvit_tiny").init, jax.random.key(0), jax.ShapeDtypeStruct(shape, dtype))
