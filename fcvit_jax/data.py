@@ -65,7 +65,7 @@ class Data:
 
 
 def open_dataset(
-    training: bool = True,
+    training: bool = True,  # not among the keywords, which are the keys of a config
     *,
     dataset: str,
     batch_size: int,

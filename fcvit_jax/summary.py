@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,34 +61,35 @@ def summarize(model: FCViT, image_size: int = 224) -> dict[str, Part]:
         module, out = context.module, call(*args, **kwargs)
         if context.method_name != "__call__" or not module.path:
             return out
-        name, blocks = _part(module.path[0], model.depths)
-        part = parts.setdefault(name, Part())
+        part = parts.setdefault(_part_name(module.path[0]), Part())
         if len(module.path) == 1:
             part.shape = out.shape[1:]
-            part.parameters += blocks * sum(x.size for x in jax.tree.leaves(module.variables["params"]))
+            part.parameters += sum(x.size for x in jax.tree.leaves(module.variables["params"]))
             x, *train = args[:2]  # drop-path keeps next to nothing
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (module.variables, x))
-            calls.append((part, blocks, module.clone(parent=None, name=None), *shapes, *train))
+            calls.append((part, module.clone(parent=None, name=None), *shapes, *train))
         if isinstance(module, nn.Conv | nn.Dense | DepthwiseConv):
             # Each weight meets one input per output position.
-            part.multiply_adds += blocks * module.variables["params"]["kernel"].size * math.prod(out.shape[:-1])
+            part.multiply_adds += module.variables["params"]["kernel"].size * math.prod(out.shape[:-1])
         elif isinstance(module, GlobalContext) and module.weighted:
-            part.multiply_adds += blocks * args[0].size  # the similarity: every value times its head's query
+            part.multiply_adds += args[0].size  # the similarity: every value times its head's query
         return out
 
-    # One image is the whole batch, and one block stands for all of its stage.
+    # One image is the whole batch, and one block is counted for all of its stage.
     traced = model.clone(bn_group_size=None, depths=[min(depth, 1) for depth in model.depths])
     with nn.intercept_methods(count):
         jax.eval_shape(lambda: traced.init(_rngs(), jnp.zeros((1, image_size, image_size, 3)), train=True))
-    for part, blocks, module, variables, x, *train in calls:
+    for part, module, variables, x, *train in calls:
         if model.remat and isinstance(module, Block):  # from its input alone
-            part.activations += blocks * x.size * x.dtype.itemsize
+            part.activations += x.size * x.dtype.itemsize
         else:
-            part.activations += blocks * _saved_bytes(module, variables, x, *train)
-    sums = [
-        sum(getattr(part, field) for part in parts.values()) for field in Part.__dataclass_fields__ if field != "shape"
-    ]
-    return parts | {"total": Part((), *sums)}
+            part.activations += _saved_bytes(module, variables, x, *train)
+    costs = [field for field in Part.__dataclass_fields__ if field != "shape"]
+    for stage, depth in enumerate(model.depths, 1):
+        if depth:
+            part = parts[f"stage {stage}"]
+            parts[f"stage {stage}"] = Part(part.shape, *(depth * getattr(part, field) for field in costs))
+    return parts | {"total": Part((), *(sum(getattr(part, field) for part in parts.values()) for field in costs))}
 
 
 def _rngs() -> dict[str, jax.Array]:
@@ -110,12 +110,11 @@ def _saved_bytes(module: nn.Module, variables: dict[str, Any], x: jax.ShapeDtype
     return sum(var.aval.size * var.aval.dtype.itemsize for var in found)
 
 
-def _part(module_name: str, depths: Sequence[int]) -> tuple[str, int]:
-    """The part that a module belongs to, and how many of it there are: "stages_0_block_0" is ("stage 1", depths[0])."""
+def _part_name(module_name: str) -> str:
+    """The part that a module belongs to: of "stages_0_block_1" it is "stage 1", as people count."""
     if module_name.startswith("stages"):
-        stage = int(module_name.split("_")[1])
-        return f"stage {stage + 1}", depths[stage]
-    return module_name.replace("_", " "), 1
+        return f"stage {int(module_name.split('_')[1]) + 1}"
+    return module_name.replace("_", " ")
 
 
 def _summary(args: argparse.Namespace) -> None:
