@@ -488,7 +488,7 @@ def test_equal_blocks_are_one_function_if_shared():
 
 def test_features_are_the_four_stage_outputs():
     network = create_model("fcvit_tiny")
-    variables = jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
+    variables = abstract_variables(network)
     maps = jax.eval_shape(lambda v: network.apply(v, jnp.zeros((2, 33, 100, 3)), method="features"), variables)
     assert isinstance(maps, tuple)
     assert [x.shape for x in maps] == [(2, 9, 25, 32), (2, 5, 13, 64), (2, 3, 7, 160), (2, 2, 4, 320)]

@@ -15,7 +15,7 @@ from fcvit_jax.augment import eval_transform
 from fcvit_jax.checkpoint import Checkpointer, save_variables
 from fcvit_jax.errors import UserError
 from fcvit_jax.mixing import normalize
-from fcvit_jax.model import create_model
+from fcvit_jax.model import abstract_variables, create_model
 from fcvit_jax.state import TrainState
 
 TINY = {
@@ -33,7 +33,7 @@ METADATA = {"model": TINY, "class_names": ["ant", "bee", "cat"], "image_size": 4
 def tiny_variables(seed=0, **options):
     """Random variables, of which scales and variances are near 1: a fresh block would change nothing."""
     model = create_model(**TINY | options)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32)))
+    shapes = abstract_variables(model)
     rng = np.random.default_rng(seed)
 
     def values(path, leaf):
