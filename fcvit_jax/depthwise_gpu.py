@@ -1,7 +1,7 @@
 """The depthwise convolution as Pallas kernels for CUDA GPUs, which keep their sums in registers.
 
-A program is one warp. A thread has four channels of one part of a row, at most `_COLS` positions: so many products need
-each tap, and each value is loaded and converted once for all the taps of a row.
+A program is one warp. A thread has two or four channels of one part of a row: so many products need each tap, and each
+value is loaded and converted once for all the taps of a row.
 """
 
 import math
@@ -15,24 +15,28 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-_COLS = 28  # positions of a thread: more would take too many registers
-_ELEMENTS = 128  # of a program: four channels for each thread of a warp
+_VALUES = 112  # of a thread's part of a row: more sums would take too many registers
 _ROWS = 14  # of a map that a program of the weight gradient sums
 _TAPS = 21  # of a row: more sums would not fit the registers
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How maps (N, H, W, C) are shared out: a program has `lanes` parts of rows, and of each `block` channels."""
+    """How maps (N, H, W, C) are shared out: a program has `lanes` parts of rows, and of each `block` channels.
+
+    Attributes:
+      vector: channels of a thread.
+    """
 
     n: int
     height: int
     width: int
     channels: int
+    vector: int = 4
 
     @property
     def cols(self) -> int:
-        return max(cols for cols in range(1, _COLS + 1) if self.width % cols == 0)
+        return max(cols for cols in range(1, _VALUES // self.vector + 1) if self.width % cols == 0)
 
     @property
     def parts(self) -> int:
@@ -40,11 +44,11 @@ class _Plan:
 
     @property
     def block(self) -> int:
-        return max(block for block in (64, 32, 16, 8, 4, 2, 1) if self.channels % block == 0)
+        return math.gcd(self.channels, 32 * self.vector)
 
     @property
     def lanes(self) -> int:
-        return _ELEMENTS // self.block
+        return 32 * self.vector // self.block
 
     @property
     def groups(self) -> int:
@@ -60,10 +64,12 @@ class _Plan:
     def place(self, group: jax.Array, block: jax.Array) -> "_Place":
         part = group * self.lanes + lax.broadcasted_iota(jnp.int32, (self.lanes, self.block), 0)
         channel = block * self.block + lax.broadcasted_iota(jnp.int32, (self.lanes, self.block), 1)
-        last = self.n * self.parts - 1
-        image, first = jnp.minimum(part, last) // self.parts, jnp.minimum(part, last) % self.parts * self.cols
+        total, number = self.n * self.parts, jnp.int32(self.parts)
+        real = None if total % self.lanes == 0 else part < total
+        part = _within(part, total)
+        image, first = lax.div(part, number), lax.rem(part, number) * self.cols
         start = (image * (self.height * self.width) + first) * self.channels + channel
-        return _Place(self, start, first, channel, part <= last)
+        return _Place(self, start, first, channel, real)
 
 
 @dataclass(frozen=True)
@@ -74,42 +80,55 @@ class _Place:
       start: index of the part's first position, in row 0 of its image.
       first: column of that position.
       channel: index of the channel.
-      real: False for what is left of the last program, which repeats the last part.
+      real: False for what is left of the last program, which repeats the last part; None if nothing is left.
     """
 
     plan: _Plan
     start: jax.Array
     first: jax.Array
     channel: jax.Array
-    real: jax.Array
+    real: jax.Array | None
 
     def at(self, row: jax.Array, col: int) -> jax.Array:
-        return self.start + (row * self.plan.width + col) * self.plan.channels
+        row = _within(row, self.plan.height) * (self.plan.width * self.plan.channels)
+        return self.start + row + col * self.plan.channels
 
-    def products(self, ref: jax.Array, row: jax.Array, taps: int) -> Iterator[tuple[jax.Array, int, int]]:
+    def products(self, ref: jax.Array, row: jax.Array, taps: int, interpret: bool) -> Iterator[tuple]:
         """Values of a row, each with a column of the part and a tap that meet there; 0 off the map, or left out."""
         cols, half = self.plan.cols, taps // 2
         for source in range(cols) if self.plan.parts == 1 else range(-half, cols + half):
             inside = None
             if not 0 <= source < cols:
                 inside = self.first >= -source if source < 0 else self.first < self.plan.width - source
-            value = _load(ref, self.at(row, source), inside)
+            value = _load(ref, self.at(row, source), interpret, inside)
             for tap in range(taps):
                 if 0 <= (col := source + half - tap) < cols:
                     yield value, col, tap
 
 
-def _load(ref: jax.Array, at: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    return triton.load(ref.at[at], mask=mask, other=None if mask is None else 0).astype(jnp.float32)
+def _within(index: jax.Array, size: int) -> jax.Array:
+    """An index below `size`, which tells the compiler so: what a column adds to it then costs no instruction."""
+    return jnp.clip(index, 0, size - 1)
+
+
+def _asm(asm: str, constraints: str, pack: int, *args: jax.Array) -> jax.Array:
+    out = [jax.ShapeDtypeStruct(args[0].shape, jnp.float32)]
+    return triton.elementwise_inline_asm(asm, args=args, constraints=constraints, pack=pack, result_shape_dtypes=out)[0]
+
+
+def _load(ref: jax.Array, at: jax.Array, interpret: bool, mask: jax.Array | None = None) -> jax.Array:
+    value = triton.load(ref.at[at], mask=mask, other=None if mask is None else 0)
+    if interpret or value.dtype != jnp.bfloat16:
+        return value.astype(jnp.float32)
+    # Two values at a time: the compiler takes three instructions for them.
+    return _asm("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", 2, value)
 
 
 def _fma(a: jax.Array, b: jax.Array, c: jax.Array, interpret: bool) -> jax.Array:
     if interpret:
         return a * b + c
     # The compiler keeps a product and its sum apart, which takes half as long again.
-    out = [jax.ShapeDtypeStruct(c.shape, c.dtype)]
-    asm = {"asm": "fma.rn.f32 $0, $1, $2, $3;", "constraints": "=f,f,f,f", "pack": 1, "result_shape_dtypes": out}
-    return triton.elementwise_inline_asm(args=[a, b, c], **asm)[0]
+    return _asm("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", 1, a, b, c)
 
 
 def _call(body: Callable, grid: tuple[int, ...], out: tuple[int, Any], interpret: bool, *maps: jax.Array) -> jax.Array:
@@ -124,6 +143,11 @@ def _call(body: Callable, grid: tuple[int, ...], out: tuple[int, Any], interpret
     return call(*(x.reshape(-1) for x in maps))
 
 
+def _forward_plan(shape: tuple[int, ...]) -> _Plan:
+    """With two channels to a thread where four would break rows, whose parts load their neighbours' values too."""
+    return _Plan(*shape, vector=4 if shape[2] <= _VALUES // 4 else 2)
+
+
 def supports(shape: tuple[int, ...], window: tuple[int, int]) -> bool:
     """Whether the kernels are made for maps (N, H, W, C): channels in sixteens, rows in parts, 32-bit indices."""
     plan = _Plan(*shape)
@@ -133,7 +157,7 @@ def supports(shape: tuple[int, ...], window: tuple[int, int]) -> bool:
 
 def forward(x: jax.Array, kernel: jax.Array, interpret: bool = False) -> jax.Array:
     """(N, H, W, C) and (kh, kw, C) to (N, H, W, C): a thread sums its positions of a row, tap by tap."""
-    plan = _Plan(*x.shape)
+    plan = _forward_plan(x.shape)
     height, (kh, kw) = plan.height, kernel.shape[:2]
 
     def depthwise_forward(x_ref, kernel_ref, out_ref):
@@ -141,8 +165,9 @@ def forward(x: jax.Array, kernel: jax.Array, interpret: bool = False) -> jax.Arr
 
         def tap_row(i, sums):
             sums = list(sums)
-            taps = [_load(kernel_ref, (i * kw + j) * plan.channels + place.channel) for j in range(kw)]
-            for value, col, j in place.products(x_ref, row + i - kh // 2, kw):
+            at = _within(i, kh) * (kw * plan.channels) + place.channel
+            taps = [_load(kernel_ref, at + j * plan.channels, interpret) for j in range(kw)]
+            for value, col, j in place.products(x_ref, row + i - kh // 2, kw, interpret):
                 sums[col] = _fma(value, taps[j], sums[col], interpret)
             return tuple(sums)
 
@@ -165,12 +190,13 @@ def weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int], interpret: 
     def depthwise_weight_grad(x_ref, g_ref, out_ref):
         # The row of taps varies first, so that programs of the same maps run together.
         i, chunk, block = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        place, first = plan.place(chunk // chunks, block), chunk % chunks * _ROWS
+        group, first = lax.div(chunk, jnp.int32(chunks)), lax.rem(chunk, jnp.int32(chunks)) * _ROWS
+        place = plan.place(group, block)
 
         def map_row(row, sums):
             sums = list(sums)
-            gs = [_load(g_ref, place.at(row, col), place.real) for col in range(plan.cols)]
-            for value, col, j in place.products(x_ref, row + i - kh // 2, kw):
+            gs = [_load(g_ref, place.at(row, col), interpret, place.real) for col in range(plan.cols)]
+            for value, col, j in place.products(x_ref, row + i - kh // 2, kw, interpret):
                 sums[j] = _fma(value, gs[col], sums[j], interpret)
             return tuple(sums)
 
