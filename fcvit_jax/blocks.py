@@ -34,7 +34,7 @@ class GlobalContext(nn.Module):
 
     Attributes:
       heads: groups of channels with a similarity of their own; must divide the channels.
-      reduction: the bottleneck that transforms the mean has C // reduction channels.
+      reduction: the bottleneck that transforms the mean has C // reduction channels, at least one.
       weighted: weight positions by similarity; False: the same context everywhere.
       competition: the bottleneck is the maximum of two linear maps; False: one linear map and GELU.
       dtype: compute dtype; the mean and the similarity's statistics are float32.
@@ -54,7 +54,8 @@ class GlobalContext(nn.Module):
         n, height, width, channels = x.shape
         mean = x.mean((1, 2), dtype=jnp.float32)
         linear = functools.partial(nn.Dense, kernel_init=normal(0.02), dtype=self.dtype, param_dtype=self.param_dtype)
-        bottleneck = channels // self.reduction
+        if not (bottleneck := channels // self.reduction):
+            raise UserError(f"context_reduction={self.reduction} leaves none of the {channels} channels of a stage.")
         if self.competition:
             hidden = linear(2 * bottleneck, name="reduce")(mean)
             hidden = jnp.maximum(*jnp.split(hidden, 2, axis=-1))

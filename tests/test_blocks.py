@@ -12,6 +12,7 @@ from equality import assert_close, assert_module_equals, at_random, nhwc
 from flax import linen as nn
 
 from fcvit_jax.blocks import Block, ChannelMixer, GlobalContext, TokenMixer, drop_path_factors, standardize
+from fcvit_jax.errors import UserError
 
 kernels = st.sampled_from([1, 3, 5, 7, 11])
 contexts = {"heads": st.sampled_from([2, 4, 8]), "reduction": st.sampled_from([2, 4, 8])}
@@ -42,6 +43,12 @@ def test_global_context_equals_the_reference(weighted, competition, shape, seed,
         assert_close(sown["similarity"][0], nhwc(similarity), "similarity")
     else:
         assert not sown
+
+
+@pytest.mark.parametrize("option, value", [("heads", 3), ("reduction", 32)])
+def test_a_context_that_does_not_fit_the_channels_is_refused(option, value):
+    with pytest.raises(UserError, match=f"context_{option}={value} .* the 16 channels"):
+        GlobalContext(**{option: value}).init(jax.random.key(0), jnp.zeros((1, 4, 4, 16)))
 
 
 @at_random(**mixers)
