@@ -151,8 +151,9 @@ def _forward_plan(shape: tuple[int, ...]) -> _Plan:
 def supports(shape: tuple[int, ...], window: tuple[int, int]) -> bool:
     """Whether the kernels are made for maps (N, H, W, C): channels in sixteens, rows in parts, 32-bit indices."""
     plan = _Plan(*shape)
-    small = 0 < max(math.prod(shape), math.prod(plan.partial_sums(window))) < 2**31 and window[1] <= _TAPS
-    return small and plan.block >= 16 and (plan.parts == 1 or plan.cols >= 4)
+    indices = max(math.prod(shape), math.prod(plan.partial_sums(window)))
+    fits = 0 < indices < 2**31 and max(plan.groups * plan.chunks, plan.height) < 2**16  # a grid's second axis
+    return fits and window[1] <= _TAPS and plan.block >= 16 and (plan.parts == 1 or plan.cols >= 4)
 
 
 def forward(x: jax.Array, kernel: jax.Array, interpret: bool = False) -> jax.Array:

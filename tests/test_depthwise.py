@@ -271,6 +271,22 @@ def test_the_gpu_kernels_equal_the_oracle_in_interpret_mode(size, dtype):
     assert_close(found, (y.astype(dtype), taps), 1e-5 if dtype == jnp.float32 else 4e-3)
 
 
+@pytest.mark.parametrize(
+    ("shape", "k"),
+    [
+        ((8, 14, 14, 24), 11),  # no sixteens of channels
+        ((8, 14, 31, 16), 11),  # rows that have no parts
+        ((8, 14, 14, 16), 23),  # a row of taps longer than the registers hold
+        ((70_000, 7, 7, 128), 3),  # more programs than a grid has
+        ((1 << 17, 14, 14, 128), 3),  # indices of more than 32 bits
+        ((0, 14, 14, 16), 11),
+    ],
+    ids=str,
+)
+def test_the_gpu_kernels_leave_what_does_not_fit_to_lax(shape, k):
+    assert not depthwise_gpu.supports(shape, (k, k))
+
+
 @pytest.mark.parametrize("mesh", [False, True])
 def test_only_a_program_that_a_gpu_runs_itself_has_the_kernels(monkeypatch, mesh):
     monkeypatch.setattr(depthwise, "_has_kernels", lambda shape, window: True)
