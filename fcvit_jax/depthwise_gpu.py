@@ -43,12 +43,16 @@ class _Plan:
         return self.width // self.cols
 
     @property
+    def elements(self) -> int:
+        return 32 * self.vector  # of a program: a warp has 32 threads
+
+    @property
     def block(self) -> int:
-        return math.gcd(self.channels, 32 * self.vector)
+        return math.gcd(self.channels, self.elements)
 
     @property
     def lanes(self) -> int:
-        return 32 * self.vector // self.block
+        return self.elements // self.block
 
     @property
     def groups(self) -> int:
@@ -64,10 +68,10 @@ class _Plan:
     def place(self, group: jax.Array, block: jax.Array) -> "_Place":
         part = group * self.lanes + lax.broadcasted_iota(jnp.int32, (self.lanes, self.block), 0)
         channel = block * self.block + lax.broadcasted_iota(jnp.int32, (self.lanes, self.block), 1)
-        total, number = self.n * self.parts, jnp.int32(self.parts)
+        total = self.n * self.parts
         real = None if total % self.lanes == 0 else part < total
         part = _within(part, total)
-        image, first = lax.div(part, number), lax.rem(part, number) * self.cols
+        image, first = part // self.parts, part % self.parts * self.cols
         start = (image * (self.height * self.width) + first) * self.channels + channel
         return _Place(self, start, first, channel, real)
 
@@ -89,18 +93,18 @@ class _Place:
     channel: jax.Array
     real: jax.Array | None
 
-    def at(self, row: jax.Array, col: int) -> jax.Array:
-        row = _within(row, self.plan.height) * (self.plan.width * self.plan.channels)
-        return self.start + row + col * self.plan.channels
+    def at(self, row: jax.Array) -> jax.Array:
+        """Index of the part's first position in a row."""
+        return self.start + _within(row, self.plan.height) * (self.plan.width * self.plan.channels)
 
     def products(self, ref: jax.Array, row: jax.Array, taps: int, interpret: bool) -> Iterator[tuple]:
         """Values of a row, each with a column of the part and a tap that meet there; 0 off the map, or left out."""
-        cols, half = self.plan.cols, taps // 2
+        cols, half, at = self.plan.cols, taps // 2, self.at(row)
         for source in range(cols) if self.plan.parts == 1 else range(-half, cols + half):
             inside = None
             if not 0 <= source < cols:
                 inside = self.first >= -source if source < 0 else self.first < self.plan.width - source
-            value = _load(ref, self.at(row, source), interpret, inside)
+            value = _load(ref, at + source * self.plan.channels, interpret, inside)
             for tap in range(taps):
                 if 0 <= (col := source + half - tap) < cols:
                     yield value, col, tap
@@ -174,8 +178,9 @@ def forward(x: jax.Array, kernel: jax.Array, interpret: bool = False) -> jax.Arr
 
         zeros = tuple(jnp.zeros(place.start.shape, jnp.float32) for _ in range(plan.cols))
         low, high = jnp.maximum(0, kh // 2 - row), jnp.minimum(kh, height + kh // 2 - row)  # rows on the map
+        at = place.at(row)
         for col, total in enumerate(lax.fori_loop(low, high, tap_row, zeros)):
-            triton.store(out_ref.at[place.at(row, col)], total.astype(x.dtype))
+            triton.store(out_ref.at[at + col * plan.channels], total.astype(x.dtype))
 
     grid = (plan.groups, height, plan.channels // plan.block)
     kernel = kernel.astype(x.dtype).astype(jnp.float32)
@@ -191,12 +196,11 @@ def weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int], interpret: 
     def depthwise_weight_grad(x_ref, g_ref, out_ref):
         # The row of taps varies first, so that programs of the same maps run together.
         i, chunk, block = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        group, first = lax.div(chunk, jnp.int32(chunks)), lax.rem(chunk, jnp.int32(chunks)) * _ROWS
-        place = plan.place(group, block)
+        place, first = plan.place(chunk // chunks, block), chunk % chunks * _ROWS
 
         def map_row(row, sums):
-            sums = list(sums)
-            gs = [_load(g_ref, place.at(row, col), interpret, place.real) for col in range(plan.cols)]
+            sums, at = list(sums), place.at(row)
+            gs = [_load(g_ref, at + col * plan.channels, interpret, place.real) for col in range(plan.cols)]
             for value, col, j in place.products(x_ref, row + i - kh // 2, kw, interpret):
                 sums[j] = _fma(value, gs[col], sums[j], interpret)
             return tuple(sums)

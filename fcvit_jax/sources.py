@@ -176,9 +176,10 @@ def open_folder(path: str, training: bool = True) -> tuple[Files | None, Files, 
     if (training and not os.path.isdir(train)) or len(evaluation) != 1:
         raise UserError(f"{path} must have {'a folder train, and ' if training else ''}one of val and validation")
     (evaluation,) = evaluation
-    train_classes, eval_classes = _list_classes(train) if training else None, _list_classes(evaluation)
-    if train_classes is None:
-        return None, _files(evaluation, eval_classes), tuple(eval_classes)
+    if not training:
+        classes = _list_classes(evaluation)
+        return None, _files(evaluation, classes), tuple(classes)
+    train_classes, eval_classes = _list_classes(train), _list_classes(evaluation)
     if train_classes.keys() != eval_classes.keys():
         raise UserError(
             f"{train} and {evaluation} have different classes:"

@@ -254,10 +254,7 @@ def test_a_batch_split_over_some_axes_of_a_mesh_has_the_same_gradient(impl):
     [
         ((2, 8, 8, 16, 3), jnp.float32),  # even maps
         ((5, 7, 7, 32, 7), jnp.bfloat16),  # whole rows; two programs, the second with one of four
-        (
-            (1, 16, 64, 16, 5),
-            jnp.float32,
-        ),  # two and four parts of a row; more rows than a program of the weight gradient sums
+        ((1, 16, 64, 16, 5), jnp.float32),  # two and four parts of a row; rows for two programs of the weight gradient
         ((2, 3, 13, 48, 7), jnp.float32),  # fewer rows than the filter reaches
     ],
     ids=str,
