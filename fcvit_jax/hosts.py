@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from fcvit_jax.errors import UserError
 
-# One of these above 1 says that a launcher started this process as one of several.
-_LAUNCHER_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+# One of these above 1 says that a launcher started this process as one of several. SLURM_NTASKS would not do: the shell
+# of sbatch has it as well, where there is one process.
+_LAUNCHER_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _MESSAGE_BYTES = 2048
 _T = TypeVar("_T")
 
@@ -49,7 +50,7 @@ def start_distributed(coordinator: str | None, num_processes: int | None, proces
         return
     # Where SLURM or Open MPI start one process on each host, it takes all GPUs; JAX by itself would give it one.
     one_on_each_host = (
-        os.environ.get("SLURM_STEP_NUM_NODES") == os.environ.get("SLURM_NTASKS", "")
+        os.environ.get("SLURM_STEP_NUM_NODES") == os.environ.get("SLURM_STEP_NUM_TASKS", "")
         or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
     )
     devices = [] if one_on_each_host else None

@@ -141,8 +141,8 @@ def initialized(monkeypatch, environment=(), flags=(None, None, None), libtpu=Fa
 @pytest.mark.parametrize(
     "environment, devices",
     [
-        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_NODES": "4"}, []),  # empty: all that the host has
-        ({"SLURM_NTASKS": "32", "SLURM_STEP_NUM_NODES": "4"}, None),  # None: one, by JAX's own rule
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "4"}, []),  # empty: all that the host has
+        ({"SLURM_STEP_NUM_TASKS": "32", "SLURM_STEP_NUM_NODES": "4"}, None),  # None: one, by JAX's own rule
         ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, []),
         ({"OMPI_COMM_WORLD_SIZE": "32", "OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, None),
         ({"JAX_COORDINATOR_ADDRESS": "host:1"}, None),
@@ -154,7 +154,8 @@ def test_a_launcher_is_recognised(monkeypatch, environment, devices):
 
 def test_one_process_alone_is_left_alone(monkeypatch):
     assert initialized(monkeypatch) == []
-    assert initialized(monkeypatch, {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_NODES": "1"}) == []
+    assert initialized(monkeypatch, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}) == []
+    assert initialized(monkeypatch, {"SLURM_NTASKS": "4"}) == []  # in the shell of sbatch
 
 
 def test_jax_is_asked_whether_a_tpu_is_one_of_a_pod(monkeypatch):
