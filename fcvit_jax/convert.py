@@ -165,7 +165,7 @@ def load_pretrained(path: str | Path, model: FCViT | Backbone, *, ema: bool | No
       path: a .pth or .pth.tar of the original, a .npz of ours, or the folder of a run or of one Orbax checkpoint.
       model: what the weights are for.
       ema: True: the exponential moving averages; False: the plain weights; None: for a run of ours, what evaluation
-        uses (the averages, if it kept them); for a file of the original, the plain weights.
+        uses (the averages, if it kept them); for a file of the original, the plain weights, if it holds them.
 
     Returns:
       {"params": ..., "batch_stats": ...} of NumPy arrays in the model's dtypes.
@@ -317,10 +317,14 @@ def _read_torch(path: Path, ema: bool | None) -> dict[str, np.ndarray]:
         raise UserError(f"Could not read {path}: it is damaged, or no file of PyTorch's.") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict.")
-    keys = ("state_dict_ema",) if ema else ("state_dict", "state_dict_ema", "model")
+    keys = ("state_dict_ema",) if ema else ("state_dict", "model", "state_dict_ema")
     key = next((key for key in keys if isinstance(content.get(key), Mapping)), None)
     if ema and key is None:
         raise UserError(f"{path} holds no exponential moving averages (state_dict_ema).")
+    if key == "state_dict_ema" and not ema:
+        if ema is False:
+            raise UserError(f"{path} holds exponential moving averages alone (state_dict_ema), no plain weights.")
+        logging.warning("%s holds exponential moving averages alone: they are used.", path)
     state_dict = content if key is None else content[key]
     arrays = {}
     for name, x in state_dict.items():

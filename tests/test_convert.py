@@ -111,6 +111,14 @@ def test_weights_are_found_in_a_file_of_the_original(tmp_path, wrap):
     assert_same(saved(tmp_path / "dest.pt"), state_dict)
 
 
+def test_averages_are_not_taken_for_plain_weights(tmp_path, caplog):
+    torch.save({"state_dict_ema": tensors(original())}, tmp_path / "averages.pth")
+    convert.load_pretrained(tmp_path / "averages.pth", FCViT(**SIZES, num_classes=7))
+    assert "holds exponential moving averages alone: they are used" in caplog.text
+    with pytest.raises(UserError, match="holds exponential moving averages alone .*, no plain weights"):
+        convert.load_pretrained(tmp_path / "averages.pth", FCViT(**SIZES, num_classes=7), ema=False)
+
+
 def test_metadata_makes_the_model_again(tmp_path):
     model = FCViT(**SIZES, num_classes=7, spatial_attention=True)
     torch.save(tensors(original(spatial_attention=True)), tmp_path / "a.pth")
