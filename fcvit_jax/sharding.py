@@ -28,10 +28,11 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
         raise UserError(f"mesh.data={data}, mesh.fsdp={fsdp}: give at least 1, or data=-1 for all devices.")
     # In this order the rows of a host are consecutive in the global batch, whatever the number of hosts.
     devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    all_devices = data == -1 or jax.process_count() > 1
     if data == -1:
         data = max(len(devices) // fsdp, 1)
     used = data * fsdp
-    if used > len(devices) or (jax.process_count() > 1 and used != len(devices)):
+    if used > len(devices) or (all_devices and used != len(devices)):
         raise UserError(
             f"mesh.data={data} x mesh.fsdp={fsdp} needs {used} devices, but there are {len(devices)}: "
             f"set mesh.data=-1 to use them all, and mesh.fsdp to a divisor of {len(devices)}."

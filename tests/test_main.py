@@ -49,6 +49,10 @@ def run(digits_dir, tmp_path, monkeypatch):
         (["--config.train.log_every=0"], "train.log_every=0 must be at least 1"),
         (["--config.data.batch_size=12", "--config.mesh.data=8"], "data.batch_size=12 cannot be split evenly .*8 dev"),
         (["--config.mesh.data=16"], "mesh.data=16 x mesh.fsdp=1 needs 16 devices, but there are 8"),
+        (
+            ["--config.mesh.data=-1", "--config.mesh.fsdp=3"],
+            "mesh.data=2 x mesh.fsdp=3 needs 6 devices, but there are 8",
+        ),
         (["--config.data.batch_size=20"], "A batch of 20 images .*multiple of model.bn_group_size=8"),
         (["--config.train.accumulate=3"], "cannot be split evenly over train.accumulate=3 parts"),
         (["--config.model.num_classes=9"], "10 classes, the model 9: set --config.model.num_classes=10"),
