@@ -55,6 +55,8 @@ def smooth_one_hot(labels: jax.Array, num_classes: int, smoothing: float) -> jax
 
     Args:
       labels: int, (N,).
+      num_classes: length of a row.
+      smoothing: share of a row's mass, from 0 to 1.
 
     Returns:
       float32, (N, num_classes); each row sums to 1.

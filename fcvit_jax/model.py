@@ -89,7 +89,7 @@ class _Stages(nn.Module):
           Four arrays (N, ceil(H / s), ceil(W / s), dims[i]) of `dtype`, with s = 4, 8, 16 and 32.
 
         Raises:
-          UserError: the images are of another shape or dtype.
+          UserError: the images are no such array, or have their channels first.
         """
         channels_first = images.shape[1:2] == (3,) != images.shape[3:]
         if images.ndim != 4 or channels_first or not jnp.issubdtype(images.dtype, jnp.floating):
