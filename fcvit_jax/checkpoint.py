@@ -173,7 +173,8 @@ class Checkpointer:
             if not best:
                 # The metadata names the best so far, which must be on disk first, since the run may be killed any time.
                 self._best.wait_until_finished()
-            # A resumed run may meet a step again that it has saved: it holds the same state.
+            # A resumed run may meet a step again that it has saved: the same state, but perhaps with the metadata of
+            # before its evaluation, which every start then repeats.
             if step not in manager.all_steps():
                 manager.save(step, args=_save_args(_items(state), metadata), force=True)
 

@@ -46,7 +46,8 @@ def check_config(config: ConfigDict) -> None:
     Raises:
       UserError: naming every unknown and every missing key, or the first number out of its range.
     """
-    fields = [name for name in FCViT.__dataclass_fields__ if name not in ("parent", "name")]
+    # The steps of training and evaluation share blocks in any case.
+    fields = [name for name in FCViT.__dataclass_fields__ if name not in ("parent", "name", "share_blocks")]
     sections = {
         "model": {"name", *fields},
         "data": _keywords(open_dataset),
@@ -69,9 +70,9 @@ def check_config(config: ConfigDict) -> None:
         raise UserError("\n".join(faults))
     if not 0 <= config.seed < 2**32:  # JAX drops the higher bits
         raise UserError(f"seed={config.seed} must lie between 0 and {2**32 - 1}.")
-    train = {key: value for key, value in config.train.items() if value is not None}
-    check_range("train", 0, below=1, ema_decay=train.pop("ema_decay", 0))
-    check_range("train", 1, **train)
+    numbers = {key: x for key, x in config.train.items() if x is not None or key not in ("steps", "ema_decay")}
+    check_range("train", 0, below=1, ema_decay=numbers.pop("ema_decay", 0))
+    check_range("train", 1, **numbers)
 
 
 def _keywords(function: Callable) -> set[str]:
@@ -79,12 +80,13 @@ def _keywords(function: Callable) -> set[str]:
     return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def check_sizes(data: Data, mesh: Mesh, model: FCViT, accumulate: int | None = None) -> None:
+def check_sizes(data: Data, mesh: Mesh, model: FCViT, accumulate: int, training: bool = True) -> None:
     """Checks what no function can check alone: that dataset, batch, devices and model fit each other.
 
     Args:
       data, mesh, model: of the run.
-      accumulate: parts that a training batch is computed in; None: nothing is trained.
+      accumulate: parts that a batch is computed in.
+      training: False: the model is evaluated only.
 
     Raises:
       UserError: they do not.
@@ -94,14 +96,14 @@ def check_sizes(data: Data, mesh: Mesh, model: FCViT, accumulate: int | None = N
             f"The dataset has {data.num_classes} classes, the model {model.num_classes}: "
             f"set --config.model.num_classes={data.num_classes}."
         )
-    group, parts = model.bn_group_size, accumulate or 1
-    part, rest = divmod(data.batch_size, parts)
+    group = model.bn_group_size
+    part, rest = divmod(data.batch_size, accumulate)
     if rest or part % mesh.size:
         raise UserError(
-            f"data.batch_size={data.batch_size} cannot be split evenly over train.accumulate={parts} parts and "
-            f"{mesh.size} devices: choose a multiple of {parts * mesh.size}."
+            f"data.batch_size={data.batch_size} cannot be split evenly over train.accumulate={accumulate} parts and "
+            f"{mesh.size} devices: choose a multiple of {accumulate * mesh.size}."
         )
-    if accumulate and group and part % group:
+    if training and group and part % group:
         raise UserError(
             f"A batch of {part} images (data.batch_size={data.batch_size}, train.accumulate={accumulate}) is not a "
             f"multiple of model.bn_group_size={group}: choose a batch that is, or model.bn_group_size=0 for all {part}."

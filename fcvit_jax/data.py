@@ -63,6 +63,10 @@ class Data:
     def steps_per_epoch(self) -> int:
         return self.num_train // self.batch_size
 
+    @property
+    def num_eval_batches(self) -> int:
+        return -(-self.num_eval // self.batch_size)
+
 
 def open_dataset(
     training: bool = True,  # not among the keywords, which are the keys of a config
@@ -81,7 +85,7 @@ def open_dataset(
     flip: float = 0.5,
     rand_augment: Sequence[float] | None = (2, 9.0, 0.5),
 ) -> Data:
-    """Opens a dataset for `train_batches` and `eval_batches`; reads no image yet.
+    """Opens a dataset for `train_batches` and `eval_batches`; decodes no image yet.
 
     Example::
 
@@ -99,7 +103,8 @@ def open_dataset(
       image_size: height and width of the images in pixels.
       workers: decoding processes of this process; 0 decodes in a thread of it; -1 uses one fewer than the cores that
         this process may use, to leave one for training, but at least one.
-      prefetch: batches in each of a worker's two buffers; it holds up to 2 * prefetch + 2 in shared memory.
+      prefetch: batches in each of a worker's two buffers; it holds up to 2 * prefetch + 2 in shared memory. In an
+        evaluation during training there are two such sets of workers.
       train_split, eval_split: TFDS splits, slices such as "train[:1%]" included.
       crop_pct: share of the resized image that evaluation crops.
       crop_scale, crop_ratio, flip, rand_augment: see `augment.train_transform`.
@@ -162,7 +167,7 @@ def train_batches(
 
     Args:
       data: from `open_dataset`.
-      seed: of the order and the augmentation, not negative.
+      seed: of the order and the augmentation; not negative.
       start_step, num_steps: first step (its batch costs no more than any other) and number of batches.
       process_index, process_count: process p gets rows p * b, ..., (p + 1) * b - 1 of every global batch.
 
@@ -171,11 +176,9 @@ def train_batches(
       examples, cut to whole batches. `.close()` ends the workers.
 
     Raises:
-      UserError: a batch cannot be split evenly; the seed is negative; the data were opened for evaluation alone; an
-        image cannot be read (the message names it); or a worker died.
+      UserError: a batch cannot be split evenly; the data were opened for evaluation alone; an image cannot be read (the
+        message names it); or a worker died.
     """
-    if seed < 0:
-        raise UserError(f"seed={seed} must not be negative")
     if not data.num_train:
         raise UserError("These data were opened for evaluation alone.")
     rows = _rows(data, process_index, process_count)
@@ -205,7 +208,7 @@ def eval_batches(data: Data, process_index: int = 0, process_count: int = 1) -> 
         noise = _noise(data, len(rows)) | {"mask": np.ones(len(rows), bool)}
         return (noise for _ in range(1))
     data = dataclasses.replace(data, train=None)  # not needed by the workers, to which the rest is sent
-    return _stream(data, functools.partial(_eval_batch, data, rows), 0, -(-data.num_eval // data.batch_size))
+    return _stream(data, functools.partial(_eval_batch, data, rows), 0, data.num_eval_batches)
 
 
 def _rows(data: Data, process_index: int, process_count: int) -> range:

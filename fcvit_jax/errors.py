@@ -23,7 +23,7 @@ def exit_on_error() -> Iterator[None]:
         os._exit(130)  # a normal exit during compilation may crash the process
 
 
-def check_range(section: str, low: float, below: float = math.inf, **values: float) -> None:
+def check_range(section: str, low: float, below: float = math.inf, **values: float | None) -> None:
     """Checks numbers of a config.
 
     Args:
@@ -33,9 +33,9 @@ def check_range(section: str, low: float, below: float = math.inf, **values: flo
       **values: the numbers by their keys.
 
     Raises:
-      UserError: naming the first that is out of its range.
+      UserError: naming the first that is out of its range, or None.
     """
     for key, value in values.items():
-        if not low <= value < below:
-            limit = f" and less than {below}" if below < math.inf else "" if math.isfinite(value) else " and finite"
+        if value is None or not low <= value < below:
+            limit = f" and less than {below}" if below < math.inf else " and finite" if value == math.inf else ""
             raise UserError(f"{section}.{key}={value} must be at least {low}{limit}.")

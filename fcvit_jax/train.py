@@ -1,12 +1,13 @@
 """The training step, and the loop around it from a config to the last evaluation."""
 
+import dataclasses
 import functools
 import math
 import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def train_step(
         # Otherwise XLA would split the axis of the parts over the devices, and each would compute every part whole.
         parts = jax.lax.with_sharding_constraint(parts, batch_sharding(mesh, axis=1))
         keys = jax.random.split(dropout_key, accumulate)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one_part, images, targets, keys[0]))
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one_part, images, targets, keys[0]))
         sums, _ = jax.lax.scan(
             lambda total, part: (jax.tree.map(jnp.add, total, one_part(*part)), None), zeros, (*parts, keys)
         )
@@ -181,19 +182,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     if config.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
         compilation_cache.reset_cache()  # else JAX stays with the folder of an earlier run of this process
-    checkpointer = Checkpointer(workdir, **config.checkpoint)
 
     ema_decay = config.train.ema_decay
     abstract = abstract_state(model, tx, mesh, ema=ema_decay is not None)
     epochs = config.train.epochs + config.optim.cooldown_epochs
     total = epochs * data.steps_per_epoch if config.train.steps is None else config.train.steps
     eval_steps = config.train.eval_every * data.steps_per_epoch
-    say(describe_run(config, data, mesh, model, abstract, schedule, total))
-
-    key = jax.random.key(config.seed)
-    fixed = {"model": model, "tx": tx, "schedule": schedule, "mix": mix, "mesh": mesh, "ema_decay": ema_decay}
-    fixed["accumulate"] = config.train.accumulate
-
+    key, parts = jax.random.key(config.seed), config.train.accumulate
+    fixed = dict(model=model, tx=tx, schedule=schedule, mix=mix, mesh=mesh, ema_decay=ema_decay, accumulate=parts)
     about = {
         "model": config.model.to_dict(),
         "class_names": list(data.class_names),
@@ -202,56 +198,58 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
         "image_size": data.image_size,
         "crop_pct": data.crop_pct,
     }
-    if restored := checkpointer.restore(abstract):
-        state, metadata = restored
-        if int(state.step) > total:
-            raise UserError(f"{workdir} is at step {int(state.step)}, beyond the {total} steps of this config.")
-        check_data(config, metadata, about)
-        metadata |= about
-        lost = metadata["best"]["step"]
-        if not checkpointer.has_best(lost):
-            # The best is lost, or the run was killed before it was written; in that case it is the state just restored.
-            metadata["best"] = _NO_BEST
-            if metadata["evaluated"]["step"] == int(state.step):
-                metadata["best"] = metadata["evaluated"]
-                checkpointer.save(state, metadata, best=True)
-            elif lost:
-                say(f"the best checkpoint, of step {lost}, is gone: the best of the evaluations to come is kept")
-        say(f"resuming at step {int(state.step)} of {total}")
-    else:
-        if config.init_from:
-            with failing_together():
-                variables = load_pretrained(config.init_from, model)
-            say(f"starting from the weights of {config.init_from}")
-        else:
-            batch = {"image": images, "label": labels}
-            # The step is compiled while the weights are drawn. No `with`, in which Ctrl-C would wait for the compiler.
-            compiler = ThreadPoolExecutor(1)
-            compiled = compiler.submit(lambda: train_step.lower(abstract, batch, key, **fixed).compile())
-            variables = init_variables(model, mesh, config.seed)
-            compiled.result()
-            compiler.shutdown()
-        state = create_state(variables, tx, abstract)
-        metadata = {**about, "evaluated": {"step": 0}, "best": _NO_BEST}
 
-    step = int(state.step)
-    with failing_together():
-        write_config(config, workdir)
-        writer = MetricsWriter(workdir, step, metadata["evaluated"]["step"], data.steps_per_epoch)
-    process = jax.process_index(), jax.process_count()
-    with (
-        StopSignal() as stop,
-        closing(checkpointer),
-        closing(writer),
-        closing(Feed(train_batches(data, config.seed, step, total - step, *process), total - step)) as feed,
-        closing(Progress(writer, step, total, data.batch_size, config.train.log_every)) as progress,
-    ):
+    with ExitStack() as stack:
+        checkpointer = stack.enter_context(closing(Checkpointer(workdir, **config.checkpoint)))
+        say(describe_run(config, data, mesh, model, abstract, schedule, total))
+        if restored := checkpointer.restore(abstract):
+            state, metadata = restored
+            here = int(state.step)
+            if here > total:
+                raise UserError(f"{workdir} is at step {here}, beyond the {total} steps of this config.")
+            check_data(config, metadata, about)
+            metadata |= about
+            best = metadata["best"]["step"]
+            if not checkpointer.has_best(best):
+                # Not lost if it is of this step: the run was killed before it was written, or before it was noted.
+                if best not in (0, here) and not checkpointer.has_best(here):
+                    say(f"the best checkpoint, of step {best}, is gone: the best from step {here} on is kept")
+                metadata["best"] = _NO_BEST
+                if metadata["evaluated"]["step"] == here:
+                    metadata["best"] = metadata["evaluated"]
+                    checkpointer.save(state, metadata, best=True)
+            say(f"resuming at step {here} of {total}")
+        else:
+            if config.init_from:
+                with failing_together():
+                    variables = load_pretrained(config.init_from, model)
+                say(f"starting from the weights of {config.init_from}")
+            else:
+                batch = {"image": images, "label": labels}
+                # The step is compiled while the weights are drawn. No `with`: Ctrl-C would wait for the compiler.
+                compiler = ThreadPoolExecutor(1)
+                compiled = compiler.submit(lambda: train_step.lower(abstract, batch, key, **fixed).compile())
+                variables = init_variables(model, mesh, config.seed)
+                compiled.result()
+                compiler.shutdown()
+            state = create_state(variables, tx, abstract)
+            metadata = {**about, "evaluated": {"step": 0}, "best": _NO_BEST}
+
+        step = int(state.step)
+        with failing_together():
+            write_config(config, workdir)
+            writer = MetricsWriter(workdir, step, metadata["evaluated"]["step"], data.steps_per_epoch)
+        stop = stack.enter_context(StopSignal())
+        stack.enter_context(closing(writer))
+        batches = train_batches(data, config.seed, step, total - step, jax.process_index(), jax.process_count())
+        feed = stack.enter_context(closing(Feed(batches, total - step)))
+        progress = stack.enter_context(closing(Progress(writer, step, total, data.batch_size, config.train.log_every)))
         while True:
             is_best = False
             is_eval = step == total or (step > 0 and step % eval_steps == 0)
             if is_eval and metadata["evaluated"]["step"] != step and not stop.received:
                 try:
-                    result = _evaluate(data, model, state.eval_variables, mesh, stop.watch)
+                    result = _evaluate(data, parts, model, state.eval_variables, mesh, stop.watch)
                 except UserError:  # a broken image, on all hosts alike: once it is replaced, the run goes on from here
                     checkpointer.save(state, metadata)
                     checkpointer.wait()
@@ -316,7 +314,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
         data = open_dataset(training=False, **config.data)
         mesh = make_mesh(**config.mesh)
         model = create_model(**config.model)
-        check_sizes(data, mesh, model)
+        check_sizes(data, mesh, model, config.train.accumulate, training=False)
         path = find_step(local_path(workdir) / which)
         classes = load_model(path).num_classes
         if classes != model.num_classes:
@@ -331,19 +329,22 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
         for name, used in {"image_size": data.image_size, "crop_pct": data.crop_pct}.items():
             if metadata.get(name, used) != used:
                 say(f"{path} is of a run with data.{name}={metadata[name]}; this evaluation is with {used}")
-        variables = load_pretrained(path, model)
+        # In float32, as the run evaluates its averages.
+        variables = load_pretrained(path, model.clone(param_dtype=jnp.float32))
     check_hosts(config, data)
     variables = jax.device_put(variables, state_shardings(variables, mesh))
-    result = _evaluate(data, model, variables, mesh)
+    result = _evaluate(data, config.train.accumulate, model, variables, mesh)
     say(f"{path}: {describe_accuracy(result)}, loss {result['loss']:.4f}, over {result['count']} examples")
     return result
 
 
 def _evaluate(
-    data: Data, model: FCViT, variables: Mapping[str, Any], mesh: Mesh, watch: Callable = iter
+    data: Data, parts: int, model: FCViT, variables: Mapping[str, Any], mesh: Mesh, watch: Callable = iter
 ) -> dict[str, float]:
+    # What training computes in parts would not fit in memory whole.
+    data = dataclasses.replace(data, batch_size=data.batch_size // parts)
     batches = eval_batches(data, jax.process_index(), jax.process_count())
-    with closing(Feed(batches, -(-data.num_eval // data.batch_size))) as feed:
+    with closing(Feed(batches, data.num_eval_batches)) as feed:
         result = evaluate(model, variables, watch(feed), mesh)
         feed.check()
     return result

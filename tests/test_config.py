@@ -1,5 +1,6 @@
 """Configs: keys that nothing reads, sizes that do not fit, and folders of another run."""
 
+import contextlib
 import json
 
 import pytest
@@ -25,12 +26,14 @@ def test_unknown_and_missing_keys_are_named():
     with config.unlocked():
         config.optim.weigth_decay = 0.1
         config.trian = 1
+        config.model.share_blocks = True  # the steps do so in any case
         del config.train.epochs
         del config.optim.lr
         del config.mesh
     with pytest.raises(UserError) as info:
         check_config(config)
     assert str(info.value).splitlines() == [
+        "Unknown config key 'model.share_blocks'.",
         "Unknown config key 'optim.weigth_decay': did you mean 'optim.weight_decay'?",
         "Unknown config key 'trian'.",
         "Config key 'mesh.data' is missing.",
@@ -45,6 +48,9 @@ def test_numbers_below_one_are_refused(key):
     config = tiny_config.get_config()
     config.train[key] = 0
     with pytest.raises(UserError, match=f"train.{key}=0 must be at least 1"):
+        check_config(config)
+    config.train[key] = None
+    with pytest.raises(UserError, match=f"train.{key}=None must") if key != "steps" else contextlib.nullcontext():
         check_config(config)
 
 

@@ -159,7 +159,7 @@ def start_two(workdir, *arguments, slurm=False):
     env = os.environ | {"XLA_FLAGS": f"{QUICKLY} --xla_force_host_platform_device_count=2"}
     if slurm:
         env |= {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1"}
-        env |= {"SLURM_NTASKS": "2", "JAX_COORDINATOR_PORT": port}
+        env |= {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "JAX_COORDINATOR_PORT": port}
     else:
         command += [f"--coordinator=localhost:{port}", "--num_processes=2"]
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -407,13 +407,16 @@ def test_the_best_is_the_earlier_of_equals_and_survives_a_kill_before_it_is_writ
     assert best == [5, 20]
     shutil.rmtree(tmp_path / "best/20")
     train_and_evaluate(config, tmp_path)
+    assert "is gone" not in capsys.readouterr().out
     jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / "best/20"), arrays(tmp_path / "checkpoints/20"))
 
     # From step 15 another 20 may follow: the best of before is not this run's.
     shutil.rmtree(tmp_path / "checkpoints/20")
     top1 = iter([0.3])
     train_and_evaluate(config, tmp_path)
-    assert "best/20 is newer than step 15, from which the run goes on; moved to" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "best/20 is newer than step 15, from which the run goes on; moved to" in out
+    assert "the best checkpoint, of step 5, is gone: the best from step 15 on is kept" in out
     assert len(list((tmp_path / "set_aside").iterdir())) == 1
     assert load_metadata(tmp_path / "best")["best"] == {"step": 15, "loss": 1.0, "top1": 0.4, "top5": 1.0, "count": 40}
 
@@ -439,6 +442,8 @@ def test_evaluating_a_checkpoint_gives_the_numbers_of_the_run(undisturbed, confi
     workdir = undisturbed["workdir"]
     config.train.ema_decay = None  # the checkpoint has averages, and the run evaluated those
     config.data.train_split = "none"
+    with config.unlocked():
+        config.model.param_dtype = "bfloat16"  # which the averages are not rounded to
     assert evaluate_checkpoint(config, workdir) == undisturbed["result"]
     best = load_metadata(workdir / "best")["evaluated"]
     assert evaluate_checkpoint(config, workdir, "best") == {k: v for k, v in best.items() if k != "step"}
@@ -466,6 +471,21 @@ def test_evaluating_a_checkpoint_gives_the_numbers_of_the_run(undisturbed, confi
         evaluate_checkpoint(config, workdir)
 
 
+def test_evaluation_takes_batches_of_the_size_that_training_computes_at_once(undisturbed, config, monkeypatch):
+    sizes = []
+
+    def batches(data, *args, _original=train.eval_batches):
+        sizes.append(data.batch_size)
+        return _original(data, *args)
+
+    monkeypatch.setattr(train, "eval_batches", batches)
+    config.train.accumulate = 4
+    result = evaluate_checkpoint(config, undisturbed["workdir"])
+    np.testing.assert_allclose(result.pop("loss"), undisturbed["result"]["loss"], rtol=1e-6)
+    assert result.items() < undisturbed["result"].items()
+    assert sizes == [4]
+
+
 def test_a_finished_run_whose_best_is_lost_keeps_its_end_as_the_best(undisturbed, config, tmp_path, capsys):
     workdir = shutil.copytree(undisturbed["workdir"], tmp_path / "run")
     shutil.rmtree(workdir / "best")
@@ -478,6 +498,9 @@ def test_a_run_that_is_beyond_its_last_step_is_refused(undisturbed, config, tmp_
     workdir = shutil.copytree(undisturbed["workdir"], tmp_path / "run")
     config.train.steps = 10
     config.resume_with_changes = True
-    with pytest.raises(UserError, match="is at step 20, beyond the 10 steps"):
+    with pytest.raises(UserError, match="is at step 20, beyond the 10 steps") as info:
         train_and_evaluate(config, workdir)
+    assert info.traceback  # keeps alive what the run has left open
+    take = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    subprocess.run([sys.executable, "-c", take, workdir / ".lock"], check=True)  # the folder is released
     assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 20
