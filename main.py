@@ -1,5 +1,6 @@
 """Trains or evaluates FCViT: `python main.py --config=configs/digits.py --workdir=runs/digits`."""
 
+import os
 import sys
 
 from absl import app, flags, logging
@@ -8,12 +9,16 @@ from ml_collections import config_flags
 from fcvit_jax.errors import exit_on_error
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The config file, such as configs/digits.py; --config.KEY=VALUE overrides a key."
+    "config",
+    None,
+    "The config file, such as configs/digits.py; --config.KEY=VALUE overrides a key. configs/imagenet.py has them all.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; a run that it holds is resumed.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "eval: evaluate a checkpoint of the run.")
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "For --mode=eval: checkpoints (the newest, the default), checkpoints/STEP or best."
+    "checkpoint",
+    None,
+    "For --mode=eval, what to take of --workdir: checkpoints (the newest; default), checkpoints/STEP, best.",
 )
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if the environment does not give it.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of processes; with --coordinator.")
@@ -68,6 +73,10 @@ def parse_flags(argv: list[str]) -> list[str]:
         _CONFIG.value.keys()  # a file that could not be loaded raises when it is first used
         return rest
     except (AttributeError, KeyError, OSError) as error:
+        if isinstance(error, OSError):
+            path = config_flags.get_config_filename(flags.FLAGS["config"])
+            if not os.path.exists(path):
+                sys.exit(f"error: no file {path} in {os.getcwd()}: run main.py in the clone, or give a whole path")
         while error.args and isinstance(error.args[0], Exception):
             error = error.args[0]
         # ml_collections says what key is missing, Python itself which object of a config file lacks an attribute.

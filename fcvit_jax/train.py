@@ -223,7 +223,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
             if config.init_from:
                 with failing_together():
                     variables = load_pretrained(config.init_from, model)
+                    is_folder = local_path(config.init_from).is_dir()
+                    names = load_metadata(config.init_from).get("class_names", ()) if is_folder else ()
                 say(f"starting from the weights of {config.init_from}")
+                changes = class_changes(names, data.class_names)
+                if changes and len(names) == data.num_classes:
+                    say("\n".join(["its head too, although the classes are others:", *changes]))
             else:
                 batch = {"image": images, "label": labels}
                 # The step is compiled while the weights are drawn. No `with`: Ctrl-C would wait for the compiler.

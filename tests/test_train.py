@@ -438,6 +438,18 @@ def test_other_data_under_the_same_config_are_refused(undisturbed, config, at_16
     assert "going on with other data:\n  class 0: 0 -> ten" in capsys.readouterr().out
 
 
+def test_a_head_that_is_kept_for_other_classes_is_said(undisturbed, config, tmp_path, monkeypatch, capsys):
+    def other(**data):
+        dataset = open_dataset(**data)
+        return dataclasses.replace(dataset, class_names=("ten", *dataset.class_names[1:]))
+
+    monkeypatch.setattr(train, "open_dataset", other)
+    config.init_from = str(undisturbed["workdir"])
+    config.train.steps = 1
+    train_and_evaluate(config, tmp_path)
+    assert "its head too, although the classes are others:\n  class 0: 0 -> ten\n" in capsys.readouterr().out
+
+
 def test_evaluating_a_checkpoint_gives_the_numbers_of_the_run(undisturbed, config, monkeypatch, capsys):
     workdir = undisturbed["workdir"]
     config.train.ema_decay = None  # the checkpoint has averages, and the run evaluated those
