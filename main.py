@@ -73,16 +73,14 @@ def parse_flags(argv: list[str]) -> list[str]:
         _CONFIG.value.keys()  # a file that could not be loaded raises when it is first used
         return rest
     except (AttributeError, KeyError, OSError) as error:
-        if isinstance(error, OSError):
-            path = config_flags.get_config_filename(flags.FLAGS["config"])
-            if not os.path.exists(path):
-                sys.exit(f"error: no file {path} in {os.getcwd()}: run main.py in the clone, or give a whole path")
         while error.args and isinstance(error.args[0], Exception):
             error = error.args[0]
         # ml_collections says what key is missing, Python itself which object of a config file lacks an attribute.
         in_file = isinstance(error, OSError) or getattr(error, "obj", None) is not None
         what = "--config cannot be read" if in_file else "no such config key"
         text = str(error.args[0])
+        if isinstance(error, OSError):  # of many lines, the last of which is the system's
+            text = f"{text.splitlines()[-1].strip()} (the current folder is {os.getcwd()})"
         if not in_file and "Did you mean" not in text:
             text += "\nFields of the model that the config does not set go into a config file, as in configs/digits.py."
         sys.exit(f"error: {what}: {text}")
