@@ -6,6 +6,7 @@ give derivatives of every order in reverse mode. The choices in `_cpu_impl` and 
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -362,16 +363,27 @@ def _is_whole(context: Any) -> bool:
     return all(size == 1 for axis, size in context.mesh.shape.items() if axis not in manual)
 
 
+def _warn_of_lax(reason: str) -> None:
+    warnings.warn(
+        f"Depthwise convolutions by cuDNN, at 11x11 many times slower than fcvit_jax's kernels: {reason}; see "
+        "docs/performance.md.",
+        stacklevel=2,
+    )
+
+
 def _pallas_lowering(ctx, x, other, *, window):
     module, (maps, second) = ctx.module_context, ctx.avals_in
-    # XLA cannot split a kernel between devices, and an exported program must outlive this version of JAX.
-    stays = _is_whole(module.axis_context) and not module.lowering_parameters.for_export
-    if stays and _has_kernels(maps.shape, window or second.shape[:2]):
+    run = partial(_pallas_by_lax, window=window)
+    if module.lowering_parameters.for_export:
+        pass  # such a program must outlive this version of JAX
+    elif not _is_whole(module.axis_context):  # XLA cannot split a kernel
+        _warn_of_lax("the program is for several devices, without their mesh in context (jax.set_mesh)")
+    elif not _has_kernels(maps.shape, window or second.shape[:2]):
+        _warn_of_lax("this GPU, this version of JAX or maps of such sizes do not go with the kernels")
+    else:
         from fcvit_jax.depthwise_gpu import forward, weight_grad
 
         run = partial(weight_grad, window=window) if window else forward
-    else:
-        run = partial(_pallas_by_lax, window=window)
     return mlir.lower_fun(run, multiple_results=False)(ctx, x, other)
 
 

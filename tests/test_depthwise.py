@@ -1,4 +1,3 @@
-import contextlib
 import re
 from functools import partial
 
@@ -303,5 +302,12 @@ def test_only_a_program_that_a_gpu_runs_itself_has_the_kernels(monkeypatch, mesh
     assert kernels(jax.export.export(jax.jit(run), platforms=("cuda",))(*args).mlir_module()) == (0, 0)
     devices = Mesh(np.array(jax.devices()), ("data",))
     batch, everywhere = (NamedSharding(devices, spec) for spec in (PartitionSpec("data"), PartitionSpec()))
-    with jax.sharding.use_abstract_mesh(devices.abstract_mesh) if mesh else contextlib.nullcontext():
+    in_context = jax.sharding.use_abstract_mesh(devices.abstract_mesh)
+    with in_context if mesh else pytest.warns(UserWarning, match="by cuDNN.*: the program is for several devices"):
         assert (min(lowered("cuda", in_shardings=(batch, everywhere, batch))) > 0) == mesh
+
+
+def test_a_gpu_that_cannot_take_the_kernels_is_said():
+    x, kernel, _ = draw((1, 4, 4, 16, 5))
+    with pytest.warns(UserWarning, match="by cuDNN.*: this GPU, this version of JAX or maps of such sizes"):
+        jax.jit(depthwise_conv).trace(x, kernel).lower(lowering_platforms=("cuda",))  # no GPU at all is none that can
