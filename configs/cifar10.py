@@ -1,4 +1,4 @@
-"""A narrow FCViT on CIFAR-10's 50,000 photographs, enlarged to 64 x 64: under an hour on two CPU cores.
+"""A narrow FCViT on CIFAR-10's 50,000 photographs, enlarged to 64 x 64: about an hour on two CPU cores.
 
 python main.py --config=configs/cifar10.py --workdir=runs/cifar10 --config.data.dataset=folder:PATH
 """

@@ -1,4 +1,4 @@
-"""Fine-tuning on another dataset, from weights trained on ImageNet: the original's or ours, whatever their classes.
+"""Fine-tuning on another dataset, from weights trained on ImageNet: the original's or ours, with any number of classes.
 
 python main.py --config=configs/finetune.py --workdir=runs/pets --config.init_from=fcvit_b12.pth.tar
 """

@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     data.batch_size = 1024  # per update, over all devices and hosts
     data.image_size = 224  # height and width in pixels
     data.workers = -1  # decoding processes; -1: one fewer than cores; 0: decode in the training process
-    data.prefetch = 1  # batches in each of a process's two buffers; it holds up to 2 * prefetch + 2 in shared memory
+    data.prefetch = 1  # batches in each of a process's two buffers; the README says what shared memory they take
     data.crop_scale = (0.08, 1.0)  # smallest and largest share of the image's area
     data.crop_ratio = (3 / 4, 4 / 3)  # smallest and largest width over height
     data.flip = 0.5  # probability of a horizontal flip

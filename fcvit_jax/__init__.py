@@ -15,7 +15,7 @@ __all__ = [
 
 # Imported when first used: the model alone needs neither Orbax nor Grain nor TFDS.
 _LAZY = {"load_pretrained": "convert", "train_and_evaluate": "train"}
-_MODULES = {"augment", "convert", "cpu", "mixing", "optim", "train"}
+_MODULES = {"augment", "blocks", "convert", "cpu", "depthwise", "mixing", "optim", "train"}
 
 
 def __getattr__(name: str):

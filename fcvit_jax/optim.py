@@ -86,7 +86,7 @@ def make_optimizer(
     batch_size: int,
     *,
     lr: float = 1e-3,
-    lr_batch_size: int = 1024,
+    lr_batch_size: int | None = 1024,
     weight_decay: float = 0.05,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -96,7 +96,7 @@ def make_optimizer(
     min_lr: float = 1e-6,
     cooldown_epochs: int = 10,
     per_step: bool = False,
-    clip_norm: float = 0.0,
+    clip_norm: float | None = None,
     head_lr_multiplier: float = 1.0,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Makes AdamW with its schedule; the rate, given for `lr_batch_size` images per update, scales with the batch.
@@ -114,12 +114,12 @@ def make_optimizer(
       epochs: epochs until the cosine ends; the run is `cooldown_epochs` longer.
       batch_size: images in an update, over all devices.
       lr: learning rate at the top of the schedule, for `lr_batch_size` images.
-      lr_batch_size: the rate used is lr * batch_size / lr_batch_size; 0: lr itself.
+      lr_batch_size: the rate used is lr * batch_size / lr_batch_size; None or 0: lr itself.
       weight_decay: an update removes this share of a weight, times the rate.
       b1, b2: decay of the first and second moments.
       eps: added to the root of the second moment.
       warmup_epochs, warmup_lr, min_lr, cooldown_epochs, per_step: as in `make_schedule`; rates are used as given.
-      clip_norm: the largest global norm of the gradients; 0: no clipping.
+      clip_norm: the largest global norm of the gradients; None or 0: no clipping.
       head_lr_multiplier: factor on the updates, decay included, of the parameters under "head".
 
     Returns:
@@ -130,7 +130,7 @@ def make_optimizer(
     """
     check_range("optim", 0, lr=lr, weight_decay=weight_decay, head_lr_multiplier=head_lr_multiplier)
     check_range("optim", 1e-30, eps=eps)  # with 0, a parameter without gradient becomes 0 / 0
-    check_range("optim", 0, lr_batch_size=lr_batch_size, clip_norm=clip_norm)
+    check_range("optim", 0, lr_batch_size=lr_batch_size or 0, clip_norm=clip_norm or 0)
     check_range("optim", 0, below=1, b1=b1, b2=b2)
     for name, value in {"warmup_lr": warmup_lr, "min_lr": min_lr}.items():
         if value > lr:
@@ -150,8 +150,8 @@ def make_optimizer(
     return optax.chain(*parts), schedule
 
 
-def scale_lr(lr: float, lr_batch_size: int, batch_size: int) -> float:
-    """The rate `lr`, given for `lr_batch_size` images an update (0: for any), for `batch_size` images."""
+def scale_lr(lr: float, lr_batch_size: int | None, batch_size: int) -> float:
+    """The rate `lr`, given for `lr_batch_size` images an update (None or 0: for any), for `batch_size` images."""
     return lr * batch_size / lr_batch_size if lr_batch_size else lr
 
 

@@ -28,6 +28,11 @@ from fcvit_jax.cpu import tune_cpu  # noqa: E402
 tune_cpu()  # as main.py does, whose runs are compared with ours bit for bit
 
 
+def pytest_collection_modifyitems(items):
+    """The longest test first: at the end it would leave other processes with nothing to do."""
+    items.sort(key=lambda item: item.path.name != "test_tutorial.py")
+
+
 def free_port():
     """A port of this machine that nothing uses."""
     with socket.socket() as free:

@@ -58,7 +58,7 @@ def test_ten_steps_of_adamw_equal_the_originals():
     }
     names = [*golden["decay_names"], *golden["no_decay_names"]]
     # Without warm-up, the first epoch is at the full rate.
-    tx, _ = optim.make_optimizer(10, 300, 8, lr_batch_size=0, warmup_epochs=0)
+    tx, _ = optim.make_optimizer(10, 300, 8, lr_batch_size=None, warmup_epochs=0)
     params = {name: jnp.asarray(values[f"param__{name}"][0]) for name in names}
     state = tx.init(params)
     update = jax.jit(tx.update)
@@ -100,7 +100,8 @@ def first_update(**options):
 def test_rate_grows_with_the_batch():
     assert first_update()[2] == np.float32(0.5e-3)
     assert first_update(lr_batch_size=128)[2] == np.float32(4e-3)
-    assert first_update(lr_batch_size=0)[2] == np.float32(1e-3)
+    for switched_off in (None, 0):
+        assert first_update(lr_batch_size=switched_off)[2] == np.float32(1e-3)
 
 
 def test_head_multiplier_scales_the_update_of_the_head_alone():
@@ -116,7 +117,7 @@ def test_head_multiplier_scales_the_update_of_the_head_alone():
 
 def test_clipping_scales_all_gradients_to_the_norm():
     norm = np.sqrt(3 * 3.0**2 + 6 * 4.0**2)
-    for clip_norm, scale in [(0, 1), (2 * norm, 1), (0.5, 0.5 / norm)]:
+    for clip_norm, scale in [(None, 1), (0, 1), (2 * norm, 1), (0.5, 0.5 / norm)]:
         first_moment = optax.tree.get(first_update(clip_norm=clip_norm)[1], "mu")
         for moment, grad in zip(jax.tree.leaves(first_moment), jax.tree.leaves(GRADS), strict=True):
             np.testing.assert_allclose(moment, 0.1 * scale * grad, rtol=1e-5)
@@ -125,7 +126,7 @@ def test_clipping_scales_all_gradients_to_the_norm():
 def test_a_run_may_go_on_with_clipping():
     """As the loop advises after a bad step: what a checkpoint holds must not depend on it."""
     first, second = (
-        optim.make_optimizer(10, 4, 512, warmup_epochs=0, clip_norm=norm)[0].init(PARAMS) for norm in (0.0, 1.0)
+        optim.make_optimizer(10, 4, 512, warmup_epochs=0, clip_norm=norm)[0].init(PARAMS) for norm in (None, 1.0)
     )
     assert jax.tree.structure(first) == jax.tree.structure(second)
 
