@@ -363,27 +363,20 @@ def _is_whole(context: Any) -> bool:
     return all(size == 1 for axis, size in context.mesh.shape.items() if axis not in manual)
 
 
-def _warn_of_lax(reason: str) -> None:
-    warnings.warn(
-        f"Depthwise convolutions by cuDNN, at 11x11 many times slower than fcvit_jax's kernels: {reason}; see "
-        "docs/performance.md.",
-        stacklevel=2,
-    )
-
-
 def _pallas_lowering(ctx, x, other, *, window):
     module, (maps, second) = ctx.module_context, ctx.avals_in
-    run = partial(_pallas_by_lax, window=window)
-    if module.lowering_parameters.for_export:
-        pass  # such a program must outlive this version of JAX
-    elif not _is_whole(module.axis_context):  # XLA cannot split a kernel
-        _warn_of_lax("the program is for several devices, without their mesh in context (jax.set_mesh)")
-    elif not _has_kernels(maps.shape, window or second.shape[:2]):
-        _warn_of_lax("this GPU, this version of JAX or maps of such sizes do not go with the kernels")
-    else:
+    # XLA cannot split a kernel between devices, and an exported program must outlive this version of JAX.
+    whole, exported = _is_whole(module.axis_context), module.lowering_parameters.for_export
+    if whole and not exported and _has_kernels(maps.shape, window or second.shape[:2]):
         from fcvit_jax.depthwise_gpu import forward, weight_grad
 
         run = partial(weight_grad, window=window) if window else forward
+    else:
+        run = partial(_pallas_by_lax, window=window)
+        if not exported:
+            spread = "the program is for several devices, without their mesh in context (jax.set_mesh)"
+            reason = "this GPU, this version of JAX or maps of such sizes do not go with them" if whole else spread
+            warnings.warn(f"Depthwise convolutions by cuDNN, much slower than the kernels: {reason}", stacklevel=2)
     return mlir.lower_fun(run, multiple_results=False)(ctx, x, other)
 
 
