@@ -50,7 +50,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 def _lock(workdir: Path) -> TextIO:
-    """Opens a file that one process at a time can hold; the system releases it however that process ends.
+    """Opens a file that one run at a time can hold; the system releases it however that run's process ends.
 
     Raises:
       UserError: another one holds it, or the folder cannot be written.
@@ -60,7 +60,7 @@ def _lock(workdir: Path) -> TextIO:
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}.") from error
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         raise UserError(f"Another run is under way in {workdir}: stop it, or choose another --workdir.") from error
     except OSError:  # a file system without locks
@@ -399,6 +399,11 @@ def save_variables(path: str | Path, variables: dict[str, Any], metadata: dict[s
     path = local_path(path)
     if path.is_dir() and any(path.iterdir()):
         raise UserError(f"{path} is not empty: choose another folder.")
-    with _explained(f"write {path}", "Is the disk full, or the folder not writable?"), _Manager(path) as manager:
-        manager.save(0, args=_save_args({"variables": variables}, metadata), force=True)
-        manager.wait_until_finished()
+    with _explained(f"write {path}", "Is the disk full, or the folder not writable?"):
+        try:
+            with _Manager(path) as manager:
+                manager.save(0, args=_save_args({"variables": variables}, metadata), force=True)
+                manager.wait_until_finished()
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)  # else it would be refused the next time
+            raise

@@ -68,6 +68,13 @@ def check_config(config: ConfigDict) -> None:
     faults += [f"Config key {key!r} is missing." for key in sorted(needed - given)]
     if faults:
         raise UserError("\n".join(faults))
+    for key, value in _flat(config.to_dict()).items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise UserError(
+                f"{key}={value!r} cannot be written to config.json: give a number or a name, such as 'float32'."
+            ) from error
     if not 0 <= config.seed < 2**32:  # JAX drops the higher bits
         raise UserError(f"seed={config.seed} must lie between 0 and {2**32 - 1}.")
     numbers = {key: x for key, x in config.train.items() if x is not None or key not in ("steps", "ema_decay")}

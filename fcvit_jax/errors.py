@@ -13,14 +13,19 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Ends a command-line tool with a message instead of a traceback: status 1 on a `UserError`, 130 on Ctrl-C."""
+    """Ends a command-line tool without a traceback: status 1 and a message on a `UserError`, 130 on Ctrl-C, 141 where
+    nobody reads its output any more, as after `| head`.
+    """
     try:
         yield
+        sys.stdout.flush()
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.stdout.flush()
         os._exit(130)  # a normal exit during compilation may crash the process
+    except BrokenPipeError:
+        os._exit(141)  # a normal exit would try to write the rest
 
 
 def check_range(section: str, low: float, below: float = math.inf, **values: float | None) -> None:

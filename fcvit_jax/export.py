@@ -9,6 +9,7 @@ To run it, with nothing installed but JAX and flatbuffers::
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -64,6 +65,7 @@ def export(checkpoint: str | Path, dest: str | Path) -> None:
             (dest / name).write_bytes(content)
             print(f"{dest / name}: {len(content):,} bytes")
     except OSError as error:
+        shutil.rmtree(dest, ignore_errors=True)  # else it would be refused the next time
         raise UserError(f"{error.filename or dest} cannot be written: {error.strerror}.") from error
 
 

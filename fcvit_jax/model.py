@@ -259,7 +259,7 @@ def _create(module: type[nn.Module], name: str, overrides: dict[str, Any]) -> An
     check_range("model", 1, mlp_kernel_size=model.mlp_kernel_size or 1)
     for key, low in (("depths", 0), ("dims", 1), ("mlp_ratios", 1), ("kernel_sizes", 1)):
         sizes = getattr(model, key)
-        if not isinstance(sizes, tuple):
+        if not isinstance(sizes, tuple) or not sizes:
             raise UserError(f"model.{key}={sizes!r} must be a tuple of numbers.")
         for size in sizes:
             check_range("model", low, **{key: size})

@@ -210,7 +210,10 @@ def _list_classes(folder: str) -> dict[str, list[str]]:
 
 
 def _visible(folder: str) -> list[os.DirEntry]:
-    return [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    try:
+        return [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from error
 
 
 def _natural_order(name: str) -> tuple:

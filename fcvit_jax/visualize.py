@@ -94,9 +94,9 @@ def draw_similarity(images: Sequence[np.ndarray], maps: np.ndarray, names: Seque
         for axis in row:
             axis.set(xticks=[], yticks=[])
         row[0].imshow(image)
-        row[0].set_xlabel(
-            f"{name if len(name) <= 18 else '…' + name[-17:]}\nr = {head_correlation(image_maps):.2f}", fontsize=9
-        )
+        # Of a long name the end; matplotlib sets what is between two $ as a formula, and draws no half characters.
+        name = (name if len(name) <= 18 else "…" + name[-17:]).replace("$", r"\$").encode(errors="replace").decode()
+        row[0].set_xlabel(f"{name}\nr = {head_correlation(image_maps):.2f}", fontsize=9)
         for head, axis in enumerate(row[1:]):
             # Grey and of weak contrast, so that light and colour mean similarity.
             axis.imshow(grey, cmap="gray", vmin=-200, vmax=455)

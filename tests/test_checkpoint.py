@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.experimental import multihost_utils
 
@@ -233,18 +234,34 @@ def test_the_newest_few_and_the_best_are_kept(tmp_path, mesh):
 
 def test_a_folder_in_which_another_run_is_under_way_is_refused(tmp_path):
     hold = (
-        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); input()"
     )
     with subprocess.Popen([sys.executable, "-c", hold, tmp_path / ".lock"], stdin=-1, stdout=-1, text=True) as other:
         other.stdout.readline()
         with pytest.raises(UserError, match=f"Another run is under way in {tmp_path}: stop it"):
             Checkpointer(tmp_path)
         other.kill()
+    first = Checkpointer(tmp_path)
+    with pytest.raises(UserError, match="Another run is under way"):  # of the same process, in a thread
+        Checkpointer(tmp_path)
+    first.close()
     Checkpointer(tmp_path).close()
     (tmp_path / ".lock").unlink()
     (tmp_path / ".lock").mkdir()  # as root, who runs some of these tests, may write to any file
     with pytest.raises(UserError, match=f"--workdir={tmp_path} cannot be written: Is a directory"):
         Checkpointer(tmp_path)
+
+
+def test_weights_that_could_not_be_written_may_be_written_again(tmp_path, monkeypatch):
+    def fail(self):
+        raise OSError("No space left on device")
+
+    variables = {"params": {"a": np.ones(3, np.float32)}, "batch_stats": {}}
+    monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", fail)
+    with pytest.raises(UserError, match="No space left on device"):
+        save_variables(tmp_path / "out", variables, METADATA)
+    monkeypatch.undo()
+    save_variables(tmp_path / "out", variables, METADATA)
 
 
 def test_saves_do_not_ask_for_a_preemption(tmp_path, mesh, monkeypatch):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 
+import jax.numpy as jnp
 import pytest
 import tiny_config
 
@@ -51,6 +52,14 @@ def test_numbers_below_one_are_refused(key):
         check_config(config)
     config.train[key] = None
     with pytest.raises(UserError, match=f"train.{key}=None must") if key != "steps" else contextlib.nullcontext():
+        check_config(config)
+
+
+def test_what_json_cannot_hold_is_refused():
+    config = tiny_config.get_config()
+    with config.unlocked():
+        config.model.param_dtype = jnp.bfloat16
+    with pytest.raises(UserError, match="model.param_dtype=.*bfloat16.* cannot be written to config.json"):
         check_config(config)
 
 

@@ -1,8 +1,10 @@
 """The exported program in a process that has JAX and nothing of ours."""
 
+import errno
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax.export
 import numpy as np
@@ -65,3 +67,15 @@ def test_nothing_is_overwritten(folder, tmp_path):
     assert (folder / "out/model.json").stat().st_mtime_ns == before
     (tmp_path / "file").touch()
     assert "cannot be written: Not a directory" in exit_of(export.main, *args, tmp_path / "file" / "out")
+
+
+def test_a_full_disk_leaves_no_half_export(folder, tmp_path, monkeypatch):
+    def write(path, content, _original=Path.write_bytes):
+        _original(path, content[:100])
+        if path.suffix == ".safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    assert "No space left" in exit_of(export.main, "--checkpoint", folder / "tiny", tmp_path / "out")
+    monkeypatch.undo()
+    export.main(["--checkpoint", str(folder / "tiny"), str(tmp_path / "out")])

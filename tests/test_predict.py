@@ -204,3 +204,11 @@ def test_importing_the_tools_starts_no_backend():
     code = "import fcvit_jax.predict, fcvit_jax.summary, fcvit_jax.export, fcvit_jax.visualize, jax\n"
     code += "assert not jax._src.xla_bridge._backends"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+
+def test_output_that_nobody_reads_any_more_ends_a_tool_in_silence():
+    tool = "from fcvit_jax.errors import exit_on_error\nwith exit_on_error():\n    print('x' * 10**6)"
+    with subprocess.Popen([sys.executable, "-c", tool], stdout=-1, stderr=-1) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141

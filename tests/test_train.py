@@ -514,6 +514,6 @@ def test_a_run_that_is_beyond_its_last_step_is_refused(undisturbed, config, tmp_
     with pytest.raises(UserError, match="is at step 20, beyond the 10 steps") as info:
         train_and_evaluate(config, workdir)
     assert info.traceback  # keeps alive what the run has left open
-    take = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    take = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     subprocess.run([sys.executable, "-c", take, workdir / ".lock"], check=True)  # the folder is released
     assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 20

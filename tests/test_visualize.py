@@ -70,7 +70,7 @@ def test_similarity_figure(rows, heads):
     maps[0, ..., -1] = 3  # says nothing, and is drawn in one colour
     images = [IMAGES[0, :, :40]] * rows
     title = "Token-global similarity in stages_2_block_11\nmean correlation between heads r = -0.12"
-    figure = draw_similarity(images, maps, ["some/folder/a_name_that_is_long.jpeg"] * rows, title)
+    figure = draw_similarity(images, maps, ["some/folder/a_name_$_$_long\udcff.jpeg"] * rows, title)
     assert_nothing_is_cut_off(figure)
     grid = np.array(figure.axes[: rows * (heads + 1)]).reshape(rows, heads + 1)
     for row, image_maps in zip(grid, maps, strict=True):
