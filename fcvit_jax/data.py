@@ -284,7 +284,7 @@ def _stream(data: Data, load: Callable[[int], Batch], start: int, stop: int) -> 
         raise UserError(
             f"A process that decodes images died: {str(error).split('. ')[0]}. What it printed, if anything, is above. "
             "If memory or shared memory ran out, set a lower --config.data.workers: each worker needs some of both. A "
-            'script that trains needs `if __name__ == "__main__":`, since the workers import it.'
+            'script that trains needs a file of its own and `if __name__ == "__main__":`, since the workers import it.'
         ) from error
     finally:
         iterator.close()
