@@ -5,9 +5,9 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,22 @@ def _global_norm(grads: Any) -> jax.Array:
     return jnp.sqrt(jnp.stack([jnp.square(g).sum() for g in (small, *large)]).sum())
 
 
+@contextmanager
+def _kept_programs(folder: Path) -> Iterator[None]:
+    """Has JAX keep compiled programs in a folder; afterwards, where it did before."""
+
+    def use(path: str | None) -> None:
+        jax.config.update("jax_compilation_cache_dir", path)
+        compilation_cache.reset_cache()  # else JAX stays with the folder that it has
+
+    before = jax.config.jax_compilation_cache_dir
+    use(str(folder))
+    try:
+        yield
+    finally:
+        use(before)
+
+
 def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     """Trains a model, or resumes its training, and evaluates it every few epochs.
 
@@ -179,9 +195,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
         workdir = local_path(workdir)
         check_workdir(config, workdir)
     check_hosts(config, data)
-    if config.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
-        compilation_cache.reset_cache()  # else JAX stays with the folder of an earlier run of this process
 
     ema_decay = config.train.ema_decay
     abstract = abstract_state(model, tx, mesh, ema=ema_decay is not None)
@@ -201,6 +214,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
 
     with ExitStack() as stack:
         checkpointer = stack.enter_context(closing(Checkpointer(workdir, **config.checkpoint)))
+        if config.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            stack.enter_context(_kept_programs(workdir / "compilation_cache"))
         say(describe_run(config, data, mesh, model, abstract, schedule, total))
         if restored := checkpointer.restore(abstract):
             state, metadata = restored

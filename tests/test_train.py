@@ -439,6 +439,17 @@ def test_other_data_under_the_same_config_are_refused(undisturbed, config, at_16
     assert "going on with other data:\n  class 0: 0 -> ten" in capsys.readouterr().out
 
 
+def test_a_run_keeps_its_programs_and_leaves_the_process_as_it_was(config, tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    before = jax.config.jax_compilation_cache_dir
+    config.compilation_cache = True
+    config.train.steps = 1
+    config.optim.eps = 1e-7  # a step that no other test has compiled
+    train_and_evaluate(config, tmp_path)
+    assert any(path.name.startswith("jit_train_step") for path in (tmp_path / "compilation_cache").iterdir())
+    assert jax.config.jax_compilation_cache_dir == before
+
+
 def test_a_head_that_is_kept_for_other_classes_is_said(undisturbed, config, tmp_path, monkeypatch, capsys):
     def other(**data):
         dataset = open_dataset(**data)
