@@ -91,10 +91,10 @@ class SpatialAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels, dtypes = x.shape[-1], {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        if channels < 8:
+        if not (bottleneck := channels // 8):
             raise UserError(f"spatial_attention needs stages of at least 8 channels, not {channels}.")
         gate = DepthwiseConv(3, name="depthwise", **dtypes)(x)
-        gate = gelu(conv1x1(channels // 8, name="reduce", **dtypes)(gate))
+        gate = gelu(conv1x1(bottleneck, name="reduce", **dtypes)(gate))
         return x * nn.sigmoid(conv1x1(channels, name="expand", **dtypes)(gate))
 
 

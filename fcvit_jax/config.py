@@ -44,7 +44,8 @@ def check_config(config: ConfigDict) -> None:
     """Compares a config with the functions that take its parts.
 
     Raises:
-      UserError: naming every unknown and every missing key, or the first number out of its range.
+      UserError: naming every unknown and every missing key, or the first value that JSON cannot hold or that is out of
+        its range.
     """
     # The steps of training and evaluation share blocks in any case.
     fields = [name for name in FCViT.__dataclass_fields__ if name not in ("parent", "name", "share_blocks")]
@@ -60,15 +61,15 @@ def check_config(config: ConfigDict) -> None:
     known = {f"{section}.{key}" for section, keys in sections.items() for key in keys}
     known |= {"seed", "init_from", "resume_with_changes", "compilation_cache"}
     needed = known - {f"model.{field}" for field in fields if field != "num_classes"}  # the variant has the others
-    given = set(_flat(config.to_dict()))
+    values = _flat(config.to_dict())
     faults = []
-    for key in sorted(given - known):
+    for key in sorted(values.keys() - known):
         close = difflib.get_close_matches(key, known, 1)
         faults.append(f"Unknown config key {key!r}" + (f": did you mean {close[0]!r}?" if close else "."))
-    faults += [f"Config key {key!r} is missing." for key in sorted(needed - given)]
+    faults += [f"Config key {key!r} is missing." for key in sorted(needed - values.keys())]
     if faults:
         raise UserError("\n".join(faults))
-    for key, value in _flat(config.to_dict()).items():
+    for key, value in values.items():
         try:
             json.dumps(value)
         except TypeError as error:

@@ -219,21 +219,21 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
         say(describe_run(config, data, mesh, model, abstract, schedule, total))
         if restored := checkpointer.restore(abstract):
             state, metadata = restored
-            here = int(state.step)
-            if here > total:
-                raise UserError(f"{workdir} is at step {here}, beyond the {total} steps of this config.")
+            step = int(state.step)
+            if step > total:
+                raise UserError(f"{workdir} is at step {step}, beyond the {total} steps of this config.")
             check_data(config, metadata, about)
             metadata |= about
             best = metadata["best"]["step"]
             if not checkpointer.has_best(best):
                 # Not lost if it is of this step: the run was killed before it was written, or before it was noted.
-                if best not in (0, here) and not checkpointer.has_best(here):
-                    say(f"the best checkpoint, of step {best}, is gone: the best from step {here} on is kept")
+                if best not in (0, step) and not checkpointer.has_best(step):
+                    say(f"the best checkpoint, of step {best}, is gone: the best from step {step} on is kept")
                 metadata["best"] = _NO_BEST
-                if metadata["evaluated"]["step"] == here:
+                if metadata["evaluated"]["step"] == step:
                     metadata["best"] = metadata["evaluated"]
                     checkpointer.save(state, metadata, best=True)
-            say(f"resuming at step {here} of {total}")
+            say(f"resuming at step {step} of {total}")
         else:
             if config.init_from:
                 with failing_together():
@@ -252,10 +252,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
                 variables = init_variables(model, mesh, config.seed)
                 compiled.result()
                 compiler.shutdown()
-            state = create_state(variables, tx, abstract)
+            state, step = create_state(variables, tx, abstract), 0
             metadata = {**about, "evaluated": {"step": 0}, "best": _NO_BEST}
 
-        step = int(state.step)
         with failing_together():
             write_config(config, workdir)
             writer = MetricsWriter(workdir, step, metadata["evaluated"]["step"], data.steps_per_epoch)

@@ -73,6 +73,11 @@ def head_correlation(maps: np.ndarray) -> float:
     return float(pairs.mean()) if pairs.size else float("nan")
 
 
+def _literal(text: str) -> str:
+    """Text for matplotlib, which sets what is between two $ as a formula, and refuses bytes that are no UTF-8."""
+    return text.replace("$", r"\$").encode(errors="replace").decode()
+
+
 def draw_similarity(images: Sequence[np.ndarray], maps: np.ndarray, names: Sequence[str], title: str) -> Figure:
     """Draws one row per image: the image, then the map of each head laid over it, each on a scale of its own.
 
@@ -94,9 +99,8 @@ def draw_similarity(images: Sequence[np.ndarray], maps: np.ndarray, names: Seque
         for axis in row:
             axis.set(xticks=[], yticks=[])
         row[0].imshow(image)
-        # Of a long name the end; matplotlib sets what is between two $ as a formula, and draws no half characters.
-        name = (name if len(name) <= 18 else "…" + name[-17:]).replace("$", r"\$").encode(errors="replace").decode()
-        row[0].set_xlabel(f"{name}\nr = {head_correlation(image_maps):.2f}", fontsize=9)
+        label = _literal(name if len(name) <= 18 else "…" + name[-17:])
+        row[0].set_xlabel(f"{label}\nr = {head_correlation(image_maps):.2f}", fontsize=9)
         for head, axis in enumerate(row[1:]):
             # Grey and of weak contrast, so that light and colour mean similarity.
             axis.imshow(grey, cmap="gray", vmin=-200, vmax=455)
@@ -165,7 +169,7 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
         values = curve(top1, "eval/top1", 100.0, color=colour, marker="o", markersize=4)
         best = f"best top-1 {max(values):.2f} %" if values else "not evaluated yet"
         handles += top1.plot((), (), color=colour)
-        labels.append(f"{name}: {best}".replace("$", r"\$"))
+        labels.append(_literal(f"{name}: {best}"))
     loss.plot((), (), color="0.4", label="training (augmented)")
     loss.plot((), (), color="0.4", linestyle="--", marker="o", markersize=4, label="validation")
     loss.legend(fontsize=9)

@@ -422,12 +422,16 @@ def test_the_best_is_the_earlier_of_equals_and_survives_a_kill_before_it_is_writ
     assert load_metadata(tmp_path / "best")["best"] == {"step": 15, "loss": 1.0, "top1": 0.4, "top5": 1.0, "count": 40}
 
 
-def test_other_data_under_the_same_config_are_refused(undisturbed, config, at_16, monkeypatch, capsys):
-    def other(**data):
-        dataset = open_dataset(**data)
-        return dataclasses.replace(dataset, num_train=96, num_eval=39, class_names=("ten", *dataset.class_names[1:]))
+TEN_FOR_0 = ("ten", *"123456789")
 
-    monkeypatch.setattr(train, "open_dataset", other)
+
+def replace_data(monkeypatch, **changes):
+    """Has train.py open datasets that differ so from what they are."""
+    monkeypatch.setattr(train, "open_dataset", lambda **data: dataclasses.replace(open_dataset(**data), **changes))
+
+
+def test_other_data_under_the_same_config_are_refused(undisturbed, config, at_16, monkeypatch, capsys):
+    replace_data(monkeypatch, num_train=96, num_eval=39, class_names=TEN_FOR_0)
     with pytest.raises(
         UserError,
         match="(?s)not those .*class 0: 0 -> ten\n  training images: 80 -> 96\n  .*: 40 -> 39; .*resume_with",
@@ -451,11 +455,7 @@ def test_a_run_keeps_its_programs_and_leaves_the_process_as_it_was(config, tmp_p
 
 
 def test_a_head_that_is_kept_for_other_classes_is_said(undisturbed, config, tmp_path, monkeypatch, capsys):
-    def other(**data):
-        dataset = open_dataset(**data)
-        return dataclasses.replace(dataset, class_names=("ten", *dataset.class_names[1:]))
-
-    monkeypatch.setattr(train, "open_dataset", other)
+    replace_data(monkeypatch, class_names=TEN_FOR_0)
     config.init_from = str(undisturbed["workdir"])
     config.train.steps = 1
     train_and_evaluate(config, tmp_path)
@@ -474,14 +474,8 @@ def test_evaluating_a_checkpoint_gives_the_numbers_of_the_run(undisturbed, confi
     with pytest.raises(UserError, match="No checkpoint at .*/checkpoints/3"):
         evaluate_checkpoint(config, workdir, "checkpoints/3")
 
-    def with_classes(*names):
-        def changed(**data):
-            return dataclasses.replace(open_dataset(**data), class_names=names)
-
-        monkeypatch.setattr(train, "open_dataset", changed)
-
     assert "->" not in capsys.readouterr().out
-    with_classes("ten", *map(str, range(1, 10)))
+    replace_data(monkeypatch, class_names=TEN_FOR_0)
     assert evaluate_checkpoint(config, workdir) == undisturbed["result"]
     assert f"the classes of {workdir / 'checkpoints/20'} -> those of the data:\n  class 0: 0 -> ten\n" in (
         capsys.readouterr().out
@@ -489,7 +483,7 @@ def test_evaluating_a_checkpoint_gives_the_numbers_of_the_run(undisturbed, confi
     config.data.crop_pct = 0.8
     evaluate_checkpoint(config, workdir)
     assert "is of a run with data.crop_pct=1.0; this evaluation is with 0.8" in capsys.readouterr().out
-    with_classes("a", "b", "c")
+    replace_data(monkeypatch, class_names=("a", "b", "c"))
     config.model.num_classes = 3
     with pytest.raises(UserError, match="checkpoints/20 has 10 classes, the dataset 3: evaluate on"):
         evaluate_checkpoint(config, workdir)
