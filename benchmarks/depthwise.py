@@ -6,8 +6,9 @@ Example:
 
 The contestants take turns, so that a busy machine slows all of them alike; the table gives the best turn in
 milliseconds, and that of PyTorch's faster layout divided by the default's (above 1: we are faster); the JSON has the
-medians too. The floor, of which the last column gives the default's share, is the longer of two times at the device's
-peak rates: the multiply-adds in float32, those with the padding included, and one reading and one writing of a map.
+medians too. The error is the default's largest difference from `lax` in float32, as a share of the largest value. The
+floor, of which the last column gives the default's share, is the longer of two times at the device's peak rates: the
+multiply-adds in float32, those with the padding included, and one reading and one writing of a map.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,13 @@ def jax_contestant(impl, which, sets):
     return jax.jit(lambda sets: [run(*inputs) for inputs in sets]).lower(sets)
 
 
+def error(result, which, inputs):
+    """The largest difference from the pass by `lax` in float32, as a share of the largest value."""
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(jax_pass("lax", which))(*(array.astype(jnp.float32) for array in inputs))
+    return float(jnp.abs(result - expected).max() / jnp.abs(expected).max())
+
+
 def torch_device():
     return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
 
@@ -97,7 +105,7 @@ def draw(size, dtype):
 
 
 def measure(size, dtype, impls, seconds):
-    """{contestant: [best, median]} of every pass, in milliseconds."""
+    """{contestant: [best, median]} in milliseconds and the default's error, of every pass."""
     sets = list(draw(size, dtype))
     # Its loop is over the positions: on a map of 56 x 56 fifty times as long as `shift` takes.
     impls = [impl for impl in impls if impl != "banded" or size[1] * size[2] <= 64]
@@ -109,7 +117,8 @@ def measure(size, dtype, impls, seconds):
         contestants = {impl or "default": repeated(partial(compiled[which, impl], sets)) for impl in impls}
         contestants |= {name: torch_contestant(which, tensors[name]) for name in LAYOUTS}
         times = milliseconds(contestants, seconds)
-        yield {by: [ms / len(sets) for ms in values] for by, values in times.items()}
+        times = {by: [ms / len(sets) for ms in values] for by, values in times.items()}
+        yield times, error(compiled[which, None](sets)[0], which, sets[0])
 
 
 def floor_ms(size, dtype, peak):
@@ -136,19 +145,21 @@ def main():
 
     dtype = jnp.dtype(args.dtype)
     columns = ("default", *args.impls, *LAYOUTS)
-    print(f"{'N, H, W, C, k':24}{'pass':16}" + "".join(f"{name:>11}" for name in columns) + "  torch / default  floor")
+    heads = "".join(f"{name:>11}" for name in columns)
+    print(f"{'N, H, W, C, k':24}{'pass':16}{heads}  torch / default    error  floor")
     rows = []
     for n, *shape in (size for name in args.sizes for size in SIZES[name]):
         size = (args.batch_size or n, *shape)
-        for name, times in zip(PASSES, measure(size, dtype, (None, *args.impls), args.seconds), strict=True):
-            row = {"size": size, "pass": name, "ms": times}
+        passes = measure(size, dtype, (None, *args.impls), args.seconds)
+        for name, (times, error) in zip(PASSES, passes, strict=True):
+            row = {"size": size, "pass": name, "ms": times, "error": error}
             cells = "".join(f"{times[by][0]:11.3f}" if by in times else f"{'-':>11}" for by in columns)
             theirs = [times[by][0] for by in LAYOUTS]
             ratio = f"{min(theirs) / times['default'][0]:17.2f}" if theirs else f"{'-':>17}"
             if args.peak:
                 row["floor_ms"] = floor_ms(size, dtype, args.peak)
             share = f"{row['floor_ms'] / times['default'][0]:7.0%}" if args.peak else f"{'-':>7}"
-            print(f"{str(size):24}{name:16}{cells}{ratio}{share}", flush=True)
+            print(f"{str(size):24}{name:16}{cells}{ratio}{error:9.1e}{share}", flush=True)
             rows.append(row)
     report(args, rows, **about())
 

@@ -20,6 +20,7 @@ import contextlib
 import importlib.util
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 # PyTorch shares the GPU.
@@ -28,6 +29,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from benchmarks.depthwise import LAYOUTS, torch_device, torch_repeated
 from benchmarks.measure import Step, about, make_parser, milliseconds, repeated, report
@@ -103,6 +105,12 @@ def torch_contestants(network, args, layout):
     return {which: with_memory(calls[which]) for which in args.passes}
 
 
+def timm_contestants(name, args):
+    import timm
+
+    return torch_contestants(timm.create_model(name), args, torch.channels_last)
+
+
 def normal_images(args):
     shape = (args.batch_size, args.image_size, args.image_size, 3)
     return np.random.default_rng(0).standard_normal(shape, np.float32)
@@ -117,11 +125,13 @@ def matmul_contestant(dtype):
 
 
 def main():
+    others = [*LAYOUTS, *(["timm"] if LAYOUTS and importlib.util.find_spec("timm") else [])]
     parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--batch-size", type=int, default=8, help="even (default: 8)")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--beside", nargs="*", choices=others, default=others, help="others to time (default: all)")
     parser.add_argument("--passes", nargs="+", choices=("forward", "step"), default=["forward", "step"])
     parser.add_argument("--seconds", type=float, default=20, help="per contestant, which takes at least three turns")
     parser.add_argument("--peak-tflops", type=float, help="the device's peak; default: measured by a matrix product")
@@ -130,18 +140,20 @@ def main():
     if args.quick:
         args.models, args.batch_size, args.image_size, args.seconds = ["fcvit_tiny"], 4, 64, 0
 
-    contestants, multiply_adds = {}, {}
+    makers, multiply_adds = {}, {}
     for name in args.models:
-        contestants[name, "fcvit_jax"] = jax_contestants(name, args)
+        makers[name, "fcvit_jax"] = partial(jax_contestants, name, args)
         multiply_adds[name] = args.batch_size * summarize(create_model(name), args.image_size)["total"].multiply_adds
-        for by, layout in LAYOUTS.items():
-            contestants[name, by] = torch_contestants(torch_reference.FCViT(**VARIANTS[name]), args, layout)
-    if torch is not None and importlib.util.find_spec("timm"):
-        import timm
-
+        for by in (layout for layout in LAYOUTS if layout in args.beside):
+            makers[name, by] = partial(torch_contestants, torch_reference.FCViT(**VARIANTS[name]), args, LAYOUTS[by])
+    if "timm" in args.beside:
         for name in ("convnext_tiny", "poolformer_s12"):
-            contestants[name, "timm NHWC"] = torch_contestants(timm.create_model(name), args, torch.channels_last)
+            makers[name, "timm NHWC"] = partial(timm_contestants, name, args)
 
+    contestants = {}
+    for key in (bar := tqdm(makers, unit="network")):
+        bar.set_description(", ".join(key))
+        contestants[key] = makers[key]()
     matmul, matmul_flops = matmul_contestant(args.dtype)
     runs = {(*key, which): run for key, passes in contestants.items() for which, (run, _) in passes.items()}
     times = milliseconds({"matmul": matmul, **runs}, args.seconds)
