@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax.linen.initializers import normal
 
 from fcvit_jax.errors import UserError
-from fcvit_jax.layers import DepthwiseConv, conv1x1, gelu, group_norm
+from fcvit_jax.layers import Conv1x1, DepthwiseConv, gelu, group_norm
 
 
 def standardize(x: jax.Array) -> jax.Array:
@@ -94,8 +94,8 @@ class SpatialAttention(nn.Module):
         if not (bottleneck := channels // 8):
             raise UserError(f"spatial_attention needs stages of at least 8 channels, not {channels}.")
         gate = DepthwiseConv(3, name="depthwise", **dtypes)(x)
-        gate = gelu(conv1x1(bottleneck, name="reduce", **dtypes)(gate))
-        return x * nn.sigmoid(conv1x1(channels, name="expand", **dtypes)(gate))
+        gate = Conv1x1(bottleneck, with_gelu=True, name="reduce", **dtypes)(gate)
+        return x * nn.sigmoid(Conv1x1(channels, name="expand", **dtypes)(gate))
 
 
 class ChannelAttention(nn.Module):
@@ -158,8 +158,9 @@ class TokenMixer(nn.Module):
                 )(x)
             x = DepthwiseConv(kernel_size, name=f"depthwise{i}", **dtypes)(x)
             if self.mix_reduction != 1:
-                x = gelu(conv1x1(max(channels // self.mix_reduction, self.mix_min_dim), name=f"reduce{i}", **dtypes)(x))
-            x = gelu(conv1x1(channels, name=f"expand{i}", **dtypes)(x))
+                bottleneck = max(channels // self.mix_reduction, self.mix_min_dim)
+                x = Conv1x1(bottleneck, with_gelu=True, name=f"reduce{i}", **dtypes)(x)
+            x = Conv1x1(channels, with_gelu=True, name=f"expand{i}", **dtypes)(x)
         if self.spatial_attention:
             x = SpatialAttention(name="spatial_attention", **dtypes)(x)
         return x
@@ -187,11 +188,11 @@ class ChannelMixer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         channels, dtypes = x.shape[-1], {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = conv1x1(self.ratio * channels, name="expand", **dtypes)(x)
+        x = Conv1x1(self.ratio * channels, with_gelu=self.kernel_size is None, name="expand", **dtypes)(x)
         if self.kernel_size is not None:
-            x = DepthwiseConv(self.kernel_size, name="depthwise", **dtypes)(x)
-        x = nn.Dropout(self.dropout_rate, deterministic=not train)(gelu(x))
-        x = conv1x1(channels, name="reduce", **dtypes)(x)
+            x = DepthwiseConv(self.kernel_size, with_gelu=True, name="depthwise", **dtypes)(x)
+        x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+        x = Conv1x1(channels, name="reduce", **dtypes)(x)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         if self.channel_attention:
             x = ChannelAttention(name="channel_attention", **dtypes)(x)

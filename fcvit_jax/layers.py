@@ -1,6 +1,5 @@
 """The network's basic layers: norms, convolutions and GELU, in the forms that XLA computes fast and exactly enough."""
 
-import functools
 from typing import Any
 
 import jax
@@ -12,39 +11,59 @@ from fcvit_jax.depthwise import depthwise_conv
 from fcvit_jax.errors import UserError
 
 
-@jax.checkpoint  # recomputed in the backward pass, which would otherwise keep three maps
-def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, in float32 inside; XLA's erf is cheaper than the erfc that `jax.nn.gelu` uses."""
-    y = x.astype(jnp.float32)
+@jax.checkpoint  # recomputed in the backward pass, which would otherwise keep four maps, not x alone
+def gelu(x: jax.Array, bias: jax.Array | float = 0) -> jax.Array:
+    """The exact GELU of x + bias, in float32 inside; XLA's erf is cheaper than the erfc that `jax.nn.gelu` uses."""
+    y = (x + bias).astype(jnp.float32)
     return (0.5 * y * (1 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _dot_general(x, kernel, dimension_numbers, precision):
-    return jax.lax.dot_general(x, kernel, dimension_numbers, precision)
+@jax.custom_vjp
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return x @ kernel
 
 
-def _dot_general_fwd(x, kernel, dimension_numbers, precision):
-    return _dot_general(x, kernel, dimension_numbers, precision), (x, kernel)
+def _product_fwd(x, kernel):
+    return x @ kernel, (x, kernel)
 
 
-def _dot_general_bwd(dimension_numbers, precision, residuals, g):
+def _product_bwd(residuals, g):
     x, kernel = residuals
     rows = tuple(range(x.ndim - 1))
     # XLA:CPU transposes the left factor of this product in memory, and JAX's own rule puts g there: take the narrower.
     if x.shape[-1] < g.shape[-1]:
-        kernel_grad = jnp.tensordot(x, g, (rows, rows), precision=precision)
+        kernel_grad = jnp.tensordot(x, g, (rows, rows))
     else:
-        kernel_grad = jnp.tensordot(g, x, (rows, rows), precision=precision).T
-    return jnp.matmul(g, kernel.T, precision=precision), kernel_grad
+        kernel_grad = jnp.tensordot(g, x, (rows, rows)).T
+    return g @ kernel.T, kernel_grad
 
 
-_dot_general.defvjp(_dot_general_fwd, _dot_general_bwd)
+_product.defvjp(_product_fwd, _product_bwd)
 
 
-def conv1x1(features: int, **kwargs) -> nn.Dense:
-    """A 1x1 convolution as a matrix product over channels, initialised as a convolution."""
-    return nn.Dense(features, kernel_init=normal((2 / features) ** 0.5), dot_general=_dot_general, **kwargs)
+class Conv1x1(nn.Module):
+    """A 1x1 convolution with a bias, as a matrix product over channels.
+
+    Attributes:
+      features: channels of the result.
+      with_gelu: end with GELU.
+      dtype: compute dtype.
+      param_dtype: dtype of the parameters.
+    """
+
+    features: int
+    with_gelu: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = x.shape[-1], self.features
+        kernel = self.param("kernel", normal((2 / self.features) ** 0.5), shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = _product(x, kernel)
+        return gelu(y, bias) if self.with_gelu else y + bias
 
 
 def group_norm(**kwargs) -> nn.GroupNorm:
@@ -93,9 +112,17 @@ class BatchNorm(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """Depthwise convolution with a bias; stride 1, the output as large as the input; kernel (k, k, C)."""
+    """Depthwise convolution with a bias; stride 1, the output as large as the input; kernel (k, k, C).
+
+    Attributes:
+      kernel_size: k, odd.
+      with_gelu: end with GELU.
+      dtype: compute dtype.
+      param_dtype: dtype of the parameters.
+    """
 
     kernel_size: int
+    with_gelu: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -106,7 +133,8 @@ class DepthwiseConv(nn.Module):
         kernel = self.param("kernel", normal(2**0.5 / k), (k, k, channels), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        return depthwise_conv(x, kernel) + bias
+        y = depthwise_conv(x, kernel)
+        return gelu(y, bias) if self.with_gelu else y + bias
 
 
 class Downsample(nn.Module):

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from fcvit_jax.blocks import Block, GlobalContext
 from fcvit_jax.errors import UserError, exit_on_error
-from fcvit_jax.layers import DepthwiseConv
+from fcvit_jax.layers import Conv1x1, DepthwiseConv
 from fcvit_jax.model import VARIANTS, FCViT, create_model
 from fcvit_jax.predict import CHECKPOINT_HELP, load
 
@@ -68,7 +68,7 @@ def summarize(model: FCViT, image_size: int = 224) -> dict[str, Part]:
             x, *train = args[:2]  # drop-path keeps next to nothing
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (module.variables, x))
             calls.append((part, module.clone(parent=None, name=None), *shapes, *train))
-        if isinstance(module, nn.Conv | nn.Dense | DepthwiseConv):
+        if isinstance(module, nn.Conv | nn.Dense | Conv1x1 | DepthwiseConv):
             # Each weight meets one input per output position.
             part.multiply_adds += module.variables["params"]["kernel"].size * math.prod(out.shape[:-1])
         elif isinstance(module, GlobalContext) and module.weighted:
