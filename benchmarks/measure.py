@@ -23,7 +23,7 @@ ITEM_BYTES = {"pred": 1, "u8": 1, "bf16": 2, "f32": 4, "s32": 4, "u32": 4}  # of
 
 
 def make_parser(description):
-    """The command line that every benchmark has; `report` takes what it gives."""
+    """The command line that the benchmarks of the network share; `report` takes what it gives."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="PATH", help="write the figures, versions and machine here as well")
     return parser

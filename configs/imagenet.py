@@ -13,12 +13,12 @@ from ml_collections import ConfigDict, config_dict
 def get_config() -> ConfigDict:
     """The whole recipe; docs/recipe.md says where each value comes from."""
     config = ConfigDict()
-    config.seed = 42  # for the weights, the order of the data, augmentation, mixing and drop-path
+    config.seed = 42  # of the weights (with init_from: none), the data's order, augmentation, mixing and drop-path
     config.init_from = config_dict.placeholder(str)  # weights to start from: a checkpoint, .pth, .pth.tar or .npz
     config.resume_with_changes = False  # resume a run although its config or data differ
     config.compilation_cache = True  # keep compiled programs in <workdir>/, unless JAX_COMPILATION_CACHE_DIR is set
 
-    model = config.model = ConfigDict()  # see fcvit_jax.FCViT, whose other attributes may be added here
+    model = config.model = ConfigDict()  # see fcvit_jax.FCViT; its other attributes but share_blocks may be added here
     model.name = "fcvit_s12"  # a key of fcvit_jax.VARIANTS, or the name that the original gives it
     model.num_classes = 1000  # must equal the dataset's
     model.drop_path_rate = 0.1  # of the last block; rises linearly from 0 at the first

@@ -5,10 +5,12 @@ As a tool, `python -m fcvit_jax.convert SOURCE DEST [--ema]`; see `convert`.
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -219,20 +221,26 @@ def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None) ->
     dest = Path(dest).expanduser()
     weights, metadata = _read(Path(source), ema)
     if "model" in metadata:
-        model = (create_backbone if is_pyramid(weights) else create_model)(**metadata["model"])
+        try:
+            model = (create_backbone if is_pyramid(weights) else create_model)(**metadata["model"])
+        except TypeError as error:
+            raise UserError(f"{source} does not say which FCViT it holds: {error}") from error
     else:
         model = infer_model({name: x.shape for name, x in weights.items()})
-    variables = _variables(weights, model)
+    # In float32, in which a run evaluates its averages, whatever the dtype of its parameters.
+    variables = _variables(weights, model.clone(param_dtype=np.float32))
     metadata = {"model": _arguments(model)} | metadata
-    if dest.name.endswith((".pt", ".pth", ".pth.tar")):
+    name = dest.name.lower()
+    if name.endswith((".pt", ".pth", ".pth.tar")):
         torch = _torch()
         state_dict = {name: torch.from_numpy(x) for name, x in to_torch(variables, model).items()}
-        content = {"state_dict": state_dict} if dest.name.endswith(".tar") else state_dict
-        _write(dest, lambda file: torch.save(content, file))
-    elif dest.name.endswith(".npz"):
+        content = io.BytesIO()  # torch hides the system's error where it cannot write
+        torch.save({"state_dict": state_dict} if name.endswith(".tar") else state_dict, content)
+        _write(dest, lambda file: file.write(content.getbuffer()))
+    elif name.endswith(".npz"):
         arrays = {path: x.astype(np.float32) for path, x in traverse_util.flatten_dict(variables, sep="/").items()}
         _write(dest, lambda file: np.savez(file, **arrays, **{METADATA: json.dumps(metadata)}))
-    elif dest.suffix.lower() in (".safetensors", ".ckpt", ".bin", ".tar", ".gz", ".zip", ".h5"):
+    elif Path(name).suffix in (".safetensors", ".ckpt", ".bin", ".tar", ".gz", ".zip", ".h5"):
         raise UserError(f"{dest}: the ending must be .pth, .pt, .pth.tar or .npz, or none for a folder.")
     else:
         from fcvit_jax import checkpoint
@@ -278,18 +286,25 @@ def _read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str
         return traverse_util.flatten_dict(variables, sep="/"), checkpoint.load_metadata(path)
     if not path.is_file():
         raise UserError(f"There is no file or folder {path}.")
-    if path.suffix != ".npz":
+    if path.suffix.lower() != ".npz":
         return _read_torch(path, ema), {}
     if ema:
         raise UserError(f"{path} is a .npz: it holds one set of weights, no moving averages.")
     try:
         with np.load(path) as file:
             arrays = dict(file)
+        metadata = json.loads(str(arrays.pop(METADATA, "{}")))
     except OSError as error:
         raise UserError(f"Could not read {path}: {error.strerror}.") from error
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:  # what NumPy says may advise to run code
+    except (
+        ValueError,
+        TypeError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:  # what NumPy says may advise to run code
         raise UserError(f"Could not read {path}: it is damaged, or no .npz.") from error
-    return arrays, json.loads(str(arrays.pop(METADATA, "{}")))
+    return arrays, metadata
 
 
 def _torch():

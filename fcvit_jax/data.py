@@ -206,7 +206,7 @@ def eval_batches(data: Data, process_index: int = 0, process_count: int = 1) -> 
     rows = _rows(data, process_index, process_count)
     if data.eval is None:
         noise = _noise(data, len(rows)) | {"mask": np.ones(len(rows), bool)}
-        return (noise for _ in range(1))
+        return (noise for _ in range(data.num_eval_batches))
     data = dataclasses.replace(data, train=None)  # not needed by the workers, to which the rest is sent
     return _stream(data, functools.partial(_eval_batch, data, rows), 0, data.num_eval_batches)
 

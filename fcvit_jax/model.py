@@ -239,7 +239,7 @@ def abstract_variables(model: FCViT | Backbone) -> dict[str, Any]:
 
 def _is_supported(dtype: Any) -> bool:
     try:
-        return jnp.dtype(dtype) in (jnp.float32, jnp.bfloat16, jnp.float16)
+        return jnp.dtype(dtype) in (jnp.float32, jnp.bfloat16)
     except TypeError:  # no dtype at all
         return False
 
@@ -287,7 +287,7 @@ def create_model(name: str, num_classes: int = 1000, **overrides) -> FCViT:
       **overrides: attributes of `FCViT`.
 
     Raises:
-      UserError: the name is unknown, or a value is not allowed, such as a rate of 1, an even kernel or a 64-bit dtype.
+      UserError: the name is unknown, or a value is not allowed, such as a rate of 1, an even kernel or dtype float16.
     """
     check_range("model", 0, num_classes=num_classes)
     return _create(FCViT, name, {"num_classes": num_classes, **overrides})
@@ -303,6 +303,6 @@ def create_backbone(name: str, **overrides) -> Backbone:
         c2, c3, c4, c5 = backbone.apply(variables, images)               # strides 4, 8, 16, 32
 
     Raises:
-      UserError: the name is unknown, or a value is not allowed, such as a rate of 1, an even kernel or a 64-bit dtype.
+      UserError: the name is unknown, or a value is not allowed, such as a rate of 1, an even kernel or dtype float16.
     """
     return _create(Backbone, name, overrides)

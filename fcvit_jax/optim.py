@@ -132,11 +132,13 @@ def make_optimizer(
     check_range("optim", 1e-30, eps=eps)  # with 0, a parameter without gradient becomes 0 / 0
     check_range("optim", 0, lr_batch_size=lr_batch_size or 0, clip_norm=clip_norm or 0)
     check_range("optim", 0, below=1, b1=b1, b2=b2)
-    for name, value in {"warmup_lr": warmup_lr, "min_lr": min_lr}.items():
-        if value > lr:
-            raise UserError(f"optim.{name}={value} is above optim.lr={lr}; lower it.")
-
     base_lr = scale_lr(lr, lr_batch_size, batch_size)
+    for name, value in {"warmup_lr": warmup_lr, "min_lr": min_lr}.items():
+        if value > base_lr:
+            raise UserError(
+                f"optim.{name}={value} is above the learning rate, {base_lr:.3g} for {batch_size} images; lower it."
+            )
+
     schedule = make_schedule(
         base_lr, steps_per_epoch, epochs, warmup_epochs, warmup_lr, min_lr, cooldown_epochs, per_step
     )

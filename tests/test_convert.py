@@ -1,8 +1,10 @@
 """Weights survive every conversion bit for bit, and what does not fit is refused whole."""
 
 import argparse
+import json
 import logging
 import os
+import resource
 import sys
 
 import jax
@@ -231,6 +233,13 @@ def test_bad_files_are_user_errors(tmp_path, monkeypatch):
     content = (tmp_path / "good.pth").read_bytes()
     (tmp_path / "short.pth").write_bytes(content[: len(content) // 4])
     (tmp_path / "photo.npz").write_bytes(b"\xff\xd8\xff\xe0")
+    np.savez_compressed("packed.npz", a=np.random.default_rng(0).bytes(1000))
+    packed = bytearray((tmp_path / "packed.npz").read_bytes())
+    packed[100] ^= 255
+    (tmp_path / "packed.npz").write_bytes(packed)
+    np.savez("metadata.npz", **{convert.METADATA: "{"})
+    np.savez("later.npz", **{convert.METADATA: json.dumps({"model": {"name": "fcvit_tiny", "new_option": 1}})})
+    before = sorted(os.listdir())
     for source, dest, ema, message in (
         ("absent.pth", "dest.npz", False, "no file or folder absent.pth"),
         ("damaged.pth", "dest.npz", False, "damaged, or no file of PyTorch's\\.$"),
@@ -243,12 +252,38 @@ def test_bad_files_are_user_errors(tmp_path, monkeypatch):
         ("good.pth", "dest.npz", True, "no exponential moving averages"),
         ("good.pth", "folder.npz", False, "Could not write folder.npz"),
         ("good.pth", "dest.safetensors", False, "dest.safetensors: the ending must be"),
+        ("packed.npz", "dest.pth", False, "damaged, or no .npz\\.$"),
+        ("metadata.npz", "dest.pth", False, "damaged, or no .npz\\.$"),
+        ("later.npz", "dest.pth", False, "later.npz does not say which FCViT it holds: .*new_option"),
     ):
         with pytest.raises(UserError, match=message):
             convert.convert(source, dest, ema=ema)
-    sources = ["damaged.npz", "damaged.pth", "folder.npz", "good.pth", "numbers.pth", "other.pth", "photo.npz"]
-    sources += ["short.pth", "text.pth"]
-    assert sorted(os.listdir()) == sources
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.NPZ"])
+def test_a_disk_that_is_full_leaves_nothing(tmp_path, name):
+    torch.save(tensors(original()), tmp_path / "good.pth")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        with pytest.raises(UserError, match=f"Could not write .*{name}: .*File too large"):
+            convert.convert(tmp_path / "good.pth", tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == ["good.pth"]
+
+
+def test_averages_are_not_rounded_to_the_dtype_of_the_parameters(tmp_path):
+    state_dict = original()
+    torch.save(tensors(state_dict), tmp_path / "exact.pth")
+    convert.convert(tmp_path / "exact.pth", tmp_path / "exact.npz")
+    with np.load(tmp_path / "exact.npz") as file:
+        arrays = dict(file)
+    model = json.loads(str(arrays.pop(convert.METADATA)))["model"] | {"param_dtype": "bfloat16"}
+    np.savez(tmp_path / "run.npz", **arrays, **{convert.METADATA: json.dumps({"model": model})})
+    convert.convert(tmp_path / "run.npz", tmp_path / "again.pth")
+    assert_same(saved(tmp_path / "again.pth"), state_dict)
 
 
 def test_half_precision_becomes_float32(tmp_path):

@@ -377,6 +377,8 @@ def test_synthetic():
     train = collect(data.train_batches(dataset, 0, 100, 3, process_index=1, process_count=2))
     assert train.keys() == {"image", "label"} and train["image"].shape == (3, 2, 8, 8, 3)
     assert collect(data.eval_batches(dataset))["mask"].all()
+    part = dataclasses.replace(dataset, batch_size=2)  # as evaluation takes it with train.accumulate=2
+    assert collect(data.eval_batches(part))["mask"].shape == (part.num_eval_batches, 2) == (2, 2)
 
 
 def test_a_worker_that_fails_or_dies_ends_the_run(folder):
