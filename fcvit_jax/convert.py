@@ -296,13 +296,8 @@ def _read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str
         metadata = json.loads(str(arrays.pop(METADATA, "{}")))
     except OSError as error:
         raise UserError(f"Could not read {path}: {error.strerror}.") from error
-    except (
-        ValueError,
-        TypeError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:  # what NumPy says may advise to run code
+    # Not with what NumPy says, which may advise to run code.
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"Could not read {path}: it is damaged, or no .npz.") from error
     return arrays, metadata
 
