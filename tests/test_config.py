@@ -21,6 +21,28 @@ def test_the_configs_hold_what_is_read_and_nothing_else(module):
     check_config(module.get_config())
 
 
+def test_the_recipe_is_the_published_one():
+    """docs/recipe.md; the table of the variants is the README's."""
+    recipe = {
+        "model": {"num_classes": 1000, "bn_group_size": 128},
+        "data": {"batch_size": 1024, "image_size": 224, "crop_scale": (0.08, 1.0), "crop_ratio": (3 / 4, 4 / 3)}
+        | {"flip": 0.5, "rand_augment": (2, 9.0, 0.5)},
+        "mixing": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "mix_prob": 1.0, "switch_prob": 0.5}
+        | {"smoothing": 0.1, "erase_prob": 0.25, "group_size": 128},
+        "optim": {"lr": 1e-3, "lr_batch_size": 1024, "weight_decay": 0.05, "b1": 0.9, "b2": 0.999, "eps": 1e-8}
+        | {"warmup_epochs": 5, "warmup_lr": 1e-6, "min_lr": 1e-6, "cooldown_epochs": 10, "per_step": False}
+        | {"clip_norm": 0.0, "head_lr_multiplier": 1.0},
+        "train": {"epochs": 300, "steps": None, "accumulate": 1, "ema_decay": None},
+    }
+    variants = {fcvit_tiny: (0.1, 0.9), fcvit_s12: (0.1, 0.9), fcvit_s24: (0.1, 0.95), fcvit_s48: (0.2, 0.95)}
+    for module, (drop_path_rate, crop_pct) in variants.items():
+        config = module.get_config()
+        assert config.model.name == module.__name__.removeprefix("configs.")
+        assert (config.model.drop_path_rate, config.data.crop_pct) == (drop_path_rate, crop_pct)
+        for section, values in recipe.items():
+            assert {key: config[section][key] for key in values} == values
+
+
 def test_unknown_and_missing_keys_are_named():
     config = tiny_config.get_config()
     with config.unlocked():

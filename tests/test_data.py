@@ -290,6 +290,20 @@ def open_folder(folder, **options):
     return data.open_dataset(**dict(dataset=f"folder:{folder}", batch_size=2, image_size=8) | options)
 
 
+def test_images_are_cut_and_augmented_as_the_options_say(folder):
+    augmentation = dict(crop_scale=(0.3, 0.5), crop_ratio=(0.5, 0.8), flip=1.0, rand_augment=(3, 5.0, 0.0))
+    dataset = open_folder(folder, crop_pct=0.5, workers=0, **augmentation)
+    files = ["cat/c.WebP", "cat/d.png", "dog/a.JPEG", "dog/b.jpg"]
+    evaluated = collect(data.eval_batches(dataset))["image"].reshape(4, 8, 8, 3)
+    trained = collect(data.train_batches(dataset, 3, 0, 2))["image"].reshape(4, 8, 8, 3)
+    for place, index in enumerate(data._epoch_order(3, 0, 4).tolist()):
+        expected = augment.eval_transform((folder / "val" / files[index]).read_bytes(), 8, 0.5)
+        np.testing.assert_array_equal(evaluated[index], expected)
+        rng = np.random.default_rng([3, 0, index])
+        expected = augment.train_transform((folder / "train" / files[index]).read_bytes(), rng, 8, **augmentation)
+        np.testing.assert_array_equal(trained[place], expected)
+
+
 def test_folder(folder, caplog):
     (folder / "val").rename(folder / "validation")
     (folder / "validation" / ".cache").mkdir()

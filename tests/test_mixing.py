@@ -192,6 +192,38 @@ def test_a_group_does_not_depend_on_those_after_it():
         np.testing.assert_allclose(few, many[:16], rtol=0, atol=1e-6)
 
 
+def test_what_is_made_is_what_its_options_say():
+    images, labels = random_batch(8)
+    draw = {"mixup_alpha": 0.3, "cutmix_alpha": 2.0, "mix_prob": 0.9, "switch_prob": 0.3}
+    mix = jax.jit(mixing.make(10, **draw, smoothing=0.25, erase_prob=0.5, group_size=2))
+    for seed in range(3):
+        key = jax.random.key(seed)
+        mix_key, box_key, noise_key = jax.random.split(key, 3)
+        draws = mixing.draw_mix(mix_key, 4, 24, 20, **draw)
+        mixed, targets = mixing.apply_mix(images, mixing.smooth_one_hot(labels, 10, 0.25), draws)
+        erased = mixing.inside(mixing.draw_erasing(box_key, 8, 24, 20, 0.5), 24, 20)
+        expected = jnp.where(erased, jax.random.normal(noise_key, images.shape), mixing.normalize(mixed))
+        got, got_targets = mix(key, images, labels)
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+        np.testing.assert_allclose(got_targets, targets, atol=1e-6)
+
+
+def test_draws_are_independent_of_each_other():
+    n = 4000
+    draws = mixing.draw_mix(jax.random.key(0), n, 1000, 1000, **DRAW)
+    boxes = np.asarray(mixing.draw_erasing(jax.random.key(1), n, 1000, 1000, 1.0), float)
+    top, bottom, left, right = boxes.T
+    small = (bottom - top < 400) & (right - left < 400)  # where the place is hardly bound to the size
+    noise = mixing.make(10, mixup_alpha=0, cutmix_alpha=0, erase_prob=1.0, group_size=n)
+    blank = np.zeros((n, 4, 4, 3), np.uint8)
+    pixels = np.asarray(noise(jax.random.key(2), blank, np.zeros(n, int))[0]).reshape(-1, 3)
+    pixels = pixels[(pixels != mixing.normalize(blank[:1])[0, 0, 0]).all(1)]
+    center = np.asarray(draws.center, float)
+    pairs = [(draws.lam, center[:, 0]), (draws.lam, center[:, 1]), (*center.T,), (top[small], left[small])]
+    for a, b in (*pairs, *(pixels[:, c].T for c in ([0, 1], [0, 2], [1, 2]))):
+        assert abs(scipy.stats.spearmanr(a, b)[0]) < 0.08
+
+
 @pytest.mark.parametrize(("batch", "group_size"), [(96, 64), (7, 128), (9, 3)])
 def test_batch_that_does_not_pair_up_is_refused(batch, group_size):
     with pytest.raises(UserError, match="group"):

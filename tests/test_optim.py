@@ -104,6 +104,18 @@ def test_rate_grows_with_the_batch():
         assert first_update(lr_batch_size=switched_off)[2] == np.float32(1e-3)
 
 
+def test_every_update_is_at_the_rate_of_its_step():
+    options = dict(lr=0.1, warmup_epochs=2, warmup_lr=0.02, min_lr=0.01, cooldown_epochs=1, weight_decay=0.0)
+    tx, schedule = optim.make_optimizer(2, 4, 1024, **options)
+    rates = np.repeat([0.02, 0.06, 0.055, 0.01 + 0.045 * (1 - math.sqrt(0.5)), 0.01, 0.01], 2)
+    state = tx.init(PARAMS)
+    for step, rate in enumerate(rates):
+        updates, state = tx.update(GRADS, state, PARAMS)
+        # The gradients stay the same, so that an update is the rate and nothing else.
+        np.testing.assert_allclose(updates["norm"]["scale"], np.full(3, -rate), rtol=1e-4)
+        np.testing.assert_allclose(schedule(step), rate, rtol=1e-5)
+
+
 def test_head_multiplier_scales_the_update_of_the_head_alone():
     plain, _, rate = first_update(weight_decay=0.5)
     faster, _, _ = first_update(weight_decay=0.5, head_lr_multiplier=10.0)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -20,17 +21,20 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny_config
 from conftest import QUICKLY, free_port
 from PIL import Image
 
 from benchmarks.kill_resume import arrays, assert_same_end, kill_and_resume, record
-from fcvit_jax import metrics, train
+from fcvit_jax import metrics, mixing, train
 from fcvit_jax.checkpoint import Checkpointer, load_metadata
 from fcvit_jax.data import open_dataset
 from fcvit_jax.errors import UserError
-from fcvit_jax.sharding import bytes_per_device
+from fcvit_jax.model import create_model
+from fcvit_jax.sharding import bytes_per_device, make_mesh
+from fcvit_jax.state import abstract_state, create_state, init_variables
 from fcvit_jax.train import evaluate_checkpoint, train_and_evaluate
 
 ROOT = Path(__file__).parent.parent
@@ -106,7 +110,48 @@ def test_a_run_leaves_what_the_readme_says(undisturbed):
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["12", "16", "20"]
     best = max(evaluations(workdir), key=lambda line: line["eval/top1"])
     assert [path.name for path in (workdir / "best").iterdir()] == [str(best["step"])]
-    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 20
+    assert json.loads((workdir / "config.json").read_text())["train"]["epochs"] == 3
+    cosine = [1e-6 + (1e-3 - 1e-6) * (1 + math.cos(math.pi * epoch / 3)) / 2 for epoch in range(3)]
+    rates = [line["train/lr"] for line in lines if "train/lr" in line]
+    np.testing.assert_allclose(rates, np.repeat([*cosine, 1e-6], 5), rtol=1e-5)
+
+
+def test_every_step_and_every_part_of_it_draws_anew():
+    """The loss and the norm of the gradients are those of what JAX draws with the keys of a step and of its parts."""
+    sizes = {"depths": (1, 0, 0, 0), "dims": (8,) * 4, "layer_scale_init": 1.0, "bn_group_size": 2}
+    model = create_model("fcvit_tiny", 3, **sizes, dropout_rate=0.5, share_blocks=True)  # as the step draws its masks
+    tx, mesh, key = optax.identity(), make_mesh(data=1), jax.random.key(5)
+    batch = {"image": np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8), "label": np.arange(4) % 3}
+
+    def mix(key, images, labels):
+        return mixing.normalize(images), jax.random.uniform(key, (len(labels), 3))
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def expected(variables, step, parts):
+        mix_key, dropout_key = jax.random.split(jax.random.fold_in(key, step))
+        images, targets = mix(mix_key, batch["image"], batch["label"])
+        keys = [dropout_key] if parts == 1 else jax.random.split(dropout_key, parts)
+
+        def loss(params):
+            total = 0
+            for part in range(parts):
+                rows, rngs = slice(part * 4 // parts, (part + 1) * 4 // parts), {"dropout": keys[part]}
+                inputs = variables | {"params": params}
+                logits, _ = model.apply(inputs, images[rows], train=True, mutable=["batch_stats"], rngs=rngs)
+                total += optax.softmax_cross_entropy(logits, targets[rows]).mean() / parts
+            return total
+
+        value, grads = jax.value_and_grad(loss)(variables["params"])
+        return value, optax.tree.norm(grads)
+
+    fixed = dict(model=model, tx=tx, schedule=lambda step: 10.0 * step, mix=mix, mesh=mesh)
+    for accumulate, step in itertools.product((1, 2), (0, 7)):
+        variables = init_variables(model, mesh, seed=0)
+        value, norm = expected(variables, step, accumulate)
+        state = create_state(variables, tx, abstract_state(model, tx, mesh, ema=False)).replace(step=jnp.int32(step))
+        new, said = train.train_step(state, batch, key, **fixed, accumulate=accumulate)
+        np.testing.assert_allclose((said["loss"], said["grad_norm"]), (value, norm), rtol=1e-3)
+        assert (new.step, said["lr"]) == (step + 1, 10.0 * step)
 
 
 def test_the_step_is_compiled_once_and_ahead_and_nothing_after_the_first_evaluation_and_save(undisturbed):
@@ -521,4 +566,4 @@ def test_a_run_that_is_beyond_its_last_step_is_refused(undisturbed, config, tmp_
     assert info.traceback  # keeps alive what the run has left open
     take = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     subprocess.run([sys.executable, "-c", take, workdir / ".lock"], check=True)  # the folder is released
-    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 20
+    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] is None
