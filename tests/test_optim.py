@@ -102,6 +102,8 @@ def test_rate_grows_with_the_batch():
     assert first_update(lr_batch_size=128)[2] == np.float32(4e-3)
     for switched_off in (None, 0):
         assert first_update(lr_batch_size=switched_off)[2] == np.float32(1e-3)
+    with pytest.raises(UserError, match="warmup_lr=1e-06 is above the learning rate, 6.25e-07 for 32 images"):
+        optim.make_optimizer(10, 4, 32, lr=2e-5)
 
 
 def test_every_update_is_at_the_rate_of_its_step():
