@@ -28,9 +28,9 @@ from conftest import QUICKLY, free_port
 from PIL import Image
 
 from benchmarks.kill_resume import arrays, assert_same_end, kill_and_resume, record
-from fcvit_jax import metrics, mixing, train
-from fcvit_jax.checkpoint import Checkpointer, load_metadata
-from fcvit_jax.data import open_dataset
+from fcvit_jax import metrics, mixing, optim, train
+from fcvit_jax.checkpoint import Checkpointer, load_metadata, load_variables
+from fcvit_jax.data import open_dataset, train_batches
 from fcvit_jax.errors import UserError
 from fcvit_jax.model import create_model
 from fcvit_jax.sharding import bytes_per_device, make_mesh
@@ -152,6 +152,25 @@ def test_every_step_and_every_part_of_it_draws_anew():
         new, said = train.train_step(state, batch, key, **fixed, accumulate=accumulate)
         np.testing.assert_allclose((said["loss"], said["grad_norm"]), (value, norm), rtol=1e-3)
         assert (new.step, said["lr"]) == (step + 1, 10.0 * step)
+
+
+def test_the_first_step_is_that_of_the_seed(config, tmp_path):
+    """Weights, data and draws are the seed's, and the averages move by the decay."""
+    config.seed, config.train.steps = 7, 1
+    train_and_evaluate(config, tmp_path)
+    dataset, model, mesh = open_dataset(**config.data), create_model(**config.model), make_mesh(data=1)
+    tx, schedule = optim.make_optimizer(dataset.steps_per_epoch, 3, 16, **config.optim)
+    first = init_variables(model, mesh, seed=7)
+    new, averages = (load_variables(tmp_path, ema=ema) for ema in (False, True))
+    jax.tree.map(
+        lambda average, old, new: np.testing.assert_allclose(average, 0.9 * old + 0.1 * new, rtol=1e-5, atol=1e-7),
+        *(averages, jax.device_get(first), new),
+    )
+    fixed = dict(model=model, tx=tx, schedule=schedule, mix=mixing.make(10, **config.mixing), mesh=mesh, ema_decay=0.9)
+    state = create_state(first, tx, abstract_state(model, tx, mesh, ema=True))
+    (batch,) = train_batches(dataset, 7, 0, 1)
+    _, said = train.train_step(state, batch, jax.random.key(7), **fixed)
+    np.testing.assert_allclose(losses(tmp_path), said["loss"], rtol=1e-5)
 
 
 def test_the_step_is_compiled_once_and_ahead_and_nothing_after_the_first_evaluation_and_save(undisturbed):
