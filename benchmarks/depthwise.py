@@ -56,7 +56,7 @@ def jax_contestant(impl, which, sets):
     return jax.jit(lambda sets: [run(*inputs) for inputs in sets]).lower(sets)
 
 
-def error(result, which, inputs):
+def difference(result, which, inputs):
     """The largest difference from the pass by `lax` in float32, as a share of the largest value."""
     with jax.default_matmul_precision("highest"):
         expected = jax.jit(jax_pass("lax", which))(*(array.astype(jnp.float32) for array in inputs))
@@ -118,7 +118,7 @@ def measure(size, dtype, impls, seconds):
         contestants |= {name: torch_contestant(which, tensors[name]) for name in LAYOUTS}
         times = milliseconds(contestants, seconds)
         times = {by: [ms / len(sets) for ms in values] for by, values in times.items()}
-        yield times, error(compiled[which, None](sets)[0], which, sets[0])
+        yield times, difference(compiled[which, None](sets)[0], which, sets[0])
 
 
 def floor_ms(size, dtype, peak):
