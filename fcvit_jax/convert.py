@@ -233,14 +233,14 @@ def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None) ->
     name = dest.name.lower()
     if name.endswith((".pt", ".pth", ".pth.tar")):
         torch = _torch()
-        state_dict = {name: torch.from_numpy(x) for name, x in to_torch(variables, model).items()}
+        state_dict = {key: torch.from_numpy(x) for key, x in to_torch(variables, model).items()}
         content = io.BytesIO()  # torch hides the system's error where it cannot write
         torch.save({"state_dict": state_dict} if name.endswith(".tar") else state_dict, content)
         _write(dest, lambda file: file.write(content.getbuffer()))
     elif name.endswith(".npz"):
         arrays = {path: x.astype(np.float32) for path, x in traverse_util.flatten_dict(variables, sep="/").items()}
         _write(dest, lambda file: np.savez(file, **arrays, **{METADATA: json.dumps(metadata)}))
-    elif Path(name).suffix in (".safetensors", ".ckpt", ".bin", ".tar", ".gz", ".zip", ".h5"):
+    elif dest.suffix.lower() in (".safetensors", ".ckpt", ".bin", ".tar", ".gz", ".zip", ".h5"):
         raise UserError(f"{dest}: the ending must be .pth, .pt, .pth.tar or .npz, or none for a folder.")
     else:
         from fcvit_jax import checkpoint
