@@ -67,10 +67,10 @@ def jax_contestants(name, args):
     return contestants
 
 
-def torch_contestants(network, args, layout):
+def torch_contestants(make_network, args, layout):
     """{pass: (run, MiB)} of a PyTorch network; its memory is known on a GPU only."""
     device = torch_device()
-    network = network.to(device, memory_format=layout)
+    network = make_network().to(device, memory_format=layout)
     images = torch.tensor(normal_images(args), device=device).permute(0, 3, 1, 2).contiguous(memory_format=layout)
     targets = torch.softmax(torch.randn(args.batch_size, 1000, device=device), 1)
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=0.05, fused=device == "cuda")
@@ -103,12 +103,6 @@ def torch_contestants(network, args, layout):
 
     calls = {"forward": forward, "step": step}
     return {which: with_memory(calls[which]) for which in args.passes}
-
-
-def timm_contestants(name, args):
-    import timm
-
-    return torch_contestants(timm.create_model(name), args, torch.channels_last)
 
 
 def normal_images(args):
@@ -145,10 +139,14 @@ def main():
         makers[name, "fcvit_jax"] = partial(jax_contestants, name, args)
         multiply_adds[name] = args.batch_size * summarize(create_model(name), args.image_size)["total"].multiply_adds
         for by in (layout for layout in LAYOUTS if layout in args.beside):
-            makers[name, by] = partial(torch_contestants, torch_reference.FCViT(**VARIANTS[name]), args, LAYOUTS[by])
+            make_network = partial(torch_reference.FCViT, **VARIANTS[name])
+            makers[name, by] = partial(torch_contestants, make_network, args, LAYOUTS[by])
     if "timm" in args.beside:
+        import timm
+
         for name in ("convnext_tiny", "poolformer_s12"):
-            makers[name, "timm NHWC"] = partial(timm_contestants, name, args)
+            make_network = partial(timm.create_model, name)
+            makers[name, "timm NHWC"] = partial(torch_contestants, make_network, args, torch.channels_last)
 
     contestants = {}
     for key in (bar := tqdm(makers, unit="network")):
