@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from fcvit_jax.errors import UserError, check_range
 from fcvit_jax.hosts import check_shared, failing_together, say
-from fcvit_jax.model import FCViT, create_model
+from fcvit_jax.model import FCViT, create_saved
 from fcvit_jax.state import TrainState
 
 
@@ -375,10 +375,7 @@ def load_model(path: str | Path) -> FCViT:
     Raises:
       UserError: there is no checkpoint, or it does not say.
     """
-    try:
-        return create_model(**load_metadata(path)["model"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} does not say which FCViT it holds: {type(error).__name__}: {error}") from error
+    return create_saved(path, load_metadata(path))
 
 
 def _load_json(item: Path) -> dict[str, Any]:

@@ -21,7 +21,15 @@ from absl import logging
 from flax import traverse_util
 
 from fcvit_jax.errors import UserError, exit_on_error
-from fcvit_jax.model import VARIANTS, Backbone, FCViT, abstract_variables, create_backbone, create_model
+from fcvit_jax.model import (
+    VARIANTS,
+    Backbone,
+    FCViT,
+    abstract_variables,
+    create_backbone,
+    create_model,
+    create_saved,
+)
 from fcvit_jax.original import (
     from_original,
     infer_model,
@@ -221,10 +229,7 @@ def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None) ->
     dest = Path(dest).expanduser()
     weights, metadata = _read(Path(source), ema)
     if "model" in metadata:
-        try:
-            model = (create_backbone if is_pyramid(weights) else create_model)(**metadata["model"])
-        except TypeError as error:
-            raise UserError(f"{source} does not say which FCViT it holds: {error}") from error
+        model = create_saved(source, metadata, create_backbone if is_pyramid(weights) else create_model)
     else:
         model = infer_model({name: x.shape for name, x in weights.items()})
     # In float32, in which a run evaluates its averages, whatever the dtype of its parameters.
@@ -238,7 +243,7 @@ def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None) ->
         torch.save({"state_dict": state_dict} if name.endswith(".tar") else state_dict, content)
         _write(dest, lambda file: file.write(content.getbuffer()))
     elif name.endswith(".npz"):
-        arrays = {path: x.astype(np.float32) for path, x in traverse_util.flatten_dict(variables, sep="/").items()}
+        arrays = traverse_util.flatten_dict(variables, sep="/")
         _write(dest, lambda file: np.savez(file, **arrays, **{METADATA: json.dumps(metadata)}))
     elif dest.suffix.lower() in (".safetensors", ".ckpt", ".bin", ".tar", ".gz", ".zip", ".h5"):
         raise UserError(f"{dest}: the ending must be .pth, .pt, .pth.tar or .npz, or none for a folder.")

@@ -1,7 +1,8 @@
 """FCViT, the network: its variants and two ways to use it; docs/model.md says exactly what is computed."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -306,3 +307,20 @@ def create_backbone(name: str, **overrides) -> Backbone:
       UserError: the name is unknown, or a value is not allowed, such as a rate of 1, an even kernel or dtype float16.
     """
     return _create(Backbone, name, overrides)
+
+
+def create_saved(source: str | Path, metadata: Mapping[str, Any], create: Callable[..., Any] = create_model) -> Any:
+    """Makes the network that weights were saved of.
+
+    Args:
+      source: file or folder of the weights, to be named in an error.
+      metadata: what was saved beside them; "model": the arguments of `create`.
+      create: `create_model` or `create_backbone`.
+
+    Raises:
+      UserError: the metadata do not say, or name an option that does not exist.
+    """
+    try:
+        return create(**metadata["model"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{source} does not say which FCViT it holds: {type(error).__name__}: {error}") from error

@@ -1,7 +1,6 @@
 """Evaluation: sums over the examples that count, against NumPy."""
 
 import dataclasses
-import pathlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +8,6 @@ import pytest
 
 from fcvit_jax import evaluate
 from fcvit_jax.sharding import make_mesh
-
-DATA = pathlib.Path(__file__).parent / "data"
 
 
 @dataclasses.dataclass(frozen=True)
