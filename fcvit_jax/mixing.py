@@ -204,7 +204,7 @@ def draw_erasing(key: jax.Array, n: int, height: int, width: int, prob: float) -
 
 
 def make(
-    num_classes: int,
+    num_classes: int = 1000,
     *,
     mixup_alpha: float = 0.8,
     cutmix_alpha: float = 1.0,

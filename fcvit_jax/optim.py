@@ -81,9 +81,9 @@ def make_schedule(
 
 
 def make_optimizer(
-    steps_per_epoch: int,
-    epochs: int,
-    batch_size: int,
+    steps_per_epoch: int = 1251,
+    epochs: int = 300,
+    batch_size: int = 1024,
     *,
     lr: float = 1e-3,
     lr_batch_size: int | None = 1024,
@@ -106,7 +106,7 @@ def make_optimizer(
 
     Example::
 
-        tx, schedule = make_optimizer(steps_per_epoch=1251, epochs=300, batch_size=1024)
+        tx, schedule = make_optimizer(steps_per_epoch=1251, epochs=300, batch_size=1024)     # as by default: ImageNet's
         state = tx.init(params)
 
     Args:

@@ -2,14 +2,18 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_config
 
 from configs import cifar10, digits, fcvit_s12, fcvit_s24, fcvit_s48, fcvit_tiny, finetune, imagenet
+from fcvit_jax import mixing, optim
 from fcvit_jax.checkpoint import local_path
 from fcvit_jax.config import check_config, check_workdir, write_config
 from fcvit_jax.errors import UserError
+from fcvit_jax.model import create_model
 
 
 @pytest.mark.parametrize(
@@ -19,6 +23,15 @@ from fcvit_jax.errors import UserError
 )
 def test_the_configs_hold_what_is_read_and_nothing_else(module):
     check_config(module.get_config())
+
+
+def test_a_part_of_the_config_is_what_one_function_takes():
+    config = imagenet.get_config()
+    assert create_model(**config.model).num_classes == 1000
+    images, labels = jnp.zeros((2, 8, 8, 3), jnp.uint8), jnp.zeros(2, jnp.int32)
+    assert jax.eval_shape(mixing.make(**config.mixing), jax.random.key(0), images, labels)[1].shape == (2, 1000)
+    _, schedule = optim.make_optimizer(**config.optim)
+    np.testing.assert_allclose(schedule(1251 * 100), 7.5025e-4, rtol=1e-6)
 
 
 def test_the_recipe_is_the_published_one():

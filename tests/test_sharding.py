@@ -51,8 +51,8 @@ def test_every_device_has_its_rows_of_the_batch():
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """The name of a variant with a single block."""
-    sizes = {"depths": (1, 0, 0, 0), "dims": (32, 64, 64, 64), "mlp_ratios": (4, 4, 4, 4)}
+    """The name of a variant with a single block and a single 11x11 convolution."""
+    sizes = {"depths": (1, 0, 0, 0), "dims": (32, 64, 64, 64), "mlp_ratios": (4, 4, 4, 4), "kernel_sizes": (11,)}
     monkeypatch.setitem(VARIANTS, "narrow", sizes)
     return "narrow"
 

@@ -118,8 +118,9 @@ def test_a_run_leaves_what_the_readme_says(undisturbed):
 
 def test_every_step_and_every_part_of_it_draws_anew():
     """The loss and the norm of the gradients are those of what JAX draws with the keys of a step and of its parts."""
-    sizes = {"depths": (1, 0, 0, 0), "dims": (8,) * 4, "layer_scale_init": 1.0, "bn_group_size": 2}
-    model = create_model("fcvit_tiny", 3, **sizes, dropout_rate=0.5, share_blocks=True)  # as the step draws its masks
+    sizes = {"depths": (1, 0, 0, 0), "dims": (8,) * 4, "kernel_sizes": (3,), "bn_group_size": 2}
+    random = {"dropout_rate": 0.5, "share_blocks": True}  # as the step draws its masks
+    model = create_model("fcvit_tiny", 3, layer_scale_init=1.0, **sizes, **random)
     tx, mesh, key = optax.identity(), make_mesh(data=1), jax.random.key(5)
     batch = {"image": np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8), "label": np.arange(4) % 3}
 
