@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -75,15 +76,19 @@ def parse_flags(argv: list[str]) -> list[str]:
     except (AttributeError, KeyError, OSError) as error:
         while error.args and isinstance(error.args[0], Exception):
             error = error.args[0]
-        # ml_collections says what key is missing, Python itself which object of a config file lacks an attribute.
-        in_file = isinstance(error, OSError) or getattr(error, "obj", None) is not None
-        what = "--config cannot be read" if in_file else "no such config key"
-        text = str(error.args[0])
+        text = str(error.args[0]) if error.args else ""
         if isinstance(error, OSError):  # of many lines, the last of which is the system's
-            text = f"{text.splitlines()[-1].strip()} (the current folder is {os.getcwd()})"
-        if not in_file and "Did you mean" not in text:
+            sys.exit(
+                f"error: --config cannot be read: {text.splitlines()[-1].strip()} (the current folder is {os.getcwd()})"
+            )
+        raised = traceback.extract_tb(error.__traceback__)[-1]
+        # ml_collections says what key is missing; Python itself, what is wrong in a config file, and of which object.
+        if "ml_collections" not in raised.filename or getattr(error, "obj", None) is not None:
+            where = f"{raised.filename}, line {raised.lineno}"
+            sys.exit(f"error: --config cannot be read: {type(error).__name__}: {text} ({where})")
+        if any(arg.startswith("--config.model.") for arg in argv) and "Did you mean" not in text:
             text += "\nFields of the model that the config does not set go into a config file, as in configs/digits.py."
-        sys.exit(f"error: {what}: {text}")
+        sys.exit(f"error: no such config key: {text}")
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ from ml_collections import ConfigDict, config_dict
 def get_config() -> ConfigDict:
     """The whole recipe; docs/recipe.md says where each value comes from."""
     config = ConfigDict()
-    config.seed = 42  # of the weights (with init_from: none), the data's order, augmentation, mixing and drop-path
+    config.seed = 42  # of the weights (unless from init_from), the data's order, augmentation, mixing and drop-path
     config.init_from = config_dict.placeholder(str)  # weights to start from: a checkpoint, .pth, .pth.tar or .npz
     config.resume_with_changes = False  # resume a run although its config or data differ
-    config.compilation_cache = True  # keep compiled programs in <workdir>/, unless JAX_COMPILATION_CACHE_DIR is set
+    config.compilation_cache = True  # keep compiled programs in <workdir>/, unless JAX has a folder for them
 
-    model = config.model = ConfigDict()  # see fcvit_jax.FCViT; its other attributes but share_blocks may be added here
+    model = config.model = ConfigDict()  # see fcvit_jax.FCViT; a config file may add others of its attributes
     model.name = "fcvit_s12"  # a key of fcvit_jax.VARIANTS, or the name that the original gives it
     model.num_classes = 1000  # must equal the dataset's
     model.drop_path_rate = 0.1  # of the last block; rises linearly from 0 at the first
@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     data.batch_size = 1024  # per update, over all devices and hosts
     data.image_size = 224  # height and width in pixels
     data.workers = -1  # decoding processes; -1: one fewer than cores; 0: decode in the training process
-    data.prefetch = 1  # batches in each of a process's two buffers; the README says what shared memory they take
+    data.prefetch = 1  # batches in each of a worker's two buffers; the README says what shared memory they take
     data.crop_scale = (0.08, 1.0)  # smallest and largest share of the image's area
     data.crop_ratio = (3 / 4, 4 / 3)  # smallest and largest width over height
     data.flip = 0.5  # probability of a horizontal flip

@@ -22,7 +22,6 @@ from jax.experimental import multihost_utils
 
 from fcvit_jax.errors import UserError, check_range
 from fcvit_jax.hosts import check_shared, failing_together, say
-from fcvit_jax.model import FCViT, create_saved
 from fcvit_jax.state import TrainState
 
 
@@ -196,7 +195,7 @@ class Checkpointer:
         """
         damaged = {}
         for step in sorted(self._latest.all_steps(), reverse=True):
-            restored, reason = None, "another host failed"
+            restored, reason = None, "another process failed"
             try:
                 restored = self._restore_step(step, abstract)
             except Exception as error:  # whatever Orbax, TensorStore or the file system may say of a damaged one
@@ -366,18 +365,6 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
         return _load_json(step / "metadata")
 
 
-def load_model(path: str | Path) -> FCViT:
-    """Makes the network that a checkpoint says it holds.
-
-    Args:
-      path: as in `find_step`.
-
-    Raises:
-      UserError: there is no checkpoint, or it does not say.
-    """
-    return create_saved(path, load_metadata(path))
-
-
 def _load_json(item: Path) -> dict[str, Any]:
     return json.loads((item / "metadata").read_text())
 
@@ -386,12 +373,12 @@ def save_variables(path: str | Path, variables: dict[str, Any], metadata: dict[s
     """Writes weights as a checkpoint of their own, step 0 in a new folder.
 
     Args:
-      path: the folder; must not hold a checkpoint.
+      path: a new or empty folder; removed again where it cannot be written.
       variables: {"params": ..., "batch_stats": ...}.
       metadata: as in `load_metadata`.
 
     Raises:
-      UserError: the folder holds a checkpoint already, or cannot be written.
+      UserError: the folder is not empty, or cannot be written.
     """
     path = local_path(path)
     if path.is_dir() and any(path.iterdir()):

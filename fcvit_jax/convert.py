@@ -281,20 +281,37 @@ def _write(dest: Path, write: Callable[[BinaryIO], None]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """Reads what a file that `load_pretrained` takes says of itself: "model", "class_names", ...; {} if nothing.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        from fcvit_jax import checkpoint
+
+        return checkpoint.load_metadata(path)
+    return _read_npz(path)[1] if path.suffix.lower() == ".npz" else {}
+
+
 def _read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Weights, by the original's names or by our paths, and what the file says of itself."""
     path = path.expanduser()
     if path.is_dir():
         from fcvit_jax import checkpoint
 
-        variables = checkpoint.load_variables(path, ema=ema)
-        return traverse_util.flatten_dict(variables, sep="/"), checkpoint.load_metadata(path)
+        return traverse_util.flatten_dict(checkpoint.load_variables(path, ema=ema), sep="/"), read_metadata(path)
     if not path.is_file():
         raise UserError(f"There is no file or folder {path}.")
     if path.suffix.lower() != ".npz":
         return _read_torch(path, ema), {}
     if ema:
         raise UserError(f"{path} is a .npz: it holds one set of weights, no moving averages.")
+    return _read_npz(path)
+
+
+def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
         with np.load(path) as file:
             arrays = dict(file)

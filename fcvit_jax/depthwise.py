@@ -123,7 +123,7 @@ _weight_grad.defvjp(_weight_grad_fwd, _weight_grad_bwd)
 @jax.jit
 def _lax(x: jax.Array, kernel: jax.Array) -> jax.Array:
     # Left to XLA, devices would exchange maps where `fsdp` splits the kernel.
-    return _apart(_lax_conv, x, kernel)
+    return _per_device(_lax_conv, x, kernel)
 
 
 def _lax_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -140,7 +140,7 @@ def _lax_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
 @partial(jax.jit, static_argnames="window")
 def _lax_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax.Array:
     # Left to XLA (of JAX 0.10 to 0.12), a batch split over only some of several axes is wrongly summed over all.
-    return _summed(partial(_lax_taps, window=window), x, g)
+    return _summed_over_devices(partial(_lax_taps, window=window), x, g)
 
 
 def _lax_taps(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax.Array:
@@ -262,7 +262,7 @@ def _batch_axes(x: jax.Array) -> tuple[str, ...]:
     return axes if axes and x.shape[0] % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
 
 
-def _apart(conv: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _per_device(conv: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The convolution, by every device of its own images where they can be split."""
     if not (axes := _batch_axes(x)):
         return conv(x, kernel)
@@ -270,7 +270,7 @@ def _apart(conv: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, kern
     return jax.shard_map(conv, **own)(x, kernel)
 
 
-def _summed(taps: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, g: jax.Array) -> jax.Array:
+def _summed_over_devices(taps: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, g: jax.Array) -> jax.Array:
     """The taps, summed over those that every device has from its own images where they can be split."""
     if not (axes := _batch_axes(x)):
         return taps(x, g)
@@ -300,7 +300,7 @@ def _toeplitz(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return y.reshape(n, tiles * rows, width, channels)[:, :height]
 
     # XLA would send matrices from device to device, which are much larger than the filters.
-    return _apart(conv, x, kernel)
+    return _per_device(conv, x, kernel)
 
 
 @partial(jax.jit, static_argnames="window")
@@ -324,7 +324,7 @@ def _toeplitz_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -
         by_rows = jnp.einsum("qavcbw,vwj->qabjc", matrices, col_bands, precision="highest")
         return jnp.einsum("qabjc,qabi->ijc", by_rows, row_bands, precision="highest")
 
-    return _summed(taps, x, g)
+    return _summed_over_devices(taps, x, g)
 
 
 # A primitive, so that only the lowering decides, which alone knows the device and whether the program is exported.
@@ -396,12 +396,12 @@ batching.primitive_batchers[_pallas_p] = _pallas_batch
 @jax.jit
 def _pallas(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """By the kernels of `depthwise_gpu` where a GPU runs it, else as `_lax`."""
-    return _apart(partial(_pallas_p.bind, window=None), x, kernel)
+    return _per_device(partial(_pallas_p.bind, window=None), x, kernel)
 
 
 @partial(jax.jit, static_argnames="window")
 def _pallas_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax.Array:
-    return _summed(partial(_pallas_p.bind, window=window), x, g)
+    return _summed_over_devices(partial(_pallas_p.bind, window=window), x, g)
 
 
 _FORWARD = {"lax": _lax, "shift": _shift, "banded": _banded, "toeplitz": _toeplitz, "pallas": _pallas}

@@ -15,7 +15,11 @@ class UserError(ValueError):
 def exit_on_error() -> Iterator[None]:
     """Ends a command-line tool without a traceback: status 1 and a message on a `UserError`, 130 on Ctrl-C, 141 where
     nobody reads its output any more, as after `| head`.
+
+    Names of files and classes that are no UTF-8 are printed with escapes.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
         sys.stdout.flush()
@@ -25,7 +29,11 @@ def exit_on_error() -> Iterator[None]:
         sys.stdout.flush()
         os._exit(130)  # a normal exit during compilation may crash the process
     except BrokenPipeError:
-        os._exit(141)  # a normal exit would try to write the rest
+        try:
+            print(flush=True)  # is it that of the output?
+        except BrokenPipeError:
+            os._exit(141)  # a normal exit would try to write the rest
+        raise
 
 
 def check_range(section: str, low: float, below: float = math.inf, **values: float | None) -> None:
@@ -38,7 +46,7 @@ def check_range(section: str, low: float, below: float = math.inf, **values: flo
       **values: the numbers by their keys.
 
     Raises:
-      UserError: naming the first that is out of its range, or None.
+      UserError: naming the first that is None or out of its range.
     """
     for key, value in values.items():
         if value is None or not low <= value < below:

@@ -1,4 +1,7 @@
-"""A run on several hosts: how they find each other, and how an error or a signal on one of them reaches all."""
+"""A run on several hosts: how they find each other, and how an error or a signal on one of them reaches all.
+
+A host here is one process of JAX; a machine may run several, such as one for each GPU.
+"""
 
 import contextlib
 import importlib.util
@@ -80,18 +83,18 @@ def raise_together(error: Exception | None) -> None:
     Without that, one host would end while the others wait for it in a collective.
 
     Raises:
-      UserError: with the causes, naming the hosts; on a single host the error itself.
+      UserError: with the causes, naming the processes; on a single host the error itself.
     """
     if jax.process_count() == 1:
         if error is not None:
             raise error
         return
     cause = "" if error is None else str(error) if isinstance(error, UserError) else repr(error)
-    message = cause.encode()[:_MESSAGE_BYTES]
+    message = cause.encode(errors="backslashreplace")[:_MESSAGE_BYTES]  # names of files may be no UTF-8
     messages = multihost_utils.process_allgather(np.frombuffer(message.ljust(_MESSAGE_BYTES, b"\0"), np.uint8))
     causes = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in messages]
     if len(set(causes)) > 1:
-        raise UserError("\n".join(f"Host {i}: {cause}" for i, cause in enumerate(causes) if cause)) from error
+        raise UserError("\n".join(f"Process {i}: {cause}" for i, cause in enumerate(causes) if cause)) from error
     if cause:
         raise error
 
@@ -108,7 +111,10 @@ def failing_together() -> Iterator[None]:
 
 
 def exit_within(seconds: float) -> None:
-    """Ends one of several processes after so long, with status 1: at exit JAX waits for others that may wait for it."""
+    """Has this process end with status 1 after so long, if it is one of several.
+
+    At exit JAX waits for the others, which may wait for this one.
+    """
     if not jax.distributed.is_initialized():
         return
     timer = threading.Timer(seconds, os._exit, [1])
@@ -125,7 +131,7 @@ def check_same(what: str, value: Any) -> None:
     if jax.process_count() > 1:
         checksum = zlib.crc32(json.dumps(value, sort_keys=True).encode())
         if len(set(multihost_utils.process_allgather(np.uint32(checksum)).tolist())) > 1:
-            raise UserError(f"The hosts have different {what}: start all with the same.")
+            raise UserError(f"The processes have different {what}: start all with the same.")
 
 
 def check_shared(folder: Path) -> None:
@@ -134,7 +140,7 @@ def check_shared(folder: Path) -> None:
     Otherwise Orbax would wait 20 minutes for what the other hosts cannot see.
 
     Raises:
-      UserError: on every host, if one does not see it; names that host.
+      UserError: on every host, if one does not see it; names that one.
     """
     if jax.process_count() == 1:
         return
@@ -146,7 +152,7 @@ def check_shared(folder: Path) -> None:
                 mark.touch()
         with failing_together():
             if not mark.exists():
-                raise UserError(f"{folder} is not the folder of host 0: give every host a --workdir that all share.")
+                raise UserError(f"{folder} is not the folder of process 0: give all a --workdir that they share.")
     finally:
         if jax.process_index() == 0:
             mark.unlink(missing_ok=True)
@@ -206,7 +212,7 @@ class StopSignal:
 
 
 class Feed:
-    """This host's batches; an error on one of several hosts waits until `check` raises it on all.
+    """This host's batches; an error on one of several hosts has all stop, and waits until `check` raises it on all.
 
     Until then the last batch is repeated, so that no host is left waiting for this one.
 
@@ -236,6 +242,7 @@ class Feed:
                 if jax.process_count() == 1:
                     raise
                 self._error = error
+                os.kill(os.getpid(), signal.SIGTERM)  # as for `StopSignal`: all stop at the same poll, in a few steps
         if first:  # there is nothing to go on with yet
             self.check()
         return self._last

@@ -57,7 +57,8 @@ class MetricsWriter:
             if self._path.exists():
                 kept = workdir / "metrics.jsonl.tmp"
                 lines = self._path.read_text(errors="replace").splitlines(True)
-                kept.write_text("".join(line for line in lines if _is_kept(line, step, evaluated)))
+                # A kill may have cut the last one off just before its end.
+                kept.write_text("".join(line.rstrip("\n") + "\n" for line in lines if _is_kept(line, step, evaluated)))
                 kept.replace(self._path)
             self._file = self._path.open("a")
             # Not the usual SummaryWriter: it writes in a thread, and a full disk would stop that and then hang the run.
@@ -183,7 +184,7 @@ def describe_run(
     total: int,
 ) -> str:
     """The first line of a run: what runs where, for how many steps, and at which learning rate."""
-    hosts, parameters = jax.process_count(), sum(x.size for x in jax.tree.leaves(abstract.params))
+    processes, parameters = jax.process_count(), sum(x.size for x in jax.tree.leaves(abstract.params))
     group = model.bn_group_size or data.batch_size // config.train.accumulate
     lr, lr_batch_size = config.optim.lr, config.optim.lr_batch_size
     base = optim.scale_lr(lr, lr_batch_size, data.batch_size)
@@ -191,8 +192,8 @@ def describe_run(
     highest = float(schedule(np.append(np.arange(0, total, data.steps_per_epoch), total - 1)).max())
     return ", ".join(
         [
-            f"{mesh.size} of {jax.device_count()} {mesh.devices.flat[0].device_kind} devices on {hosts} "
-            f"host{'s' * (hosts > 1)}",
+            f"{mesh.size} of {jax.device_count()} {mesh.devices.flat[0].device_kind} devices in {processes} "
+            f"process{'es' * (processes > 1)}",
             f"mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}",
             f"{parameters:,} parameters, computing in {jnp.dtype(model.dtype)}",
             f"{bytes_per_device(abstract) / 2**20:.1f} MiB of state per device",

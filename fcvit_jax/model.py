@@ -11,11 +11,15 @@ import numpy as np
 from flax import linen as nn
 from flax.core import lift
 from flax.linen.initializers import normal
-from jax.experimental.scheduling_groups import xla_metadata_call
 
 from fcvit_jax.blocks import Block, ChannelMixer, TokenMixer, drop_path_factors
 from fcvit_jax.errors import UserError, check_range
 from fcvit_jax.layers import Downsample, group_norm
+
+try:
+    from jax.experimental.scheduling_groups import xla_metadata_call
+except ImportError:  # experimental: a JAX without it compiles more slowly for CPUs
+    xla_metadata_call = None
 
 VARIANTS = {
     "fcvit_tiny": {"depths": (3, 3, 5, 2), "dims": (32, 64, 160, 320), "mlp_ratios": (8, 8, 4, 4)},
@@ -47,7 +51,7 @@ def _shared(block: type[nn.Module]) -> type[nn.Module]:
     mesh = jax.sharding.get_abstract_mesh()
     on_one_cpu = mesh.size == 1 and mesh.abstract_device and mesh.abstract_device.device_kind == "cpu"
     # On several devices the gradients of each call would be reduced apart, and XLA for GPUs fuses worse around calls.
-    if on_one_cpu and jax.__version_info__ > (0, 10, 0):  # JAX 0.10.0 cannot differentiate calls
+    if on_one_cpu and xla_metadata_call and jax.__version_info__ > (0, 10, 0):  # JAX 0.10.0 cannot differentiate calls
         block = nn.transforms.lift_transform(_called, block)
     return nn.jit(block, static_argnums=(2,))
 

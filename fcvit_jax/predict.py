@@ -13,10 +13,11 @@ import jax
 import numpy as np
 
 from fcvit_jax.augment import IMAGE_SUFFIXES, eval_transform, is_image_file
-from fcvit_jax.checkpoint import find_step, load_metadata, load_model, load_variables, local_path
+from fcvit_jax.checkpoint import find_step, load_metadata, load_variables, local_path
 from fcvit_jax.errors import UserError, exit_on_error
 from fcvit_jax.mixing import normalize
-from fcvit_jax.model import FCViT, abstract_variables
+from fcvit_jax.model import FCViT, abstract_variables, create_saved
+from fcvit_jax.original import is_pyramid
 
 CHECKPOINT_HELP = "a run's folder, its checkpoints or best folder (the newest step is taken), or one step's folder"
 
@@ -48,9 +49,9 @@ def load(checkpoint: str | Path) -> tuple[FCViT, dict[str, Any], dict[str, Any]]
     step = find_step(path)
     metadata = load_metadata(step)
     variables = load_variables(step)
-    if "norm_0" in variables["params"]:
+    if is_pyramid(f"params/{name}/" for name in variables["params"]):
         raise UserError(f"{step} holds a feature pyramid, which has no classes: a classifier is needed here.")
-    model = load_model(step)
+    model = create_saved(step, metadata)
     if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, abstract_variables(model)):
         raise UserError(f"{step} holds the weights of another network than the {metadata['model']} that it names.")
     deep = metadata["model"]["name"].endswith(("24", "48"))  # which the original evaluates with another crop

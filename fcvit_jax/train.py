@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fcvit_jax import mixing, optim
-from fcvit_jax.checkpoint import Checkpointer, find_step, load_metadata, load_model, local_path
+from fcvit_jax.checkpoint import Checkpointer, find_step, load_metadata, local_path
 from fcvit_jax.config import (
     check_config,
     check_data,
@@ -29,7 +28,7 @@ from fcvit_jax.config import (
     class_changes,
     write_config,
 )
-from fcvit_jax.convert import load_pretrained
+from fcvit_jax.convert import load_pretrained, read_metadata
 from fcvit_jax.data import Data, eval_batches, open_dataset, train_batches
 from fcvit_jax.errors import UserError
 from fcvit_jax.evaluate import evaluate
@@ -42,7 +41,7 @@ from fcvit_jax.metrics import (
     describe_evaluation,
     describe_run,
 )
-from fcvit_jax.model import FCViT, create_model
+from fcvit_jax.model import FCViT, create_model, create_saved
 from fcvit_jax.sharding import MIN_SHARDED_SIZE, batch_sharding, global_batch, make_mesh, state_shardings
 from fcvit_jax.state import TrainState, abstract_state, create_state, init_variables
 
@@ -214,7 +213,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
 
     with ExitStack() as stack:
         checkpointer = stack.enter_context(closing(Checkpointer(workdir, **config.checkpoint)))
-        if config.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        if config.compilation_cache and jax.config.jax_compilation_cache_dir is None:
             stack.enter_context(_kept_programs(workdir / "compilation_cache"))
         say(describe_run(config, data, mesh, model, abstract, schedule, total))
         if restored := checkpointer.restore(abstract):
@@ -238,8 +237,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
             if config.init_from:
                 with failing_together():
                     variables = load_pretrained(config.init_from, model)
-                    is_folder = local_path(config.init_from).is_dir()
-                    names = load_metadata(config.init_from).get("class_names", ()) if is_folder else ()
+                    names = read_metadata(config.init_from).get("class_names", ())
                 say(f"starting from the weights of {config.init_from}")
                 changes = class_changes(names, data.class_names)
                 if changes and len(names) == data.num_classes:
@@ -335,13 +333,13 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
         model = create_model(**config.model)
         check_sizes(data, mesh, model, config.train.accumulate, training=False)
         path = find_step(local_path(workdir) / which)
-        classes = load_model(path).num_classes
+        metadata = load_metadata(path)
+        classes = create_saved(path, metadata).num_classes
         if classes != model.num_classes:
             raise UserError(
                 f"{path} has {classes} classes, the dataset {model.num_classes}: evaluate on data with the checkpoint's"
                 f" classes, or fine-tune it on these data, with --config.init_from={path}."
             )
-        metadata = load_metadata(path)
         # A converted checkpoint has no names.
         if changes := class_changes(metadata.get("class_names", data.class_names), data.class_names):
             say("\n".join([f"the classes of {path} -> those of the data:", *changes]))

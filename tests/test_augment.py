@@ -146,6 +146,7 @@ def test_crops_of_tiny_images_are_inside_and_not_empty():
         for _ in range(200):
             left, top, right, bottom = augment.crop_box(rng, width, height)
             assert 0 <= left < right <= width and 0 <= top < bottom <= height
+    assert augment.crop_box(rng, 3, 8, ratio=(10.0, 20.0)) == (0, 3, 3, 4)
 
 
 @pytest.mark.parametrize(

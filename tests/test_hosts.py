@@ -185,7 +185,7 @@ sys.stdout = (folder / f"{sys.argv[2]}.txt").open("w")  # the connecting of proc
 
 def do(what):
     if what == sys.argv[2]:
-        raise UserError("no such folder")
+        raise UserError("no such folder: caf\\udce9")  # as Python names a folder that is no UTF-8
 
 for attempt in ("0", "1", "2"):
     try:
@@ -228,10 +228,10 @@ def test_hosts_fail_together_and_stop_at_the_same_item_of_an_evaluation(tmp_path
     assert first == second, errors
     *failures, last = first
     assert failures == [
-        "Host 0: no such folder",
-        "Host 1: no such folder",
-        "The hosts have different words: start all with the same.",
-        f"Host 1: {tmp_path}/only 1 is not the folder of host 0: give every host a --workdir that all share.",
+        r"Process 0: no such folder: caf\udce9",
+        r"Process 1: no such folder: caf\udce9",
+        "The processes have different words: start all with the same.",
+        f"Process 1: {tmp_path}/only 1 is not the folder of process 0: give all a --workdir that they share.",
     ]
     assert not list(tmp_path.glob("*/*"))
     seen, received = last.split()

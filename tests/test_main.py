@@ -99,6 +99,13 @@ def test_bad_input_ends_with_one_message_before_anything_compiles(run, tmp_path,
     assert not (tmp_path / "run/config.json").exists()
 
 
+@pytest.mark.parametrize("mistake, said", [("{}['b']", "KeyError: b"), ("os.nothing", "AttributeError: .*'nothing'")])
+def test_a_mistake_in_a_config_file_is_shown(run, tmp_path, mistake, said):
+    path = tmp_path / "mistaken.py"
+    path.write_text(f"import os\n\ndef get_config():\n    return {mistake}\n")
+    assert re.search(rf"error: --config cannot be read: {said} \({path}, line 4\)", run(f"--config={path}"))
+
+
 def test_a_checkpoint_to_start_from_is_no_flag_of_training(run):
     with pytest.raises(app.UsageError, match="--checkpoint goes with --mode=eval"):
         run("--checkpoint=best")

@@ -28,11 +28,17 @@ def test_what_will_be_written_again_is_dropped(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "train/lo')  # killed while writing
     open_writer(tmp_path, step=2, evaluated=1).close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-1])  # or just before the end
+    writer = open_writer(tmp_path, step=2, evaluated=1)
+    writer.write(3, {"train/loss": 1.0})
+    writer.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [
         {"step": 1, "epoch": 0.25, "train/loss": math.pi},
         {"step": 1, "epoch": 0.25, "eval/loss": math.e},
         {"step": 2, "epoch": 0.5, "train/loss": math.pi},
+        {"step": 3, "epoch": 0.75, "train/loss": 1.0},
     ]
 
 

@@ -1,6 +1,7 @@
 """Loading checkpoints for the tools, what they say of wrong ones, and prediction."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from PIL import Image
 from fcvit_jax import convert, export, predict, summary, visualize
 from fcvit_jax.augment import eval_transform
 from fcvit_jax.checkpoint import Checkpointer, save_variables
-from fcvit_jax.errors import UserError
+from fcvit_jax.errors import UserError, exit_on_error
 from fcvit_jax.mixing import normalize
 from fcvit_jax.model import abstract_variables, create_model
 from fcvit_jax.state import TrainState
@@ -212,3 +213,11 @@ def test_output_that_nobody_reads_any_more_ends_a_tool_in_silence():
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+    with pytest.raises(BrokenPipeError, match="a socket"), exit_on_error():
+        raise BrokenPipeError(32, "a socket")
+
+
+def test_names_that_are_no_utf_8_are_printed():
+    tool = r"from fcvit_jax.errors import exit_on_error" "\n" r"with exit_on_error(): print('caf\udce9.jpg')"
+    env = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    assert subprocess.check_output([sys.executable, "-c", tool], env=env) == rb"caf\udce9.jpg" b"\n"

@@ -25,11 +25,13 @@ import optax
 import pytest
 import tiny_config
 from conftest import QUICKLY, free_port
+from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from benchmarks.kill_resume import arrays, assert_same_end, kill_and_resume, record
 from fcvit_jax import metrics, mixing, optim, train
 from fcvit_jax.checkpoint import Checkpointer, load_metadata, load_variables
+from fcvit_jax.convert import convert
 from fcvit_jax.data import open_dataset, train_batches
 from fcvit_jax.errors import UserError
 from fcvit_jax.model import create_model
@@ -265,7 +267,7 @@ def test_two_processes_are_one_run_and_stop_as_one(undisturbed, digits_dir, tmp_
 
     texts = finish(start_two(tmp_path, data, layout, slurm=True), code=0)
     assert f"resuming at step {step} of 20" in texts[0]
-    assert "4 of 4 cpu devices on 2 hosts, mesh data 2 x fsdp 2" in texts[0]
+    assert "4 of 4 cpu devices in 2 processes, mesh data 2 x fsdp 2" in texts[0]
     assert [line["step"] for line in record(tmp_path)] == [line["step"] for line in record(undisturbed["workdir"])]
     assert_equal_to_rounding(tmp_path, undisturbed)
 
@@ -277,12 +279,15 @@ def test_a_broken_image_ends_both_processes_with_its_cause(tmp_path):
         path = tmp_path / "images" / split / str(label) / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(path)
+    far_from_a_checkpoint = [f"--config.{key}=1000" for key in ("checkpoint.save_every", "train.eval_every")]
+    far_from_a_checkpoint.append("--config.train.steps=200")
     broken = tmp_path / "images/train/7/2.png"
     broken.write_bytes(broken.read_bytes()[:-1000])
     data = [f"--config.data.dataset=folder:{tmp_path / 'images'}", "--config.data.workers=1"]
-    for text in finish(start_two(tmp_path / "run", *data, "--config.mesh.fsdp=2"), code=1):
-        assert re.search(rf"error: Host [01]: {broken} ", text), text
+    for text in finish(start_two(tmp_path / "run", *data, "--config.mesh.fsdp=2", *far_from_a_checkpoint), code=1):
+        assert re.search(rf"error: Process [01]: {broken} ", text), text
     assert not list((tmp_path / "run/checkpoints").iterdir())
+    assert record(tmp_path / "run")[-1]["step"] < 50
 
 
 def before_batch(monkeypatch, name, batch, act):
@@ -508,20 +513,28 @@ def test_other_data_under_the_same_config_are_refused(undisturbed, config, at_16
     assert "going on with other data:\n  class 0: 0 -> ten" in capsys.readouterr().out
 
 
-def test_a_run_keeps_its_programs_and_leaves_the_process_as_it_was(config, tmp_path, monkeypatch):
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    before = jax.config.jax_compilation_cache_dir
+def test_a_run_keeps_its_programs_and_leaves_the_process_as_it_was(config, tmp_path):
     config.compilation_cache = True
     config.train.steps = 1
+    train_and_evaluate(config, tmp_path / "kept elsewhere")
+    assert not (tmp_path / "kept elsewhere/compilation_cache").exists()
     config.optim.eps = 1e-7  # a step that no other test has compiled
-    train_and_evaluate(config, tmp_path)
-    assert any(path.name.startswith("jit_train_step") for path in (tmp_path / "compilation_cache").iterdir())
-    assert jax.config.jax_compilation_cache_dir == before
+    elsewhere = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        train_and_evaluate(config, tmp_path)
+        assert any(path.name.startswith("jit_train_step") for path in (tmp_path / "compilation_cache").iterdir())
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", elsewhere)
+        compilation_cache.reset_cache()
 
 
-def test_a_head_that_is_kept_for_other_classes_is_said(undisturbed, config, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("init_from", ["{run}", "{folder}/weights.npz"])
+def test_a_head_that_is_kept_for_other_classes_is_said(undisturbed, config, tmp_path, monkeypatch, capsys, init_from):
     replace_data(monkeypatch, class_names=TEN_FOR_0)
-    config.init_from = str(undisturbed["workdir"])
+    convert(undisturbed["workdir"], tmp_path / "weights.npz")
+    config.init_from = init_from.format(run=undisturbed["workdir"], folder=tmp_path)
     config.train.steps = 1
     train_and_evaluate(config, tmp_path)
     assert "its head too, although the classes are others:\n  class 0: 0 -> ten\n" in capsys.readouterr().out
