@@ -257,7 +257,7 @@ class Op(NamedTuple):
     """A RandAugment op: the level gives an argument, the argument gives the pixels."""
 
     argument: Callable[[float], Any]
-    pixels: Callable[[Image.Image, Any, Image.Resampling], Image.Image]  # of image, argument and resample
+    pixels: Callable[[Image.Image, Any, str], Image.Image]  # of image, argument and resample
     signed: bool = False  # takes levels in [-10, 10] rather than [0, 10]
 
 
@@ -278,15 +278,21 @@ def _enhance(enhancer: Callable) -> Callable:
     return lambda image, factor, _: enhancer(image).enhance(factor)
 
 
+def _filter(resample: str) -> Image.Resampling:
+    if resample not in RESAMPLE:
+        raise ValueError(f"no resample {resample!r}; there are {', '.join(RESAMPLE)}")
+    return RESAMPLE[resample]
+
+
 def _affine(matrix: Callable[[Image.Image, float], tuple[float, ...]]) -> Callable:
     """Pixels from a function of (image, argument) that gives the map from output to input, origin at the top left."""
     return lambda image, argument, resample: image.transform(
-        image.size, Image.AFFINE, matrix(image, argument), resample, fillcolor=FILL
+        image.size, Image.AFFINE, matrix(image, argument), _filter(resample), fillcolor=FILL
     )
 
 
-def _rotate(image: Image.Image, degrees: float, resample: Image.Resampling) -> Image.Image:
-    return image.rotate(degrees, resample, fillcolor=FILL)
+def _rotate(image: Image.Image, degrees: float, resample: str) -> Image.Image:
+    return image.rotate(degrees, _filter(resample), fillcolor=FILL)
 
 
 # timm's "increasing" set: a higher level changes the image more.
@@ -369,7 +375,5 @@ def apply_op(image: Image.Image, name: str, level: float, sign: int = 1, resampl
     """
     if name not in OPS:
         raise ValueError(f"no op {name!r}; there are {', '.join(OPS)}")
-    if resample not in RESAMPLE:
-        raise ValueError(f"no resample {resample!r}; there are {', '.join(RESAMPLE)}")
     op = OPS[name]
-    return op.pixels(image, op.argument(-level if op.signed and sign < 0 else level), RESAMPLE[resample])
+    return op.pixels(image, op.argument(-level if op.signed and sign < 0 else level), resample)

@@ -46,17 +46,27 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, impl: str | None = None) -> 
       (N, H, W, C), dtype of x. Reverse mode works to any order; forward mode raises JAX's TypeError for custom_vjp.
 
     Raises:
-      ValueError: shapes that do not fit, even k, unknown impl.
+      ValueError: shapes that do not fit, even k, x without a float dtype, unknown impl.
     """
     if x.ndim != 4 or kernel.ndim != 3 or kernel.shape[0] != kernel.shape[1] or kernel.shape[0] % 2 == 0:
         raise ValueError(f"expected x (N, H, W, C) and kernel (k, k, C) with odd k, got {x.shape} and {kernel.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"expected x of a float dtype, got {x.dtype}")
     if x.shape[3] != kernel.shape[2]:
         raise ValueError(f"x has {x.shape[3]} channels, the kernel has {kernel.shape[2]}")
     if impl is not None and impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}, choose one of {IMPLS}")
+    # Inside `jax.shard_map`: the transpose sums the filter's gradient over the devices that share the filter.
+    x, kernel = varying_like(x, kernel), varying_like(kernel, x)
     # Taps that only ever meet the padding of a small map need no work.
     rows, cols = (max(0, kernel.shape[0] // 2 - size + 1) for size in x.shape[1:3])
     return _conv(x, kernel[rows : kernel.shape[0] - rows, cols : kernel.shape[1] - cols], impl)
+
+
+def varying_like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """Marks x, inside `jax.shard_map`, as varying over all axes that `other` varies over."""
+    axes, others = (jax.typeof(array).manual_axis_type.varying for array in (x, other))
+    return lax.pcast(x, tuple(others - axes), to="varying")
 
 
 def _cpu_impl(shape: tuple[int, ...], window: tuple[int, int]) -> str:
@@ -144,7 +154,7 @@ def _lax_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax
 
 
 def _lax_taps(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax.Array:
-    kernel = jax.ShapeDtypeStruct((*window, x.shape[3]), x.dtype)
+    kernel = varying_like(jnp.zeros((*window, x.shape[3]), x.dtype), x)
     return jax.linear_transpose(partial(_lax_conv, x), kernel)(g)[0].astype(jnp.float32)
 
 
@@ -173,7 +183,7 @@ def _correlate(a: jax.Array, b: jax.Array) -> jax.Array:
         return total + sum(window(a, *t, *sizes) * window(b, *t, 1, 1) for t in at)
 
     images = a.shape[0] if b.shape[0] == 1 else b.shape[0]
-    total = jnp.zeros((images, *sizes, a.shape[3]), jnp.float32)
+    total = varying_like(jnp.zeros((images, *sizes, a.shape[3]), jnp.float32), a)
     return lax.fori_loop(0, row_blocks * col_blocks, add_block, total)
 
 
@@ -204,7 +214,7 @@ def _shift(x: jax.Array, kernel: jax.Array) -> jax.Array:
     def block(x, kernel):
         return _correlate(_pad(x, height // 2, width // 2), kernel[None].astype(jnp.float32)).astype(x.dtype)
 
-    return _by_channels(block, height * width, jnp.zeros_like(x), x, kernel)
+    return _by_channels(block, height * width, varying_like(jnp.zeros_like(x), x), x, kernel)
 
 
 @partial(jax.jit, static_argnames="window")
@@ -215,7 +225,7 @@ def _shift_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> j
     def block(x, g):
         return _correlate(_pad(x, height // 2, width // 2), g.astype(jnp.float32))
 
-    total = jnp.zeros((x.shape[0], *window, x.shape[3]), jnp.float32)
+    total = varying_like(jnp.zeros((x.shape[0], *window, x.shape[3]), jnp.float32), x)
     return _by_channels(block, height * width, total, x, g).sum(0)
 
 
@@ -229,7 +239,7 @@ def _banded(x: jax.Array, kernel: jax.Array) -> jax.Array:
         bands = _pad(kernel[None, ::-1, ::-1], rows, cols)
         return _correlate(bands, x[:, ::-1, ::-1].astype(jnp.float32)).astype(x.dtype)
 
-    return _by_channels(block, height * width, jnp.zeros_like(x), x, kernel)
+    return _by_channels(block, height * width, varying_like(jnp.zeros_like(x), x), x, kernel)
 
 
 def _tiles(shape: tuple[int, ...], window: tuple[int, int]) -> tuple[int, int, int]:
@@ -334,7 +344,9 @@ _pallas_p = Primitive("depthwise_pallas")
 @_pallas_p.def_abstract_eval
 def _pallas_shape(x, other, *, window):
     """`other` is the kernel, or the incoming gradient if `window` says which taps its sum is for."""
-    return ShapedArray((*window, x.shape[3]), jnp.float32) if window else ShapedArray(x.shape, x.dtype)
+    shape, dtype = ((*window, x.shape[3]), jnp.float32) if window else (x.shape, x.dtype)
+    sharding = x.sharding.update(spec=P(*[None] * len(shape)))  # of what each device holds in a `jax.shard_map`
+    return ShapedArray(shape, dtype, sharding=sharding, manual_axis_type=x.manual_axis_type)
 
 
 @_pallas_p.def_impl  # for `jax.disable_jit`

@@ -139,7 +139,7 @@ def _call(body: Callable, grid: tuple[int, ...], out: tuple[int, Any], interpret
     call = pl.pallas_call(
         body,
         grid=grid,
-        out_shape=jax.ShapeDtypeStruct((out[0],), out[1]),
+        out_shape=jax.ShapeDtypeStruct((out[0],), out[1], manual_axis_type=jax.typeof(maps[0]).manual_axis_type),
         compiler_params=triton.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
         name=body.__name__,

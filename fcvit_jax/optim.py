@@ -77,7 +77,7 @@ def make_schedule(
     warmup = warmup_lr + (base_lr - warmup_lr) * epoch / max(warmup_epochs, 1)
     cosine = min_lr + (base_lr - min_lr) * (1 + np.cos(np.pi * np.minimum(epoch / epochs, 1))) / 2
     rates = np.where(epoch < warmup_epochs, warmup, cosine).astype(np.float32)
-    return lambda step: jnp.asarray(rates)[jnp.minimum(step // steps_per_epoch, len(rates) - 1)]
+    return lambda step: jnp.asarray(rates)[jnp.int32(jnp.minimum(step // steps_per_epoch, len(rates) - 1))]
 
 
 def make_optimizer(
@@ -102,7 +102,7 @@ def make_optimizer(
     """Makes AdamW with its schedule; the rate, given for `lr_batch_size` images per update, scales with the batch.
 
     Weight decay is decoupled and follows the current rate. It acts on parameters of two or more dimensions: not on
-    biases, layer scales and the affine parameters of norms and contexts.
+    biases (of any shape), layer scales and the affine parameters of norms and contexts.
 
     Example::
 
@@ -158,8 +158,10 @@ def scale_lr(lr: float, lr_batch_size: int | None, batch_size: int) -> float:
 
 
 def decay_mask(params: Any) -> Any:
-    """Which parameters decay: those of two or more dimensions; a tree of bool like `params`."""
-    return jax.tree.map(lambda p: p.ndim > 1, params)
+    """Which parameters decay: those of two or more dimensions that are no biases; a tree of bool like `params`."""
+    return jax.tree.map_with_path(
+        lambda path, p: p.ndim > 1 and not jax.tree_util.keystr(path, simple=True).endswith("bias"), params
+    )
 
 
 def update_ema(ema: Any, new: Any, decay: float) -> Any:

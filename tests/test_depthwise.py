@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fcvit_jax import depthwise, depthwise_gpu
 from fcvit_jax.depthwise import IMPLS, depthwise_conv
+from fcvit_jax.layers import Conv1x1
 
 # (N, H, W, C, k): odd and even maps, not square, smaller than the filter, one image, one pixel, blocks of channels.
 SIZES = [
@@ -236,6 +237,11 @@ def test_bad_input_is_refused(x, kernel, impl, message):
         depthwise_conv(jnp.zeros(x), jnp.zeros(kernel), impl)
 
 
+def test_images_that_are_integers_are_refused():
+    with pytest.raises(ValueError, match="float dtype, got uint8"):
+        depthwise_conv(jnp.zeros((1, 4, 4, 3), jnp.uint8), jnp.zeros((3, 3, 3)))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_batch_split_over_some_axes_of_a_mesh_has_the_same_gradient(impl):
     """As where other axes split the parameters; XLA by itself makes the weight gradient of `lax` twice as large."""
@@ -246,6 +252,25 @@ def test_a_batch_split_over_some_axes_of_a_mesh_has_the_same_gradient(impl):
     alone = grad(kernel, x)
     with jax.set_mesh(mesh):
         assert_close(grad(kernel, jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))), alone)
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_inside_shard_map_a_shared_filter_has_the_same_gradient(impl):
+    """With JAX's own check of what varies from device to device; so has the kernel of a 1x1 convolution."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    x, kernel, g = draw((8, 5, 5, 16, 3))
+    conv = Conv1x1(8)
+    weights = conv.init(jax.random.key(0), x)
+
+    def run(x, kernel, g, weights):
+        y, pullback = jax.vjp(lambda *args: conv.apply(args[2], depthwise_conv(*args[:2], impl)), x, kernel, weights)
+        return y, *pullback(g[..., :8])
+
+    alone = jax.jit(run)(x, kernel, g, weights)
+    split, whole = PartitionSpec("data"), PartitionSpec()
+    specs = {"in_specs": (split, whole, split, whole), "out_specs": (split, split, whole, whole)}
+    shared = jax.jit(jax.shard_map(run, mesh=mesh, **specs))(x, kernel, g, weights)
+    assert_close(jax.tree.leaves(shared), jax.tree.leaves(alone))
 
 
 @pytest.mark.parametrize(
