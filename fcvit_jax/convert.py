@@ -4,6 +4,7 @@ As a tool, `python -m fcvit_jax.convert SOURCE DEST [--ema]`; see `convert`.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import json
@@ -11,7 +12,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -292,7 +293,10 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         from fcvit_jax import checkpoint
 
         return checkpoint.load_metadata(path)
-    return _read_npz(path)[1] if path.suffix.lower() == ".npz" else {}
+    if path.suffix.lower() != ".npz":
+        return {}
+    with _open_npz(path) as file:
+        return json.loads(str(file[METADATA])) if METADATA in file else {}
 
 
 def _read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -308,20 +312,22 @@ def _read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str
         return _read_torch(path, ema), {}
     if ema:
         raise UserError(f"{path} is a .npz: it holds one set of weights, no moving averages.")
-    return _read_npz(path)
+    with _open_npz(path) as file:
+        weights = {name: file[name] for name in file if name != METADATA}
+    return weights, read_metadata(path)
 
 
-def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+@contextlib.contextmanager
+def _open_npz(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
+    """Opens a .npz, whose arrays are read when they are taken out; what goes wrong inside becomes a UserError."""
     try:
         with np.load(path) as file:
-            arrays = dict(file)
-        metadata = json.loads(str(arrays.pop(METADATA, "{}")))
+            yield file
     except OSError as error:
         raise UserError(f"Could not read {path}: {error.strerror}.") from error
     # Not with what NumPy says, which may advise to run code.
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"Could not read {path}: it is damaged, or no .npz.") from error
-    return arrays, metadata
 
 
 def _torch():

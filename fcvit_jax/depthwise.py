@@ -56,17 +56,19 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, impl: str | None = None) -> 
         raise ValueError(f"x has {x.shape[3]} channels, the kernel has {kernel.shape[2]}")
     if impl is not None and impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}, choose one of {IMPLS}")
-    # Inside `jax.shard_map`: the transpose sums the filter's gradient over the devices that share the filter.
-    x, kernel = varying_like(x, kernel), varying_like(kernel, x)
+    x, kernel = vary_alike(x, kernel)
     # Taps that only ever meet the padding of a small map need no work.
     rows, cols = (max(0, kernel.shape[0] // 2 - size + 1) for size in x.shape[1:3])
     return _conv(x, kernel[rows : kernel.shape[0] - rows, cols : kernel.shape[1] - cols], impl)
 
 
-def varying_like(x: jax.Array, other: jax.Array) -> jax.Array:
-    """Marks x, inside `jax.shard_map`, as varying over all axes that `other` varies over."""
-    axes, others = (jax.typeof(array).manual_axis_type.varying for array in (x, other))
-    return lax.pcast(x, tuple(others - axes), to="varying")
+def vary_alike(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Marks both, inside `jax.shard_map`, as varying over all axes that either varies over.
+
+    The rules of a custom_vjp need that; the transpose then sums a gradient over the devices that share what it is of.
+    """
+    own, other = (jax.typeof(array).manual_axis_type.varying for array in (x, kernel))
+    return lax.pcast(x, tuple(other - own), to="varying"), lax.pcast(kernel, tuple(own - other), to="varying")
 
 
 def _cpu_impl(shape: tuple[int, ...], window: tuple[int, int]) -> str:
@@ -154,7 +156,7 @@ def _lax_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax
 
 
 def _lax_taps(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax.Array:
-    kernel = varying_like(jnp.zeros((*window, x.shape[3]), x.dtype), x)
+    kernel = jnp.zeros_like(x, shape=(*window, x.shape[3]))
     return jax.linear_transpose(partial(_lax_conv, x), kernel)(g)[0].astype(jnp.float32)
 
 
@@ -183,7 +185,7 @@ def _correlate(a: jax.Array, b: jax.Array) -> jax.Array:
         return total + sum(window(a, *t, *sizes) * window(b, *t, 1, 1) for t in at)
 
     images = a.shape[0] if b.shape[0] == 1 else b.shape[0]
-    total = varying_like(jnp.zeros((images, *sizes, a.shape[3]), jnp.float32), a)
+    total = jnp.zeros_like(a, jnp.float32, (images, *sizes, a.shape[3]))
     return lax.fori_loop(0, row_blocks * col_blocks, add_block, total)
 
 
@@ -214,7 +216,7 @@ def _shift(x: jax.Array, kernel: jax.Array) -> jax.Array:
     def block(x, kernel):
         return _correlate(_pad(x, height // 2, width // 2), kernel[None].astype(jnp.float32)).astype(x.dtype)
 
-    return _by_channels(block, height * width, varying_like(jnp.zeros_like(x), x), x, kernel)
+    return _by_channels(block, height * width, jnp.zeros_like(x), x, kernel)
 
 
 @partial(jax.jit, static_argnames="window")
@@ -225,7 +227,7 @@ def _shift_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> j
     def block(x, g):
         return _correlate(_pad(x, height // 2, width // 2), g.astype(jnp.float32))
 
-    total = varying_like(jnp.zeros((x.shape[0], *window, x.shape[3]), jnp.float32), x)
+    total = jnp.zeros_like(x, jnp.float32, (x.shape[0], *window, x.shape[3]))
     return _by_channels(block, height * width, total, x, g).sum(0)
 
 
@@ -239,7 +241,7 @@ def _banded(x: jax.Array, kernel: jax.Array) -> jax.Array:
         bands = _pad(kernel[None, ::-1, ::-1], rows, cols)
         return _correlate(bands, x[:, ::-1, ::-1].astype(jnp.float32)).astype(x.dtype)
 
-    return _by_channels(block, height * width, varying_like(jnp.zeros_like(x), x), x, kernel)
+    return _by_channels(block, height * width, jnp.zeros_like(x), x, kernel)
 
 
 def _tiles(shape: tuple[int, ...], window: tuple[int, int]) -> tuple[int, int, int]:

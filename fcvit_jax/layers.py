@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.initializers import normal
 
-from fcvit_jax.depthwise import depthwise_conv, varying_like
+from fcvit_jax.depthwise import depthwise_conv, vary_alike
 from fcvit_jax.errors import UserError
 
 
@@ -62,7 +62,7 @@ class Conv1x1(nn.Module):
         kernel = self.param("kernel", normal((2 / self.features) ** 0.5), shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        y = _product(varying_like(x, kernel), varying_like(kernel, x))
+        y = _product(*vary_alike(x, kernel))
         return gelu(y, bias) if self.with_gelu else y + bias
 
 
