@@ -7,11 +7,11 @@ from configs import imagenet
 
 
 def get_config():
-    """The ImageNet recipe without flips, mixing, strong crops and a long warm-up, which do not suit digits."""
+    """The ImageNet recipe without flips, cutmix, strong crops and a long warm-up, which do not suit digits."""
     config = imagenet.get_config()
     config.data.update(dataset="digits", batch_size=64, image_size=32, workers=0)
     config.data.update(crop_scale=(0.5, 1.0), flip=0.0, rand_augment=(), crop_pct=1.0)
-    config.mixing.update(mixup_alpha=0.0, cutmix_alpha=0.0, erase_prob=0.1)
+    config.mixing.update(mixup_alpha=0.4, cutmix_alpha=0.0, erase_prob=0.1)
     config.optim.update(lr=3e-3, lr_batch_size=0, warmup_epochs=2, cooldown_epochs=0)
     config.train.update(epochs=40, eval_every=5)
     with config.unlocked():
