@@ -43,9 +43,9 @@ def run() -> None:
       UserError: on a mistake that the user can fix.
     """
     # Grain's workers import this file again, and need none of this.
-    from fcvit_jax.checkpoint import quieten
-    from fcvit_jax.cpu import tune_cpu
-    from fcvit_jax.hosts import exit_within, start_distributed
+    from fcvit_jax.devices.cpu import tune_cpu
+    from fcvit_jax.devices.hosts import exit_within, start_distributed
+    from fcvit_jax.run.checkpoint import quieten
     from fcvit_jax.train import evaluate_checkpoint, train_and_evaluate
 
     try:

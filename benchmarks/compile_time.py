@@ -15,8 +15,8 @@ from concurrent.futures import ProcessPoolExecutor
 import jax
 
 from benchmarks.measure import Step, about, make_parser, report
-from fcvit_jax.model import VARIANTS
-from fcvit_jax.sharding import make_mesh
+from fcvit_jax.devices.sharding import make_mesh
+from fcvit_jax.networks.fcvit import VARIANTS
 
 
 def measure(name, args):

@@ -17,8 +17,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 from benchmarks.measure import ITEM_BYTES, Step, about, make_parser, milliseconds, report
-from fcvit_jax.model import VARIANTS
-from fcvit_jax.sharding import bytes_per_device, make_mesh
+from fcvit_jax.devices.sharding import bytes_per_device, make_mesh
+from fcvit_jax.networks.fcvit import VARIANTS
 
 DEVICES = (1, 2, 4, 8)
 COLLECTIVE = re.compile(

@@ -4,7 +4,7 @@ Example:
   python -m benchmarks.input_pipeline --quick --json input_pipeline.json
   python -m benchmarks.input_pipeline imagenet2012 --data-dir /data/tensorflow_datasets
 
-fcvit_jax is `data.train_batches`. torch is the plain way in PyTorch: a DataLoader that calls the same transform for
+fcvit_jax is `loader.train_batches`. torch is the plain way in PyTorch: a DataLoader that calls the same transform for
 every image; its batches hold the same pixels, which is checked. tf.data does less: it decodes and crops in one op,
 resizes (bicubic with antialiasing) and flips, without RandAugment; its files lie in memory and its workers are threads.
 
@@ -29,7 +29,8 @@ import time
 import numpy as np
 from PIL import Image
 
-from fcvit_jax import augment, data
+from fcvit_jax import augment
+from fcvit_jax.data import loader
 
 SEED = 0
 WORKERS = (1, 2)
@@ -39,7 +40,7 @@ WORKERS = (1, 2)
 class TorchDataset:
     """PyTorch's view of the training split; a key is (epoch, index), so that an image is augmented as in our loader."""
 
-    opened: data.Data
+    opened: loader.Data
 
     def __getitem__(self, key):
         epoch, index = key
@@ -52,7 +53,7 @@ class TorchDataset:
 def batch_keys(opened):
     """The keys of every batch, in the order of our loader."""
     for epoch in itertools.count():
-        order = data._epoch_order(SEED, epoch, opened.num_train).tolist()
+        order = loader._epoch_order(SEED, epoch, opened.num_train).tolist()
         for step in range(opened.steps_per_epoch):
             rows = order[step * opened.batch_size : (step + 1) * opened.batch_size]
             yield [(epoch, index) for index in rows]
@@ -66,7 +67,7 @@ def torch_batches(opened, workers):
 
 def time_fcvit_jax(opened, workers, images):
     opened = dataclasses.replace(opened, workers=workers)
-    with contextlib.closing(data.train_batches(opened, SEED, 0, 1_000_000_000)) as batches:
+    with contextlib.closing(loader.train_batches(opened, SEED, 0, 1_000_000_000)) as batches:
         return images_per_second(batches, opened, workers, images)
 
 
@@ -108,7 +109,7 @@ def time_tf_data(opened, threads, images):
 
 def read_jpegs(opened, count):
     """The first images of the epoch, without the few of another format that ImageNet has."""
-    indices = data._epoch_order(SEED, 0, opened.num_train)[:count].tolist()
+    indices = loader._epoch_order(SEED, 0, opened.num_train)[:count].tolist()
     return [encoded for encoded, _ in opened.train.read(indices) if encoded.startswith(b"\xff\xd8")]
 
 
@@ -125,7 +126,7 @@ def images_per_second(batches, opened, workers, images):
 
 def check_pixels(opened):
     """PyTorch's first batch must be ours."""
-    (ours,) = data.train_batches(opened, SEED, 0, 1)
+    (ours,) = loader.train_batches(opened, SEED, 0, 1)
     images, labels = next(torch_batches(opened, 0))
     np.testing.assert_array_equal(images, ours["image"])
     np.testing.assert_array_equal(labels, ours["label"])
@@ -187,7 +188,7 @@ def main():
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             write_images(folder, 32 if args.quick else 256)
             dataset = f"folder:{folder}"
-        opened = data.open_dataset(
+        opened = loader.open_dataset(
             dataset=dataset, data_dir=args.data_dir, eval_split=args.eval_split, batch_size=args.batch_size
         )
         contestants = {"fcvit_jax": time_fcvit_jax}
@@ -214,7 +215,7 @@ def main():
     if args.json:
         about = {
             "machine": platform.processor() or platform.machine(),
-            "cores": data.available_cores(),
+            "cores": loader.available_cores(),
             **{name: version(name) for name in ("grain", "pillow", "torch", "tensorflow-cpu")},
             "dataset": args.dataset,
             "batch_size": args.batch_size,

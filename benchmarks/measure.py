@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcvit_jax import mixing, optim
-from fcvit_jax.cpu import tune_cpu
-from fcvit_jax.model import create_model
-from fcvit_jax.sharding import batch_sharding
-from fcvit_jax.state import abstract_state, create_state, init_variables
+from fcvit_jax import optim
+from fcvit_jax.augment import mixing
+from fcvit_jax.devices.cpu import tune_cpu
+from fcvit_jax.devices.sharding import batch_sharding
+from fcvit_jax.networks.fcvit import create_model
+from fcvit_jax.run.state import abstract_state, create_state, init_variables
 from fcvit_jax.train import train_step
 
 tune_cpu()  # as main.py does

@@ -30,7 +30,7 @@ from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 from benchmarks.depthwise import PASSES, SIZES, jax_pass
 from benchmarks.measure import ITEM_BYTES, Step, make_parser, report
 from fcvit_jax import depthwise
-from fcvit_jax.model import VARIANTS
+from fcvit_jax.networks.fcvit import VARIANTS
 
 CLOCK, HBM = 1.5e9, 819e9  # of a TPU v5e: cycles and bytes a second
 # (H, W, C, k): the token mixers of fcvit_tiny and fcvit_s12, and smaller filters, for where the choice turns.

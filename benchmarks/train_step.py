@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from benchmarks.depthwise import LAYOUTS, torch_device, torch_repeated
 from benchmarks.measure import Step, about, make_parser, milliseconds, repeated, report
-from fcvit_jax.model import VARIANTS, create_model
-from fcvit_jax.sharding import make_mesh
+from fcvit_jax.devices.sharding import make_mesh
+from fcvit_jax.networks.fcvit import VARIANTS, create_model
 from fcvit_jax.summary import summarize
 
 try:

@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 
-from fcvit_jax.model import VARIANTS, FCViT, create_backbone, create_model
+from fcvit_jax.networks.fcvit import VARIANTS, FCViT, create_backbone, create_model
 
 __all__ = [
     "VARIANTS",
@@ -14,13 +14,30 @@ __all__ = [
     "train_and_evaluate",
 ]
 
-# Imported when first used: the model alone needs neither Orbax nor Grain nor TFDS.
+# Imported when first used: the networks alone need neither Orbax nor Grain nor TFDS.
 _LAZY = {"load_pretrained": "convert", "train_and_evaluate": "train"}
+# Modules under the names that they had before they moved into folders.
+_MOVED = {
+    "blocks": "networks.blocks",
+    "checkpoint": "run.checkpoint",
+    "config": "run.config",
+    "cpu": "devices.cpu",
+    "digits": "data.digits",
+    "hosts": "devices.hosts",
+    "layers": "networks.layers",
+    "metrics": "run.record",
+    "mixing": "augment.mixing",
+    "model": "networks.fcvit",
+    "original": "convert.fcvit",
+    "sharding": "devices.sharding",
+    "sources": "data.sources",
+    "state": "run.state",
+}
 
 
 def __getattr__(name: str):
     if name in _LAZY:
         return getattr(importlib.import_module(f"fcvit_jax.{_LAZY[name]}"), name)
-    if importlib.util.find_spec(f"fcvit_jax.{name}"):
-        return importlib.import_module(f"fcvit_jax.{name}")
+    if name in _MOVED or importlib.util.find_spec(f"fcvit_jax.{name}"):
+        return importlib.import_module(f"fcvit_jax.{_MOVED.get(name, name)}")
     raise AttributeError(f"module 'fcvit_jax' has no attribute {name!r}")

@@ -11,9 +11,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from fcvit_jax import mixing
-from fcvit_jax.model import FCViT
-from fcvit_jax.sharding import global_batch
+from fcvit_jax.augment import mixing
+from fcvit_jax.devices.sharding import global_batch
+from fcvit_jax.networks.fcvit import FCViT
 
 
 @functools.partial(jax.jit, static_argnames="model")

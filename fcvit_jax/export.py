@@ -19,8 +19,8 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save
 
+from fcvit_jax.augment.mixing import normalize
 from fcvit_jax.errors import UserError, exit_on_error
-from fcvit_jax.mixing import normalize
 from fcvit_jax.predict import CHECKPOINT_HELP, load
 
 PLATFORMS = ("cpu", "cuda", "tpu")

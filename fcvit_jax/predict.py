@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from fcvit_jax.augment import IMAGE_SUFFIXES, eval_transform, is_image_file
-from fcvit_jax.checkpoint import find_step, load_metadata, load_variables, local_path
+from fcvit_jax.augment.images import IMAGE_SUFFIXES, eval_transform, is_image_file
+from fcvit_jax.augment.mixing import normalize
+from fcvit_jax.convert.fcvit import is_pyramid
 from fcvit_jax.errors import UserError, exit_on_error
-from fcvit_jax.mixing import normalize
-from fcvit_jax.model import FCViT, abstract_variables, create_saved
-from fcvit_jax.original import is_pyramid
+from fcvit_jax.networks.fcvit import FCViT, abstract_variables, create_saved
+from fcvit_jax.run.checkpoint import find_step, load_metadata, load_variables, local_path
 
 CHECKPOINT_HELP = "a run's folder, its checkpoints or best folder (the newest step is taken), or one step's folder"
 

@@ -11,10 +11,10 @@ import jax.extend
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fcvit_jax.blocks import Block, GlobalContext
 from fcvit_jax.errors import UserError, exit_on_error
-from fcvit_jax.layers import Conv1x1, DepthwiseConv
-from fcvit_jax.model import VARIANTS, FCViT, create_model
+from fcvit_jax.networks.blocks import Block, GlobalContext
+from fcvit_jax.networks.fcvit import VARIANTS, FCViT, create_model
+from fcvit_jax.networks.layers import Conv1x1, DepthwiseConv
 from fcvit_jax.predict import CHECKPOINT_HELP, load
 
 

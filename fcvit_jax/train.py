@@ -17,9 +17,17 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fcvit_jax import mixing, optim
-from fcvit_jax.checkpoint import Checkpointer, find_step, load_metadata, local_path
-from fcvit_jax.config import (
+from fcvit_jax import optim
+from fcvit_jax.augment import mixing
+from fcvit_jax.convert import load_pretrained, read_metadata
+from fcvit_jax.data.loader import Data, eval_batches, open_dataset, train_batches
+from fcvit_jax.devices.hosts import Feed, StopSignal, failing_together, say
+from fcvit_jax.devices.sharding import MIN_SHARDED_SIZE, batch_sharding, global_batch, make_mesh, state_shardings
+from fcvit_jax.errors import UserError
+from fcvit_jax.evaluate import evaluate
+from fcvit_jax.networks.fcvit import FCViT, create_model, create_saved
+from fcvit_jax.run.checkpoint import Checkpointer, find_step, load_metadata, local_path
+from fcvit_jax.run.config import (
     check_config,
     check_data,
     check_hosts,
@@ -28,12 +36,7 @@ from fcvit_jax.config import (
     class_changes,
     write_config,
 )
-from fcvit_jax.convert import load_pretrained, read_metadata
-from fcvit_jax.data import Data, eval_batches, open_dataset, train_batches
-from fcvit_jax.errors import UserError
-from fcvit_jax.evaluate import evaluate
-from fcvit_jax.hosts import Feed, StopSignal, failing_together, say
-from fcvit_jax.metrics import (
+from fcvit_jax.run.record import (
     MetricsWriter,
     Progress,
     describe_accuracy,
@@ -41,9 +44,7 @@ from fcvit_jax.metrics import (
     describe_evaluation,
     describe_run,
 )
-from fcvit_jax.model import FCViT, create_model, create_saved
-from fcvit_jax.sharding import MIN_SHARDED_SIZE, batch_sharding, global_batch, make_mesh, state_shardings
-from fcvit_jax.state import TrainState, abstract_state, create_state, init_variables
+from fcvit_jax.run.state import TrainState, abstract_state, create_state, init_variables
 
 # The same for the same config, so that a second run of a process need not trace its step again.
 _make_optimizer, _make_mix = functools.cache(optim.make_optimizer), functools.cache(mixing.make)

@@ -14,9 +14,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from fcvit_jax.augment.mixing import normalize
 from fcvit_jax.errors import UserError, exit_on_error
-from fcvit_jax.mixing import normalize
-from fcvit_jax.model import FCViT
+from fcvit_jax.networks.fcvit import FCViT
 from fcvit_jax.predict import CHECKPOINT_HELP, find_images, load, read_image
 
 # Okabe and Ito's colours, which stay apart for every kind of colour vision; without yellow, too pale for lines.

@@ -22,8 +22,8 @@ import pytest  # noqa: E402
 from imagenet_mini import build  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
-from fcvit_jax import digits  # noqa: E402
-from fcvit_jax.cpu import tune_cpu  # noqa: E402
+from fcvit_jax.data import digits  # noqa: E402
+from fcvit_jax.devices.cpu import tune_cpu  # noqa: E402
 
 tune_cpu()  # as main.py does, whose runs are compared with ours bit for bit
 

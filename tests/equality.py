@@ -9,7 +9,7 @@ import torch
 from flax import traverse_util
 from hypothesis import Phase, given, settings
 
-from fcvit_jax.original import from_original, original_names, to_original
+from fcvit_jax.convert.fcvit import from_original, original_names, to_original
 
 
 def nhwc(x):

@@ -1,6 +1,6 @@
 """What users train on ImageNet, but for the number of blocks, which takes long to compile."""
 
-from configs import fcvit_s12
+from fcvit_jax.configs import fcvit_s12
 
 
 def get_config():

@@ -17,7 +17,7 @@ from conftest import QUICKLY
 
 import fcvit_jax
 import main
-from fcvit_jax.config import check_config
+from fcvit_jax.run.config import check_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fcvit_jax import evaluate
-from fcvit_jax.sharding import make_mesh
+from fcvit_jax.devices.sharding import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from absl.testing import flagsaver
 
 import main
 from fcvit_jax import train  # its imports define flags, which flagsaver would forget otherwise
-from fcvit_jax.config import write_config
+from fcvit_jax.run.config import write_config
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-import fcvit_jax.model
+import fcvit_jax.networks.fcvit
 from fcvit_jax import optim
 from fcvit_jax.errors import UserError
 
@@ -73,8 +73,8 @@ def test_ten_steps_of_adamw_equal_the_originals():
     ("name", "decayed", "spared"), [("fcvit_tiny", 4_740_960, 43_792), ("fcvit_s12", 14_620_864, 80_968)]
 )
 def test_decay_spares_what_the_original_spares(name, decayed, spared):
-    model = fcvit_jax.model.create_model(name)
-    params = fcvit_jax.model.abstract_variables(model)["params"]
+    model = fcvit_jax.networks.fcvit.create_model(name)
+    params = fcvit_jax.networks.fcvit.abstract_variables(model)["params"]
     mask = jax.tree.leaves(optim.decay_mask(params))
     sizes = [p.size for p in jax.tree.leaves(params)]
     assert sum(s for s, m in zip(sizes, mask, strict=True) if m) == decayed

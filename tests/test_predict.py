@@ -13,11 +13,11 @@ from PIL import Image
 
 from fcvit_jax import convert, export, predict, summary, visualize
 from fcvit_jax.augment import eval_transform
-from fcvit_jax.checkpoint import Checkpointer, save_variables
+from fcvit_jax.augment.mixing import normalize
 from fcvit_jax.errors import UserError, exit_on_error
-from fcvit_jax.mixing import normalize
-from fcvit_jax.model import abstract_variables, create_model
-from fcvit_jax.state import TrainState
+from fcvit_jax.networks.fcvit import abstract_variables, create_model
+from fcvit_jax.run.checkpoint import Checkpointer, save_variables
+from fcvit_jax.run.state import TrainState
 
 TINY = {
     "name": "fcvit_tiny",

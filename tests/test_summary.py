@@ -8,8 +8,8 @@ import pytest
 from test_predict import TINY, exit_of, save_tiny
 
 from fcvit_jax import summary
-from fcvit_jax.layers import Downsample
-from fcvit_jax.model import create_model
+from fcvit_jax.networks.fcvit import create_model
+from fcvit_jax.networks.layers import Downsample
 from fcvit_jax.summary import summarize
 
 

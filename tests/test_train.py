@@ -29,14 +29,16 @@ from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from benchmarks.kill_resume import arrays, assert_same_end, kill_and_resume, record
-from fcvit_jax import metrics, mixing, optim, train
-from fcvit_jax.checkpoint import Checkpointer, load_metadata, load_variables
+from fcvit_jax import optim, train
+from fcvit_jax.augment import mixing
 from fcvit_jax.convert import convert
-from fcvit_jax.data import open_dataset, train_batches
+from fcvit_jax.data.loader import open_dataset, train_batches
+from fcvit_jax.devices.sharding import bytes_per_device, make_mesh
 from fcvit_jax.errors import UserError
-from fcvit_jax.model import create_model
-from fcvit_jax.sharding import bytes_per_device, make_mesh
-from fcvit_jax.state import abstract_state, create_state, init_variables
+from fcvit_jax.networks.fcvit import create_model
+from fcvit_jax.run import record as run_record
+from fcvit_jax.run.checkpoint import Checkpointer, load_metadata, load_variables
+from fcvit_jax.run.state import abstract_state, create_state, init_variables
 from fcvit_jax.train import evaluate_checkpoint, train_and_evaluate
 
 ROOT = Path(__file__).parent.parent
@@ -211,7 +213,7 @@ def test_same_losses_on_any_mesh(undisturbed, config, tmp_path, monkeypatch, cap
 
     step.lower = train.train_step.lower
     monkeypatch.setattr(train, "train_step", step)
-    monkeypatch.setattr(metrics, "bytes_per_device", lambda state: said.append(bytes_per_device(state)) or 7 * 2**20)
+    monkeypatch.setattr(run_record, "bytes_per_device", lambda state: said.append(bytes_per_device(state)) or 7 * 2**20)
     train_and_evaluate(config, tmp_path)
     assert_equal_to_rounding(tmp_path, undisturbed)
     assert held == set(said) and "7.0 MiB of state per device" in capsys.readouterr().out

@@ -10,9 +10,9 @@ from PIL import Image
 from test_predict import TINY, exit_of, save_images, save_tiny, tiny_variables
 
 from fcvit_jax import visualize
+from fcvit_jax.augment.mixing import normalize
 from fcvit_jax.errors import UserError
-from fcvit_jax.mixing import normalize
-from fcvit_jax.model import create_model
+from fcvit_jax.networks.fcvit import create_model
 from fcvit_jax.visualize import draw_curves, draw_similarity, head_correlation, similarity_maps
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 40, 64, 3), np.uint8)

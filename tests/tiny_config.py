@@ -1,6 +1,6 @@
 """A run of seconds with everything on: BatchNorm groups, drop-path, mixing, erasing, averages, evaluation, saves."""
 
-from configs import digits
+from fcvit_jax.configs import digits
 
 
 def get_config():

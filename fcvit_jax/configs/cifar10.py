@@ -3,7 +3,7 @@
 python main.py --config=configs/cifar10.py --workdir=runs/cifar10 --config.data.dataset=folder:PATH
 """
 
-from configs import imagenet
+from fcvit_jax.configs import imagenet
 
 
 def get_config():

@@ -3,7 +3,7 @@
 python main.py --config=configs/digits.py --workdir=runs/digits
 """
 
-from configs import imagenet
+from fcvit_jax.configs import imagenet
 
 
 def get_config():

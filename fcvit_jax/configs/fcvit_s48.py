@@ -3,7 +3,7 @@
 python main.py --config=configs/fcvit_s48.py --workdir=runs/s48 --config.data.data_dir=/data/tensorflow_datasets
 """
 
-from configs import imagenet
+from fcvit_jax.configs import imagenet
 
 
 def get_config():

@@ -3,7 +3,7 @@
 python main.py --config=configs/fcvit_tiny.py --workdir=runs/tiny --config.data.data_dir=/data/tensorflow_datasets
 """
 
-from configs import imagenet
+from fcvit_jax.configs import imagenet
 
 
 def get_config():

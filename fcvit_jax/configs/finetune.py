@@ -3,7 +3,7 @@
 python main.py --config=configs/finetune.py --workdir=runs/pets --config.init_from=fcvit_b12.pth.tar
 """
 
-from configs import imagenet
+from fcvit_jax.configs import imagenet
 
 
 def get_config():

@@ -21,17 +21,7 @@ import numpy as np
 from absl import logging
 from flax import traverse_util
 
-from fcvit_jax.errors import UserError, exit_on_error
-from fcvit_jax.model import (
-    VARIANTS,
-    Backbone,
-    FCViT,
-    abstract_variables,
-    create_backbone,
-    create_model,
-    create_saved,
-)
-from fcvit_jax.original import (
+from fcvit_jax.convert.fcvit import (
     from_original,
     infer_model,
     is_ours,
@@ -39,6 +29,16 @@ from fcvit_jax.original import (
     original_names,
     original_shape,
     to_original,
+)
+from fcvit_jax.errors import UserError, exit_on_error
+from fcvit_jax.networks.fcvit import (
+    VARIANTS,
+    Backbone,
+    FCViT,
+    abstract_variables,
+    create_backbone,
+    create_model,
+    create_saved,
 )
 
 # Where a .npz keeps what it says of itself, as JSON.
@@ -249,7 +249,7 @@ def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None) ->
     elif dest.suffix.lower() in (".safetensors", ".ckpt", ".bin", ".tar", ".gz", ".zip", ".h5"):
         raise UserError(f"{dest}: the ending must be .pth, .pt, .pth.tar or .npz, or none for a folder.")
     else:
-        from fcvit_jax import checkpoint
+        from fcvit_jax.run import checkpoint
 
         checkpoint.save_variables(dest, variables, metadata)
 
@@ -290,7 +290,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        from fcvit_jax import checkpoint
+        from fcvit_jax.run import checkpoint
 
         return checkpoint.load_metadata(path)
     if path.suffix.lower() != ".npz":
@@ -303,7 +303,7 @@ def _read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str
     """Weights, by the original's names or by our paths, and what the file says of itself."""
     path = path.expanduser()
     if path.is_dir():
-        from fcvit_jax import checkpoint
+        from fcvit_jax.run import checkpoint
 
         return traverse_util.flatten_dict(checkpoint.load_variables(path, ema=ema), sep="/"), read_metadata(path)
     if not path.is_file():
@@ -388,7 +388,3 @@ def main(argv: list[str] | None = None) -> None:
         convert(args.source, args.dest, ema=args.ema)
     dest = Path(args.dest).expanduser()
     print(f"wrote the {'folder' if dest.is_dir() else 'file'} {dest}")
-
-
-if __name__ == "__main__":
-    main()

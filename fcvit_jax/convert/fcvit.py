@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from fcvit_jax.errors import UserError
-from fcvit_jax.model import Backbone, FCViT
+from fcvit_jax.networks.fcvit import Backbone, FCViT
 
 # What to replace in our path, one row after the other, to get the original's name of a tensor.
 NAMES = (

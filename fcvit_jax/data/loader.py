@@ -21,7 +21,8 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from fcvit_jax import augment, sources
+from fcvit_jax import augment
+from fcvit_jax.data import sources
 from fcvit_jax.errors import UserError, check_range
 
 Split = sources.Records | sources.Files

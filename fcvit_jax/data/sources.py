@@ -14,8 +14,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import logging
 
-from fcvit_jax import digits
-from fcvit_jax.augment import IMAGE_SUFFIXES, is_image_file
+from fcvit_jax.augment.images import IMAGE_SUFFIXES, is_image_file
+from fcvit_jax.data import digits
 from fcvit_jax.errors import UserError
 
 

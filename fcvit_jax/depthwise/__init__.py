@@ -359,14 +359,14 @@ def _pallas_by_lax(x, other, *, window):
 def _has_kernels(shape: tuple[int, ...], window: tuple[int, int]) -> bool:
     """Whether the GPUs, this version of JAX and maps of this shape go with the kernels."""
     try:
-        from fcvit_jax import depthwise_gpu  # here, since JAX has announced to remove what it is written in
+        from fcvit_jax.depthwise import kernels  # here, since JAX has announced to remove what it is written in
 
         gpus = jax.local_devices(backend="cuda")
     except (ImportError, RuntimeError):  # RuntimeError: no GPU, where a program is only compiled for one
         return False
     default = jax.config.jax_default_device or jax.local_devices()[0]  # whose kernels Pallas makes
     modern = default in (*gpus, "gpu", "cuda") and all(float(gpu.compute_capability) >= 8 for gpu in gpus)
-    return modern and all(isinstance(size, int) for size in shape) and depthwise_gpu.supports(shape, window)
+    return modern and all(isinstance(size, int) for size in shape) and kernels.supports(shape, window)
 
 
 def _is_whole(context: Any) -> bool:
@@ -382,7 +382,7 @@ def _pallas_lowering(ctx, x, other, *, window):
     # XLA cannot split a kernel between devices, and an exported program must outlive this version of JAX.
     whole, exported = _is_whole(module.axis_context), module.lowering_parameters.for_export
     if whole and not exported and _has_kernels(maps.shape, window or second.shape[:2]):
-        from fcvit_jax.depthwise_gpu import forward, weight_grad
+        from fcvit_jax.depthwise.kernels import forward, weight_grad
 
         run = partial(weight_grad, window=window) if window else forward
     else:
@@ -409,7 +409,7 @@ batching.primitive_batchers[_pallas_p] = _pallas_batch
 
 @jax.jit
 def _pallas(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """By the kernels of `depthwise_gpu` where a GPU runs it, else as `_lax`."""
+    """By the kernels of `kernels` where a GPU runs it, else as `_lax`."""
     return _per_device(partial(_pallas_p.bind, window=None), x, kernel)
 
 

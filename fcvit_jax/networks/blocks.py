@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax.linen.initializers import normal
 
 from fcvit_jax.errors import UserError
-from fcvit_jax.layers import Conv1x1, DepthwiseConv, gelu, group_norm
+from fcvit_jax.networks.layers import Conv1x1, DepthwiseConv, gelu, group_norm
 
 
 def standardize(x: jax.Array) -> jax.Array:

@@ -12,9 +12,9 @@ from flax import linen as nn
 from flax.core import lift
 from flax.linen.initializers import normal
 
-from fcvit_jax.blocks import Block, ChannelMixer, TokenMixer, drop_path_factors
 from fcvit_jax.errors import UserError, check_range
-from fcvit_jax.layers import Downsample, group_norm
+from fcvit_jax.networks.blocks import Block, ChannelMixer, TokenMixer, drop_path_factors
+from fcvit_jax.networks.layers import Downsample, group_norm
 
 try:
     from jax.experimental.scheduling_groups import xla_metadata_call

@@ -20,9 +20,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from fcvit_jax.devices.hosts import check_shared, failing_together, say
 from fcvit_jax.errors import UserError, check_range
-from fcvit_jax.hosts import check_shared, failing_together, say
-from fcvit_jax.state import TrainState
+from fcvit_jax.run.state import TrainState
 
 
 def quieten() -> None:

@@ -13,13 +13,14 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fcvit_jax import mixing, optim
-from fcvit_jax.checkpoint import Checkpointer, step_folders
-from fcvit_jax.data import Data, open_dataset
+from fcvit_jax import optim
+from fcvit_jax.augment import mixing
+from fcvit_jax.data.loader import Data, open_dataset
+from fcvit_jax.devices.hosts import check_same, say
+from fcvit_jax.devices.sharding import make_mesh
 from fcvit_jax.errors import UserError, check_range
-from fcvit_jax.hosts import check_same, say
-from fcvit_jax.model import FCViT
-from fcvit_jax.sharding import make_mesh
+from fcvit_jax.networks.fcvit import FCViT
+from fcvit_jax.run.checkpoint import Checkpointer, step_folders
 
 # Keys that each host may have its own value of.
 _HOST_KEYS = {"data.data_dir", "data.prefetch", "data.workers"}

@@ -17,12 +17,12 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from fcvit_jax import optim
-from fcvit_jax.data import Data
+from fcvit_jax.data.loader import Data
+from fcvit_jax.devices.hosts import say
+from fcvit_jax.devices.sharding import bytes_per_device
 from fcvit_jax.errors import UserError
-from fcvit_jax.hosts import say
-from fcvit_jax.model import FCViT
-from fcvit_jax.sharding import bytes_per_device
-from fcvit_jax.state import TrainState
+from fcvit_jax.networks.fcvit import FCViT
+from fcvit_jax.run.state import TrainState
 
 # Where PyTorch is installed, tensorboardX would import it for an annotation: slow, and with CUDA libraries of its own.
 _torch = sys.modules.setdefault("torch", None)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from fcvit_jax.model import FCViT
-from fcvit_jax.sharding import state_shardings
+from fcvit_jax.devices.sharding import state_shardings
+from fcvit_jax.networks.fcvit import FCViT
 
 
 @flax.struct.dataclass

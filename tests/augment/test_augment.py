@@ -14,7 +14,7 @@ from scipy import stats
 from fcvit_jax import augment
 from fcvit_jax.errors import UserError
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent.parent / "data"
 
 
 def picture(width, height, seed=0):

@@ -14,12 +14,12 @@ import torch
 import torch_reference
 from flax import traverse_util
 
-from configs import finetune
 from fcvit_jax import convert, optim
-from fcvit_jax.config import check_config
+from fcvit_jax.configs import finetune
+from fcvit_jax.convert.fcvit import infer_model
 from fcvit_jax.errors import UserError
-from fcvit_jax.model import Backbone, FCViT, abstract_variables, create_model
-from fcvit_jax.original import infer_model
+from fcvit_jax.networks.fcvit import Backbone, FCViT, abstract_variables, create_model
+from fcvit_jax.run.config import check_config
 
 SIZES = {"depths": (1, 2), "dims": (16, 32), "mlp_ratios": (2, 1)}
 OPTIONS = [

@@ -18,7 +18,8 @@ import tensorflow_datasets as tfds
 from imagenet_mini import jpeg, prepare_code
 from PIL import Image
 
-from fcvit_jax import augment, data, sources
+from fcvit_jax import augment
+from fcvit_jax.data import loader, sources
 from fcvit_jax.errors import UserError
 
 
@@ -36,32 +37,32 @@ def assert_same(a, b):
 
 def test_workers_hosts_and_restarts_change_nothing(digits_dir):
     def opened(workers):
-        return data.open_dataset(
+        return loader.open_dataset(
             dataset="digits", data_dir=digits_dir, batch_size=400, image_size=12, workers=workers, rand_augment=None
         )
 
     dataset = opened(workers=0)
     assert dataset.steps_per_epoch == 3
-    reference = collect(data.train_batches(dataset, seed=3, start_step=0, num_steps=7))  # into the third epoch
-    evaluation = collect(data.eval_batches(dataset))
+    reference = collect(loader.train_batches(dataset, seed=3, start_step=0, num_steps=7))  # into the third epoch
+    evaluation = collect(loader.eval_batches(dataset))
     assert reference["image"].dtype == np.uint8 and evaluation["mask"].sum() == 299
 
-    hosts = [collect(data.train_batches(dataset, 3, 0, 7, process_index=p, process_count=2)) for p in range(2)]
+    hosts = [collect(loader.train_batches(dataset, 3, 0, 7, process_index=p, process_count=2)) for p in range(2)]
     assert_same({key: np.concatenate([host[key] for host in hosts], axis=1) for key in reference}, reference)
     for workers, start in ((0, 2), (1, 2), (2, 1)):
-        restarted = collect(data.train_batches(opened(workers), 3, start, 7 - start))
+        restarted = collect(loader.train_batches(opened(workers), 3, start, 7 - start))
         assert_same(restarted, {key: value[start:] for key, value in reference.items()})
-    assert_same(collect(data.eval_batches(opened(workers=2))), evaluation)
+    assert_same(collect(loader.eval_batches(opened(workers=2))), evaluation)
 
 
 def test_seed_and_epoch_change_order_and_augmentation(digits_dir):
-    dataset = data.open_dataset(dataset="digits", data_dir=digits_dir, batch_size=1498, image_size=8)
+    dataset = loader.open_dataset(dataset="digits", data_dir=digits_dir, batch_size=1498, image_size=8)
 
     def by_first_pixels(batch):
         return sorted(image.tobytes() for image in batch["image"])
 
-    first, second = data.train_batches(dataset, seed=0, start_step=0, num_steps=2)
-    (other,) = data.train_batches(dataset, seed=1, start_step=0, num_steps=1)
+    first, second = loader.train_batches(dataset, seed=0, start_step=0, num_steps=2)
+    (other,) = loader.train_batches(dataset, seed=1, start_step=0, num_steps=1)
     for batch in (second, other):
         assert (batch["label"] != first["label"]).mean() > 0.8
         assert len(set(by_first_pixels(batch)) & set(by_first_pixels(first))) < 500
@@ -86,7 +87,7 @@ def test_every_example_exactly_once(digits_dir, monkeypatch, size, batch_size, h
     monkeypatch.setattr(augment, "train_transform", lambda *args, **kwargs: ones)
     monkeypatch.setattr(augment, "eval_transform", lambda *args, **kwargs: ones)
     dataset = dataclasses.replace(
-        data.open_dataset(dataset="digits", data_dir=digits_dir, batch_size=batch_size, image_size=2),
+        loader.open_dataset(dataset="digits", data_dir=digits_dir, batch_size=batch_size, image_size=2),
         train=Numbers(size),
         eval=Numbers(size),
         num_train=size,
@@ -94,13 +95,13 @@ def test_every_example_exactly_once(digits_dir, monkeypatch, size, batch_size, h
     )
     steps = dataset.steps_per_epoch
     epochs = np.concatenate(
-        [collect(data.train_batches(dataset, 0, 0, 3 * steps, host, hosts))["label"] for host in range(hosts)], axis=1
+        [collect(loader.train_batches(dataset, 0, 0, 3 * steps, host, hosts))["label"] for host in range(hosts)], axis=1
     ).reshape(3, steps * batch_size)
     assert steps == size // batch_size
     assert all(len(set(epoch)) == len(epoch) for epoch in epochs.tolist())
     assert size < 6 or len({tuple(epoch) for epoch in epochs.tolist()}) == 3
 
-    evaluated = [collect(data.eval_batches(dataset, host, hosts)) for host in range(hosts)]
+    evaluated = [collect(loader.eval_batches(dataset, host, hosts)) for host in range(hosts)]
     assert {host["mask"].shape for host in evaluated} == {(-(-size // batch_size), batch_size // hosts)}
     assert sorted(np.concatenate([host["label"][host["mask"]] for host in evaluated])) == list(range(size))
     for host in evaluated:
@@ -112,11 +113,11 @@ def test_imagenet_is_read_without_tensorflow(imagenet_mini_dirs):
     data_dir = imagenet_mini_dirs / "array_record"
     code = f"""
 import sys
-from fcvit_jax import data
+from fcvit_jax.data import loader
 if __name__ == "__main__":
-    dataset = data.open_dataset(dataset="imagenet2012", data_dir={str(data_dir)!r}, batch_size=8, image_size=32)
-    labels = {{int(label) for batch in data.train_batches(dataset, 0, 0, 5) for label in batch["label"]}}
-    (batch,) = list(data.eval_batches(dataset))[:1]
+    dataset = loader.open_dataset(dataset="imagenet2012", data_dir={str(data_dir)!r}, batch_size=8, image_size=32)
+    labels = {{int(label) for batch in loader.train_batches(dataset, 0, 0, 5) for label in batch["label"]}}
+    (batch,) = list(loader.eval_batches(dataset))[:1]
     print(dataset.num_train, dataset.num_eval, dataset.num_classes, dataset.class_names[277], sorted(labels))
     assert not [name for name in sys.modules if name.split(".")[0] == "tensorflow"]
 """
@@ -126,8 +127,8 @@ if __name__ == "__main__":
 
 
 def test_imagenet_pixels_are_those_of_the_files(imagenet_mini):
-    dataset = data.open_dataset(dataset="imagenet2012", data_dir=imagenet_mini, batch_size=21, image_size=32)
-    (batch,) = data.eval_batches(dataset)
+    dataset = loader.open_dataset(dataset="imagenet2012", data_dir=imagenet_mini, batch_size=21, image_size=32)
+    (batch,) = loader.eval_batches(dataset)
     with tarfile.open(os.path.join(imagenet_mini, "downloads", "manual", "ILSVRC2012_img_val.tar")) as tar:
         files = [tar.extractfile(name).read() for name in tar.getnames()]
     expected = [augment.eval_transform(file, 32, 0.9).tobytes() for file in files]
@@ -136,7 +137,7 @@ def test_imagenet_pixels_are_those_of_the_files(imagenet_mini):
 
 def test_a_dataset_that_is_not_prepared_gets_the_commands(imagenet_mini, tmp_path):
     with pytest.raises(UserError) as error:
-        data.open_dataset(dataset="imagenet2012", data_dir=str(tmp_path), batch_size=8)
+        loader.open_dataset(dataset="imagenet2012", data_dir=str(tmp_path), batch_size=8)
     message = str(error.value)
     assert f'python -c "{prepare_code(tmp_path, "array_record")}"' in message  # what the fixture ran
     assert f"mkdir -p {tmp_path}/downloads/manual" in message and "ILSVRC2012_img_train.tar" in message
@@ -145,7 +146,7 @@ def test_a_dataset_that_is_not_prepared_gets_the_commands(imagenet_mini, tmp_pat
 
 def test_tfrecord_gets_the_conversion_and_its_result_is_read(imagenet_mini_dirs, tmp_path):
     with pytest.raises(UserError, match="stored as tfrecord") as error:
-        data.open_dataset(dataset="imagenet2012", data_dir=str(imagenet_mini_dirs / "tfrecord"), batch_size=8)
+        loader.open_dataset(dataset="imagenet2012", data_dir=str(imagenet_mini_dirs / "tfrecord"), batch_size=8)
     folder = imagenet_mini_dirs / "tfrecord" / "imagenet2012" / "5.1.0"
     assert "-m tensorflow_datasets.scripts.convert_format --out_file_format=array_record" in str(error.value)
     assert f"--dataset_version_dir={folder}" in str(error.value)
@@ -158,7 +159,7 @@ def test_tfrecord_gets_the_conversion_and_its_result_is_read(imagenet_mini_dirs,
         path.rename(converted / path.name)
     info = json.loads((converted / "dataset_info.json").read_text())
     (converted / "dataset_info.json").write_text(json.dumps(info | {"alternativeFileFormats": ["array_record"]}))
-    assert data.open_dataset(dataset="imagenet2012", data_dir=str(tmp_path), batch_size=8).num_train == 40
+    assert loader.open_dataset(dataset="imagenet2012", data_dir=str(tmp_path), batch_size=8).num_train == 40
 
 
 class Texts(tfds.core.GeneratorBasedBuilder):
@@ -197,8 +198,8 @@ class Masks(tfds.core.GeneratorBasedBuilder):
 
 def test_other_images_of_a_record_are_not_decoded(tmp_path):
     Masks(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    dataset = data.open_dataset(dataset="masks", data_dir=str(tmp_path), batch_size=2, image_size=8)
-    (batch,) = data.eval_batches(dataset)
+    dataset = loader.open_dataset(dataset="masks", data_dir=str(tmp_path), batch_size=2, image_size=8)
+    (batch,) = loader.eval_batches(dataset)
     assert sorted(batch["label"]) == [0, 1]
 
 
@@ -222,25 +223,25 @@ def test_other_images_of_a_record_are_not_decoded(tmp_path):
 )
 def test_bad_config(imagenet_mini, change, message):
     with pytest.raises(UserError, match=message):
-        data.open_dataset(**dict(dataset="imagenet2012", data_dir=imagenet_mini, batch_size=8) | change)
+        loader.open_dataset(**dict(dataset="imagenet2012", data_dir=imagenet_mini, batch_size=8) | change)
 
 
 @pytest.mark.parametrize("cores, workers", [(1, 1), (2, 1), (6, 5)])
 def test_workers_for_all_cores_but_one(monkeypatch, cores, workers):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores), raising=False)
-    assert data.open_dataset(dataset="synthetic", batch_size=4, workers=-1).workers == workers
+    assert loader.open_dataset(dataset="synthetic", batch_size=4, workers=-1).workers == workers
 
 
 def test_a_dataset_without_images(tmp_path):
     Texts(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     with pytest.raises(UserError, match="texts lacks the features image .* it has label, text"):
-        data.open_dataset(dataset="texts", data_dir=str(tmp_path), batch_size=8)
+        loader.open_dataset(dataset="texts", data_dir=str(tmp_path), batch_size=8)
 
 
 def test_batches_that_cannot_be(digits_dir):
-    dataset = data.open_dataset(dataset="digits", data_dir=digits_dir, batch_size=9, image_size=8)
+    dataset = loader.open_dataset(dataset="digits", data_dir=digits_dir, batch_size=9, image_size=8)
     with pytest.raises(UserError, match="data.batch_size=9 must be a multiple of the 2 processes"):
-        data.train_batches(dataset, 0, 0, 1, process_index=0, process_count=2)
+        loader.train_batches(dataset, 0, 0, 1, process_index=0, process_count=2)
 
 
 def test_a_broken_record_is_named(imagenet_mini, tmp_path, monkeypatch):
@@ -251,7 +252,7 @@ def test_a_broken_record_is_named(imagenet_mini, tmp_path, monkeypatch):
     content[20000] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"record \d+ of imagenet2012 train cannot be read: Corrupted"):
-        next(data.train_batches(data.open_dataset(**arguments), 0, 0, 1))
+        next(loader.train_batches(loader.open_dataset(**arguments), 0, 0, 1))
 
     def refuse(*args):
         raise UserError("broken JPEG")
@@ -259,7 +260,7 @@ def test_a_broken_record_is_named(imagenet_mini, tmp_path, monkeypatch):
     monkeypatch.setattr(augment, "eval_transform", refuse)
     name = r"record 0 of imagenet2012 validation \(ILSVRC2012_val_\d+.JPEG\)"
     with pytest.raises(UserError, match=f"{name} is not a readable image: broken JPEG"):
-        next(data.eval_batches(data.open_dataset(**arguments)))
+        next(loader.eval_batches(loader.open_dataset(**arguments)))
 
 
 def test_a_bug_is_not_taken_for_a_broken_image(folder, monkeypatch):
@@ -268,7 +269,7 @@ def test_a_bug_is_not_taken_for_a_broken_image(folder, monkeypatch):
 
     monkeypatch.setattr(augment, "eval_transform", fail)
     with pytest.raises(ValueError, match="^a bug") as error:
-        list(data.eval_batches(open_folder(folder)))
+        list(loader.eval_batches(open_folder(folder)))
     assert not isinstance(error.value, UserError)
 
 
@@ -287,16 +288,16 @@ def folder(tmp_path):
 
 
 def open_folder(folder, **options):
-    return data.open_dataset(**dict(dataset=f"folder:{folder}", batch_size=2, image_size=8) | options)
+    return loader.open_dataset(**dict(dataset=f"folder:{folder}", batch_size=2, image_size=8) | options)
 
 
 def test_images_are_cut_and_augmented_as_the_options_say(folder):
     augmentation = dict(crop_scale=(0.3, 0.5), crop_ratio=(0.5, 0.8), flip=1.0, rand_augment=(3, 5.0, 0.0))
     dataset = open_folder(folder, crop_pct=0.5, workers=0, **augmentation)
     files = ["cat/c.WebP", "cat/d.png", "dog/a.JPEG", "dog/b.jpg"]
-    evaluated = collect(data.eval_batches(dataset))["image"].reshape(4, 8, 8, 3)
-    trained = collect(data.train_batches(dataset, 3, 0, 2))["image"].reshape(4, 8, 8, 3)
-    for place, index in enumerate(data._epoch_order(3, 0, 4).tolist()):
+    evaluated = collect(loader.eval_batches(dataset))["image"].reshape(4, 8, 8, 3)
+    trained = collect(loader.train_batches(dataset, 3, 0, 2))["image"].reshape(4, 8, 8, 3)
+    for place, index in enumerate(loader._epoch_order(3, 0, 4).tolist()):
         expected = augment.eval_transform((folder / "val" / files[index]).read_bytes(), 8, 0.5)
         np.testing.assert_array_equal(evaluated[index], expected)
         rng = np.random.default_rng([3, 0, index])
@@ -319,7 +320,7 @@ def test_folder(folder, caplog):
         f"{folder / 'validation'}: {only}, not cat/notes.txt, dog/absent.jpg, dog/more.jpg, dog/notes.txt, readme.txt",
     ]
     assert dataset.class_names == ("cat", "dog") and (dataset.num_train, dataset.num_eval) == (4, 4)
-    (batch,) = data.eval_batches(dataset)
+    (batch,) = loader.eval_batches(dataset)
     files = [folder / "validation" / name for name in ("cat/c.WebP", "cat/d.png", "dog/a.JPEG", "dog/b.jpg")]
     np.testing.assert_array_equal(batch["label"], [0, 0, 1, 1])
     np.testing.assert_array_equal(batch["image"], [augment.eval_transform(file.read_bytes(), 8) for file in files])
@@ -357,9 +358,9 @@ def test_evaluation_needs_no_training_images(folder, imagenet_mini):
     of_tfds = open_folder(folder, training=False, dataset="imagenet2012", data_dir=imagenet_mini, train_split="none")
     for dataset, classes, num_eval in ((of_folder, 2, 4), (of_tfds, 1000, 21)):
         assert (dataset.num_classes, dataset.num_train, dataset.num_eval) == (classes, 0, num_eval)
-        assert sum(batch["mask"].sum() for batch in data.eval_batches(dataset)) == num_eval
+        assert sum(batch["mask"].sum() for batch in loader.eval_batches(dataset)) == num_eval
         with pytest.raises(UserError, match="were opened for evaluation alone"):
-            data.train_batches(dataset, 0, 0, 1)
+            loader.train_batches(dataset, 0, 0, 1)
     (folder / "val").rename(folder / "test")
     with pytest.raises(UserError, match=f"^{folder} must have one of val and validation"):
         open_folder(folder, training=False)
@@ -370,34 +371,34 @@ def test_a_broken_file_is_named(folder):
     (folder / "train" / "dog" / "b.jpg").write_bytes(b"some text")
     dataset = open_folder(folder, batch_size=4)
     with pytest.raises(UserError, match=f"^{folder}/val/dog/b.jpg is not a readable image: "):
-        list(data.eval_batches(dataset))
+        list(loader.eval_batches(dataset))
     with pytest.raises(UserError, match=f"^{folder}/train/dog/b.jpg is not a readable image: "):
-        list(data.train_batches(dataset, 0, 0, 1))
+        list(loader.train_batches(dataset, 0, 0, 1))
 
 
 def test_a_tiny_image_works_and_a_missing_one_is_named(folder):
     Image.new("L", (1, 1), 7).save(folder / "train" / "dog" / "b.jpg")
     dataset = open_folder(folder, batch_size=4)
-    (batch,) = data.train_batches(dataset, 0, 0, 1)
+    (batch,) = loader.train_batches(dataset, 0, 0, 1)
     assert batch["image"].shape == (4, 8, 8, 3)
     (folder / "val" / "dog" / "b.jpg").unlink()
     with pytest.raises(UserError, match=f"{folder}/val/dog/b.jpg cannot be read: No such file"):
-        list(data.eval_batches(dataset))
+        list(loader.eval_batches(dataset))
 
 
 def test_synthetic():
-    dataset = data.open_dataset(dataset="synthetic", batch_size=4, image_size=8)
+    dataset = loader.open_dataset(dataset="synthetic", batch_size=4, image_size=8)
     assert (dataset.num_train, dataset.num_classes, dataset.steps_per_epoch) == (1_281_167, 1000, 320_291)
-    train = collect(data.train_batches(dataset, 0, 100, 3, process_index=1, process_count=2))
+    train = collect(loader.train_batches(dataset, 0, 100, 3, process_index=1, process_count=2))
     assert train.keys() == {"image", "label"} and train["image"].shape == (3, 2, 8, 8, 3)
-    assert collect(data.eval_batches(dataset))["mask"].all()
+    assert collect(loader.eval_batches(dataset))["mask"].all()
     part = dataclasses.replace(dataset, batch_size=2)  # as evaluation takes it with train.accumulate=2
-    assert collect(data.eval_batches(part))["mask"].shape == (part.num_eval_batches, 2) == (2, 2)
+    assert collect(loader.eval_batches(part))["mask"].shape == (part.num_eval_batches, 2) == (2, 2)
 
 
 def test_a_worker_that_fails_or_dies_ends_the_run(folder):
     dataset = open_folder(folder, workers=2, prefetch=1)
-    batches = data.train_batches(dataset, 0, 0, 100_000)
+    batches = loader.train_batches(dataset, 0, 0, 100_000)
     next(batches)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     with pytest.raises(UserError, match="A process that decodes images died: .* exit code -9. .*data.workers"):
@@ -407,7 +408,7 @@ def test_a_worker_that_fails_or_dies_ends_the_run(folder):
 
     (folder / "train" / "dog" / "b.jpg").write_bytes(b"some text")
     with pytest.raises(UserError, match="dog/b.jpg"):
-        list(data.train_batches(dataset, 0, 0, 100))
+        list(loader.train_batches(dataset, 0, 0, 100))
     assert not multiprocessing.active_children()
 
 
@@ -415,11 +416,11 @@ def test_workers_end_with_a_killed_parent(folder):
     script = folder / "script.py"
     script.write_text(f"""
 import contextlib, multiprocessing, time
-from fcvit_jax import data
+from fcvit_jax.data import loader
 
 def main():
-    dataset = data.open_dataset(dataset="folder:{folder}", batch_size=2, image_size=8, workers=1)
-    batches = data.train_batches(dataset, 0, 0, 1_000_000)
+    dataset = loader.open_dataset(dataset="folder:{folder}", batch_size=2, image_size=8, workers=1)
+    batches = loader.train_batches(dataset, 0, 0, 1_000_000)
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(batches):
         next(batches)
         print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)

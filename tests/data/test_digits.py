@@ -7,7 +7,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from fcvit_jax import digits
+from fcvit_jax.data import digits
 
 SKIP = {"image": tfds.decode.SkipDecoding()}
 

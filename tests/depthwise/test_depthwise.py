@@ -8,9 +8,9 @@ import pytest
 from conftest import WELL
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fcvit_jax import depthwise, depthwise_gpu
-from fcvit_jax.depthwise import IMPLS, depthwise_conv
-from fcvit_jax.layers import Conv1x1
+from fcvit_jax import depthwise
+from fcvit_jax.depthwise import IMPLS, depthwise_conv, kernels
+from fcvit_jax.networks.layers import Conv1x1
 
 # (N, H, W, C, k): odd and even maps, not square, smaller than the filter, one image, one pixel, blocks of channels.
 SIZES = [
@@ -286,8 +286,8 @@ def test_inside_shard_map_a_shared_filter_has_the_same_gradient(impl):
 def test_the_gpu_kernels_equal_the_oracle_in_interpret_mode(size, dtype):
     x, kernel, g = draw(size, dtype)
     window = kernel.shape[:2]
-    assert depthwise_gpu.supports(x.shape, window)
-    found = depthwise_gpu.forward(x, kernel, interpret=True), depthwise_gpu.weight_grad(x, g, window, interpret=True)
+    assert kernels.supports(x.shape, window)
+    found = kernels.forward(x, kernel, interpret=True), kernels.weight_grad(x, g, window, interpret=True)
     y, _, taps = value_and_gradients(oracle)(*(a.astype(jnp.float32) for a in (x, kernel, g)))
     assert_close(found, (y.astype(dtype), taps), 1e-5 if dtype == jnp.float32 else 4e-3)
 
@@ -305,26 +305,26 @@ def test_the_gpu_kernels_equal_the_oracle_in_interpret_mode(size, dtype):
     ids=str,
 )
 def test_the_gpu_kernels_leave_what_does_not_fit_to_lax(shape, k):
-    assert not depthwise_gpu.supports(shape, (k, k))
+    assert not kernels.supports(shape, (k, k))
 
 
 @pytest.mark.parametrize("mesh", [False, True])
 def test_only_a_program_that_a_gpu_runs_itself_has_the_kernels(monkeypatch, mesh):
     monkeypatch.setattr(depthwise, "_has_kernels", lambda shape, window: True)
-    monkeypatch.setattr(depthwise_gpu, "forward", lambda x, kernel: jax.lax.erf_inv(x))
-    monkeypatch.setattr(depthwise_gpu, "weight_grad", lambda x, g, window: jnp.cbrt(g[0, : window[0], : window[1]]))
+    monkeypatch.setattr(kernels, "forward", lambda x, kernel: jax.lax.erf_inv(x))
+    monkeypatch.setattr(kernels, "weight_grad", lambda x, g, window: jnp.cbrt(g[0, : window[0], : window[1]]))
     args = draw((8, 12, 12, 16, 11))
     run = value_and_gradients(ours(None))
 
-    def kernels(text):
+    def count(text):
         return text.count("erf_inv"), text.count("cbrt")
 
     def lowered(platform, **shardings):
-        return kernels(jax.jit(run, **shardings).trace(*args).lower(lowering_platforms=(platform,)).as_text())
+        return count(jax.jit(run, **shardings).trace(*args).lower(lowering_platforms=(platform,)).as_text())
 
     assert min(lowered("cuda")) > 0
     assert lowered("cpu") == lowered("tpu") == lowered("rocm") == (0, 0)
-    assert kernels(jax.export.export(jax.jit(run), platforms=("cuda",))(*args).mlir_module()) == (0, 0)
+    assert count(jax.export.export(jax.jit(run), platforms=("cuda",))(*args).mlir_module()) == (0, 0)
     devices = Mesh(np.array(jax.devices()), ("data",))
     batch, everywhere = (NamedSharding(devices, spec) for spec in (PartitionSpec("data"), PartitionSpec()))
     in_context = jax.sharding.use_abstract_mesh(devices.abstract_mesh)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from fcvit_jax.cpu import tune_cpu
+from fcvit_jax.devices.cpu import tune_cpu
 
 
 def test_the_users_own_vector_width_is_kept(monkeypatch):
@@ -18,7 +18,7 @@ def test_the_users_own_vector_width_is_kept(monkeypatch):
 
 COUNT_FAULTS = """
 import resource
-from fcvit_jax.cpu import tune_cpu
+from fcvit_jax.devices.cpu import tune_cpu
 tune_cpu()
 import jax, jax.numpy as jnp
 x = jnp.ones(2**24)

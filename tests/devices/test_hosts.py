@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from conftest import free_port
 
+from fcvit_jax.devices.hosts import _LAUNCHER_COUNTS, Feed, StopSignal, start_distributed
 from fcvit_jax.errors import UserError
-from fcvit_jax.hosts import _LAUNCHER_COUNTS, Feed, StopSignal, start_distributed
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def test_a_signal_is_noticed_by_the_next_poll():
@@ -55,7 +55,7 @@ def test_without_the_main_thread_there_are_no_handlers():
 
 
 HUNG = """
-from fcvit_jax.hosts import StopSignal
+from fcvit_jax.devices.hosts import StopSignal
 import time
 with StopSignal():
     print("ready", flush=True)
@@ -80,7 +80,7 @@ def test_a_second_ctrl_c_stops_at_once():
 
 ALONE = """
 import sys
-from fcvit_jax.hosts import exit_within, failing_together, start_distributed
+from fcvit_jax.devices.hosts import exit_within, failing_together, start_distributed
 start_distributed(sys.argv[1], 2, int(sys.argv[2]))
 if sys.argv[2] == "1":
     exit_within(1)
@@ -178,7 +178,7 @@ import os, signal, sys, time
 from pathlib import Path
 import jax
 from fcvit_jax.errors import UserError
-from fcvit_jax.hosts import StopSignal, check_same, check_shared, failing_together, start_distributed
+from fcvit_jax.devices.hosts import StopSignal, check_same, check_shared, failing_together, start_distributed
 start_distributed(sys.argv[1], 2, int(sys.argv[2]))
 folder = Path(sys.argv[3])
 sys.stdout = (folder / f"{sys.argv[2]}.txt").open("w")  # the connecting of processes prints too

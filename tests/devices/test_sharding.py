@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec as P
 from benchmarks.data_parallel import collectives
 from benchmarks.measure import Step
 from fcvit_jax import depthwise
+from fcvit_jax.devices.sharding import bytes_per_device, global_batch, make_mesh, state_shardings
 from fcvit_jax.errors import UserError
-from fcvit_jax.model import VARIANTS
-from fcvit_jax.sharding import bytes_per_device, global_batch, make_mesh, state_shardings
+from fcvit_jax.networks.fcvit import VARIANTS
 
 
 def test_meshes_that_do_not_fit_are_refused():

@@ -11,8 +11,8 @@ import torch_reference
 from equality import assert_close, assert_module_equals, at_random, nhwc
 from flax import linen as nn
 
-from fcvit_jax.blocks import Block, ChannelMixer, GlobalContext, TokenMixer, drop_path_factors, standardize
 from fcvit_jax.errors import UserError
+from fcvit_jax.networks.blocks import Block, ChannelMixer, GlobalContext, TokenMixer, drop_path_factors, standardize
 
 kernels = st.sampled_from([1, 3, 5, 7, 11])
 contexts = {"heads": st.sampled_from([2, 4, 8]), "reduction": st.sampled_from([2, 4, 8])}

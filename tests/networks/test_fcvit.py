@@ -17,14 +17,15 @@ from equality import assert_close, assert_module_equals, formula_weights, nhwc
 from flax import linen as nn
 from flax import nnx, traverse_util
 
-from fcvit_jax import convert, model, optim, train
-from fcvit_jax.blocks import Block
+from fcvit_jax import convert, optim, train
+from fcvit_jax.devices.sharding import make_mesh
 from fcvit_jax.errors import UserError
-from fcvit_jax.model import VARIANTS, Backbone, FCViT, abstract_variables, create_backbone, create_model
-from fcvit_jax.sharding import make_mesh
-from fcvit_jax.state import abstract_state, create_state
+from fcvit_jax.networks import fcvit
+from fcvit_jax.networks.blocks import Block
+from fcvit_jax.networks.fcvit import VARIANTS, Backbone, FCViT, abstract_variables, create_backbone, create_model
+from fcvit_jax.run.state import abstract_state, create_state
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent.parent / "data"
 # What differs from the defaults in each file; spec of the files: the option's name in the original.
 GOLDENS = {
     "fcvit_small": {},
@@ -338,7 +339,7 @@ def test_drop_path_rates_rise_linearly_and_every_block_has_its_draw(monkeypatch)
             seen[context.module.name] = args[2]
         return call(*args, **kwargs)
 
-    monkeypatch.setattr(model, "drop_path_factors", draw)
+    monkeypatch.setattr(fcvit, "drop_path_factors", draw)
     network = create_model("fcvit_tiny", drop_path_rate=0.3, depths=(1, 2, 0, 1))
     rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
     for in_training in (True, False):

@@ -9,7 +9,7 @@ import torch_reference
 from equality import assert_module_equals, at_random
 
 from fcvit_jax.errors import UserError
-from fcvit_jax.layers import BatchNorm, Downsample
+from fcvit_jax.networks.layers import BatchNorm, Downsample
 
 
 @at_random(kernel=st.sampled_from([(7, 4), (3, 2)]), train=st.booleans())

@@ -15,10 +15,10 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.experimental import multihost_utils
 
-from fcvit_jax.checkpoint import Checkpointer, find_step, load_metadata, load_variables, save_variables
+from fcvit_jax.devices.sharding import make_mesh, state_shardings
 from fcvit_jax.errors import UserError
-from fcvit_jax.sharding import make_mesh, state_shardings
-from fcvit_jax.state import TrainState
+from fcvit_jax.run.checkpoint import Checkpointer, find_step, load_metadata, load_variables, save_variables
+from fcvit_jax.run.state import TrainState
 
 # Orbax leaves the further exceptions of a failed read to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

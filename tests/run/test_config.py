@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import tiny_config
 
-from configs import cifar10, digits, fcvit_s12, fcvit_s24, fcvit_s48, fcvit_tiny, finetune, imagenet
-from fcvit_jax import mixing, optim
-from fcvit_jax.checkpoint import local_path
-from fcvit_jax.config import check_config, check_workdir, write_config
+from fcvit_jax import optim
+from fcvit_jax.augment import mixing
+from fcvit_jax.configs import cifar10, digits, fcvit_s12, fcvit_s24, fcvit_s48, fcvit_tiny, finetune, imagenet
 from fcvit_jax.errors import UserError
-from fcvit_jax.model import create_model
+from fcvit_jax.networks.fcvit import create_model
+from fcvit_jax.run.checkpoint import local_path
+from fcvit_jax.run.config import check_config, check_workdir, write_config
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_the_recipe_is_the_published_one():
     variants = {fcvit_tiny: (0.1, 0.9), fcvit_s12: (0.1, 0.9), fcvit_s24: (0.1, 0.95), fcvit_s48: (0.2, 0.95)}
     for module, (drop_path_rate, crop_pct) in variants.items():
         config = module.get_config()
-        assert config.model.name == module.__name__.removeprefix("configs.")
+        assert config.model.name == module.__name__.removeprefix("fcvit_jax.configs.")
         assert (config.model.drop_path_rate, config.data.crop_pct) == (drop_path_rate, crop_pct)
         for section, values in recipe.items():
             assert {key: config[section][key] for key in values} == values

@@ -8,7 +8,7 @@ import resource
 import pytest
 
 from fcvit_jax.errors import UserError
-from fcvit_jax.metrics import MetricsWriter, Progress
+from fcvit_jax.run.record import MetricsWriter, Progress
 
 
 def steps(workdir):

@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from fcvit_jax.model import create_model
-from fcvit_jax.sharding import make_mesh
-from fcvit_jax.state import abstract_state, create_state, init_variables
+from fcvit_jax.devices.sharding import make_mesh
+from fcvit_jax.networks.fcvit import create_model
+from fcvit_jax.run.state import abstract_state, create_state, init_variables
 
 
 @pytest.mark.usefixtures("shared_programs")

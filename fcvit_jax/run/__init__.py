@@ -1,0 +1,1 @@
+"""A run: its config, its state, what it saves and what it records."""
