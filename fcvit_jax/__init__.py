@@ -3,7 +3,12 @@
 import importlib
 import importlib.util
 
-from fcvit_jax.networks.fcvit import VARIANTS, FCViT, create_backbone, create_model
+from fcvit_jax.errors import show_log
+from fcvit_jax.networks import create_model
+from fcvit_jax.networks.fcvit import VARIANTS, FCViT, create_backbone
+from fcvit_jax.networks.normalize import normalize
+
+__version__ = "0.2.0"
 
 __all__ = [
     "VARIANTS",
@@ -11,6 +16,8 @@ __all__ = [
     "create_backbone",
     "create_model",
     "load_pretrained",
+    "normalize",
+    "show_log",
     "train_and_evaluate",
 ]
 

@@ -1,25 +1,66 @@
-"""The exception for mistakes that a user can fix, and what most often raises or shows it."""
+"""What users are told: the exception for mistakes that they can fix, and the log."""
 
 import contextlib
+import logging
 import math
 import os
 import sys
 from collections.abc import Iterator
+
+import jax
+
+# Everything that a run says goes here; a library says nothing more until its user installs a handler.
+log = logging.getLogger("fcvit_jax")
 
 
 class UserError(ValueError):
     """A mistake the user can fix: `main.py` and the tools print its message without a traceback and exit with 1."""
 
 
+class _AboveBar(logging.Handler):
+    """Prints records above a progress bar: warnings on stderr, all others on stdout."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if jax.distributed.is_initialized() and jax.process_index() > 0:
+            return  # the first process speaks for all
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        text = prefix + self.format(record)
+        try:
+            from tqdm import tqdm
+
+            tqdm.write(text, file=stream)
+        except ImportError:  # the networks alone do not need tqdm
+            print(text, file=stream)
+        stream.flush()  # a file would otherwise show the line much later, and a killed run would lose it
+
+
+def show_log() -> None:
+    """Prints what fcvit_jax logs, from level INFO up; `main.py` and the tools call it.
+
+    Example::
+
+        fcvit_jax.show_log()
+        fcvit_jax.train_and_evaluate(config, "runs/digits")
+
+    A program with a logging configuration of its own does not need it: the logger is `logging.getLogger("fcvit_jax")`.
+    """
+    if not any(isinstance(handler, _AboveBar) for handler in log.handlers):
+        log.addHandler(_AboveBar())
+        log.setLevel(logging.INFO)
+        log.propagate = False  # the root logger of absl would print every line again
+
+
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Ends a command-line tool without a traceback: status 1 and a message on a `UserError`, 130 on Ctrl-C, 141 where
-    nobody reads its output any more, as after `| head`.
+    """Runs a command-line tool: shows its log, and ends it without a traceback.
 
-    Names of files and classes that are no UTF-8 are printed with escapes.
+    The exit status is 1 with a message on a `UserError`, 130 on Ctrl-C and 141 on a broken pipe (`| head`). Names of
+    files and classes that are no UTF-8 are printed with escapes.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
+    show_log()
     try:
         yield
         sys.stdout.flush()
@@ -30,7 +71,7 @@ def exit_on_error() -> Iterator[None]:
         os._exit(130)  # a normal exit during compilation may crash the process
     except BrokenPipeError:
         try:
-            print(flush=True)  # is it that of the output?
+            print(flush=True)  # fails again if stdout is the broken pipe
         except BrokenPipeError:
             os._exit(141)  # a normal exit would try to write the rest
         raise

@@ -1,73 +1,152 @@
-"""Evaluation that counts every example exactly once."""
+"""Evaluation of any task, which counts every example exactly once."""
 
+import dataclasses
 import functools
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
-from jax.sharding import Mesh
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+from tqdm import tqdm
 
-from fcvit_jax.augment import mixing
-from fcvit_jax.devices.sharding import global_batch
-from fcvit_jax.networks.fcvit import FCViT
+from fcvit_jax import convert, tasks
+from fcvit_jax.data import loader
+from fcvit_jax.data.loader import Data
+from fcvit_jax.devices.hosts import errors_on_all_processes
+from fcvit_jax.devices.sharding import global_batch, make_mesh, state_shardings
+from fcvit_jax.devices.stopping import ProcessBatches, StopSignal
+from fcvit_jax.errors import UserError, log
+from fcvit_jax.run import saved
+from fcvit_jax.run.config import check_config, check_processes, check_sizes, class_changes, complete
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def eval_step(model: FCViT, variables: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Sums, not means, over the examples of a batch that its mask keeps.
-
-    Args:
-      model: the network.
-      variables: its "params" and "batch_stats".
-      batch: "image" (N, H, W, 3) uint8, "label" (N,) int32, "mask" (N,) bool: False where a row is padding.
-
-    Returns:
-      Scalars: "loss" (cross-entropy) float32; "top1", "top5" and "count" int32.
-    """
-    logits = model.clone(share_blocks=True).apply(variables, mixing.normalize(batch["image"]))
-    label, mask = batch["label"], batch["mask"]
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-    own = jnp.take_along_axis(logits, label[:, None], axis=1)
-    classes = jnp.arange(logits.shape[1])
-    # How many classes rank before the label: larger logits (NaN is the largest) and, as in argmax, earlier equal ones.
-    rank = (~(logits <= own) | ((logits == own) & (classes < label[:, None]))).sum(1)
-    return {
-        "loss": jnp.where(mask, loss, 0).sum(),
-        "top1": (mask & (rank < 1)).sum(),
-        "top5": (mask & (rank < 5)).sum(),
-        "count": mask.sum(),
-    }
+@functools.cache  # so that later evaluations find what JAX has compiled for the first
+def _compiled(eval_step: Callable, mesh: Mesh) -> Callable:
+    # On every device whole: with several processes, each can then read all of it.
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(eval_step, static_argnums=0, out_shardings=whole)
 
 
 def evaluate(
-    model: FCViT, variables: Mapping[str, Any], batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh
-) -> dict[str, float | int]:
-    """Evaluates a model over all batches.
+    task: ModuleType, model: nn.Module, variables: Mapping[str, Any], data: Data, mesh: Mesh, watch: Callable = iter
+) -> dict[str, float]:
+    """Evaluates a network over all examples of a dataset; every process must call it.
+
+    Example::
+
+        data = classification.open_dataset(False, dataset="digits", batch_size=64, image_size=32)
+        result = evaluate(classification, model, variables, data, make_mesh())
+        result["top1"]
 
     Args:
+      task: its module.
       model: the network.
-      variables: its "params" and "batch_stats", on the mesh.
-      batches: this host's rows of each batch, as `data.eval_batches` yields them.
+      variables: its variables, on the mesh.
+      data: from the task's `open_dataset`; `data.batch_size` examples are computed at once.
       mesh: the devices.
+      watch: wraps the iterator over the batches, as `StopSignal.watch` does.
 
     Returns:
-      "loss" (mean cross-entropy), "top1" and "top5" (fractions) and "count" (examples).
+      What the task's `finish` returns.
+
+    Raises:
+      UserError: an example cannot be read.
     """
-    totals: Counter[str] = Counter()
-    ahead: dict[str, jax.Array] = {}  # read one batch late, so that the device never waits for the host
+    shapes = [
+        loader.process_shapes(batch | {"mask": jax.ShapeDtypeStruct((data.batch_size,), bool)})
+        for batch in loader.batch_shapes(data, training=False)
+    ]
+    batches = ProcessBatches(
+        loader.eval_batches(data, jax.process_index(), jax.process_count()),
+        data.num_eval_batches,
+        lambda number: shapes[loader.eval_bucket(data, number)],
+    )
+    with closing(batches):
+        # disable=None: only where stderr is a terminal.
+        hidden = True if jax.process_index() > 0 else None
+        bar = tqdm(watch(batches), "evaluating", len(batches), leave=False, unit="batch", disable=hidden)
+        result = task.finish(_outputs(task.eval_step, model, variables, bar, mesh), data)
+        batches.check()
+    return result
+
+
+def _outputs(
+    eval_step: Callable, model: nn.Module, variables: Mapping[str, Any], batches: Iterable[loader.Batch], mesh: Mesh
+) -> Iterator[Any]:
+    """What `eval_step` returns for each batch, on the host."""
+    step, pending = _compiled(eval_step, mesh), None
     for batch in batches:
         with jax.set_mesh(mesh):  # for the depthwise convolutions
-            sums = eval_step(model, variables, global_batch(batch, mesh))
-        totals.update(_as_floats(ahead))
-        ahead = sums
-    totals.update(_as_floats(ahead))
-    count = int(totals["count"])
-    return {name: totals[name] / max(count, 1) for name in ("loss", "top1", "top5")} | {"count": count}
+            outputs = step(model, variables, global_batch(batch, mesh))
+        if pending is not None:
+            yield jax.device_get(pending)  # one batch late, so that the device never waits for the host
+        pending = outputs
+    if pending is not None:
+        yield jax.device_get(pending)
 
 
-def _as_floats(sums: Mapping[str, jax.Array]) -> dict[str, float]:
-    return {name: float(value) for name, value in jax.device_get(sums).items()}
+def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "checkpoints") -> dict[str, float]:
+    """Evaluates a checkpoint of a run.
+
+    Args:
+      config: the run's.
+      workdir: the run's folder.
+      which: "checkpoints" for the newest, "best" for the best, or "checkpoints/STEP".
+
+    Returns:
+      What the task's `finish` returns, such as "top1".
+
+    Raises:
+      UserError: the config or the data is not usable, or there is no such checkpoint.
+    """
+    with errors_on_all_processes():
+        config = complete(config)
+        task = tasks.load(config.task)
+        check_config(config, task)
+        data = task.open_dataset(training=False, **config.data)
+        mesh = make_mesh(**config.mesh)
+        model = task.create_model(**config.model)
+        check_sizes(config, data, mesh, model, training=False)
+        path = saved.find_step(saved.local_path(workdir) / which)
+        metadata = saved.load_metadata(path)
+        if saved.task_of(metadata) != config.task:
+            raise UserError(f"{path} is of the task {saved.task_of(metadata)}, the config of {config.task}.")
+        _check_data(path, metadata, data)
+        # In float32, as the run evaluates its averages.
+        variables = convert.load_pretrained(path, model.clone(param_dtype=jnp.float32))
+    check_processes(config, data)
+    variables = jax.device_put(variables, state_shardings(variables, mesh))
+    # What training computes in parts may not fit in memory whole.
+    data = dataclasses.replace(data, batch_size=data.batch_size // config.train.accumulate)
+    with StopSignal() as stop:
+        result = evaluate(task, model, variables, data, mesh, stop.watch)
+        if stop.received:
+            raise KeyboardInterrupt
+    log.info("%s: %s, over %d examples", path, task.describe(result), result["count"])
+    return result
+
+
+def _check_data(path: Path, metadata: Mapping[str, Any], data: Data) -> None:
+    """Compares the data with those of a checkpoint's run, and says what differs.
+
+    Raises:
+      UserError: they have another number of classes.
+    """
+    names = metadata.get("class_names", data.class_names)  # a converted checkpoint may have none
+    classes = saved.create_model(path, metadata).num_classes
+    if classes != data.num_classes:
+        raise UserError(
+            f"{path} has {classes} classes, the dataset {data.num_classes}: evaluate on data with the checkpoint's"
+            f" classes, or fine-tune it on these data, with --config.init_from={path}."
+        )
+    if changes := class_changes(names, data.class_names):
+        log.info("\n".join([f"the classes of {path} -> those of the data:", *changes]))
+    for name, used in data.about.items():
+        if name != "class_names" and metadata.get(name, used) != used:
+            log.info("%s is of a run with data.%s=%s; this evaluation is with %s", path, name, metadata[name], used)

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import jax
 import jax.export
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save
 
-from fcvit_jax.augment.mixing import normalize
 from fcvit_jax.errors import UserError, exit_on_error
-from fcvit_jax.predict import CHECKPOINT_HELP, load
+from fcvit_jax.predict import CHECKPOINT_HELP
+from fcvit_jax.run.saved import load
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+_OF_THE_RUN = ("best", "evaluated", "num_eval", "num_train")  # metadata that say nothing of the program
 
 
 def export(checkpoint: str | Path, dest: str | Path) -> None:
@@ -32,11 +32,12 @@ def export(checkpoint: str | Path, dest: str | Path) -> None:
     - `model.jax_export`: a serialised `jax.export` program with weights and normalisation in it, for CPU, CUDA and TPU:
       uint8 (N, S, S, 3) -> logits float32 (N, num_classes), or the pooled features of a network without a head.
     - `model.json`: "class_names", "image_size" (S), "crop_pct" (an image is resized, bicubic, to a
-      shorter side of floor(S / crop_pct), and its centre cropped) and "model", the arguments of `create_model`.
+      shorter side of floor(S / crop_pct), and its centre cropped), "task", and "model", the arguments of its
+      `create_model`.
     - `model.safetensors`: the variables by path, "params/stem/conv/kernel", ...
 
     Args:
-      checkpoint: as in `checkpoint.find_step`.
+      checkpoint: as in `saved.find_step`.
       dest: a new or empty folder.
 
     Raises:
@@ -45,14 +46,10 @@ def export(checkpoint: str | Path, dest: str | Path) -> None:
     dest = Path(dest).expanduser()
     if dest.is_file() or (dest.is_dir() and any(dest.iterdir())):
         raise UserError(f"{dest} is not an empty folder: choose another.")
-    model, variables, metadata = load(checkpoint)
-    about = {key: metadata[key] for key in ("class_names", "image_size", "crop_pct", "model")}
-
-    def logits(images):
-        return model.apply(variables, normalize(images))
-
-    images = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), *[metadata["image_size"]] * 2, 3), jnp.uint8)
-    program = jax.export.export(jax.jit(logits), platforms=PLATFORMS)(images)
+    task, model, variables, metadata = load(checkpoint)
+    about = {key: value for key, value in metadata.items() if key not in _OF_THE_RUN}
+    function, images = task.make_program(model, variables, metadata)
+    program = jax.export.export(jax.jit(function), platforms=PLATFORMS)(images)
     weights = {path: np.asarray(x) for path, x in traverse_util.flatten_dict(variables, sep="/").items()}
     files = {
         "model.jax_export": program.serialize(),

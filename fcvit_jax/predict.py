@@ -1,101 +1,41 @@
-"""Names what is in images: `python -m fcvit_jax.predict --checkpoint runs/digits photos/ cat.jpg`."""
+"""Says what is in images: `python -m fcvit_jax.predict --checkpoint runs/digits photos/ cat.jpg`."""
 
 import argparse
-import functools
 import glob
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from fcvit_jax.augment.images import IMAGE_SUFFIXES, eval_transform, is_image_file
-from fcvit_jax.augment.mixing import normalize
-from fcvit_jax.convert.fcvit import is_pyramid
-from fcvit_jax.errors import UserError, exit_on_error
-from fcvit_jax.networks.fcvit import FCViT, abstract_variables, create_saved
-from fcvit_jax.run.checkpoint import find_step, load_metadata, load_variables, local_path
+from fcvit_jax.augment import IMAGE_SUFFIXES, is_image_file
+from fcvit_jax.errors import UserError, exit_on_error, log
+from fcvit_jax.run.saved import Saved, load
 
 CHECKPOINT_HELP = "a run's folder, its checkpoints or best folder (the newest step is taken), or one step's folder"
 
 
-def load(checkpoint: str | Path) -> tuple[FCViT, dict[str, Any], dict[str, Any]]:
-    """Loads what evaluation uses of a checkpoint: the moving averages where the run kept them.
-
-    Example::
-
-        model, variables, metadata = load("runs/digits")
-        logits = model.apply(variables, images)                     # images (N, H, W, 3) float, normalised
+def read_image(path: Path, saved: Saved) -> np.ndarray:
+    """Reads an image as evaluation does.
 
     Args:
-      checkpoint: as in `checkpoint.find_step`.
+      path: of the file.
+      saved: from `run.saved.load`.
 
     Returns:
-      The network, its variables as NumPy arrays, and the metadata with "class_names", "image_size" and "crop_pct"; a
-      line on stderr tells which of these three were not in the checkpoint.
-
-    Raises:
-      UserError: there is no checkpoint, it cannot be read, or it holds another network.
-    """
-    path = local_path(checkpoint)
-    if path.is_file():
-        raise UserError(
-            f"{path} is a file, not a checkpoint's folder: python -m fcvit_jax.convert {path} FOLDER makes one,"
-            " if the file holds weights."
-        )
-    step = find_step(path)
-    metadata = load_metadata(step)
-    variables = load_variables(step)
-    if is_pyramid(f"params/{name}/" for name in variables["params"]):
-        raise UserError(f"{step} holds a feature pyramid, which has no classes: a classifier is needed here.")
-    model = create_saved(step, metadata)
-    if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, abstract_variables(model)):
-        raise UserError(f"{step} holds the weights of another network than the {metadata['model']} that it names.")
-    deep = metadata["model"]["name"].endswith(("24", "48"))  # which the original evaluates with another crop
-    usual = {
-        "class_names": [str(i) for i in range(model.num_classes)],
-        "image_size": 224,
-        "crop_pct": 0.95 if deep else 0.9,
-    }
-    if missing := sorted(usual.keys() - metadata.keys()):
-        print(
-            f"{step} says nothing of {', '.join(missing)}; the defaults are numbered classes, images of "
-            f"{usual['image_size']} pixels a side and crop_pct {usual['crop_pct']}",
-            file=sys.stderr,
-        )
-    return model, variables, usual | metadata
-
-
-def read_image(path: Path, metadata: Mapping[str, Any]) -> np.ndarray:
-    """Reads an image as evaluation does: (image_size, image_size, 3) uint8.
+      For a classifier, (image_size, image_size, 3) uint8.
 
     Raises:
       UserError: it cannot be read; names it.
     """
     try:
-        return eval_transform(path.read_bytes(), metadata["image_size"], metadata["crop_pct"])
+        return saved.task.read_image(path.read_bytes(), saved.metadata)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def probabilities(model: FCViT, variables: Mapping[str, Any], images: jax.Array) -> jax.Array:
-    """The probability of every class.
-
-    Args:
-      model: the network.
-      variables: its "params" and "batch_stats".
-      images: (N, H, W, 3) uint8.
-
-    Returns:
-      (N, num_classes) float32; rows sum to 1.
-    """
-    return jax.nn.softmax(model.apply(variables, normalize(images)))
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
@@ -119,32 +59,37 @@ def _predict(args: argparse.Namespace) -> int:
     if args.top < 1 or args.batch_size < 1:
         raise UserError("--top and --batch-size must be at least 1.")
     paths = find_images(args.images)
-    model, variables, metadata = load(args.checkpoint)
-    if not model.num_classes:
+    saved = load(args.checkpoint)
+    if not saved.model.num_classes:
         raise UserError(f"{args.checkpoint} has no head: there are no classes to predict.")
-    names = metadata["class_names"]
-    widths = [max(len(text) for text in texts) for texts in (["image", *map(str, paths)], ["class", *names])]
+    widths = [
+        max(map(len, texts)) for texts in (["image", *map(str, paths)], ["class", *saved.metadata["class_names"]])
+    ]
     if not args.json:
         print(f"{'image':{widths[0]}}  {'class':{widths[1]}}  probability")
-    variables, failed = jax.device_put(variables), False
+    variables, failed = jax.device_put(saved.variables), False
     size = min(args.batch_size, len(paths))
     for start in range(0, len(paths), size):
-        read, batch = [], np.zeros((size, metadata["image_size"], metadata["image_size"], 3), np.uint8)
+        read, images = [], []
         for path in paths[start : start + size]:
             try:
-                batch[len(read)] = read_image(path, metadata)
+                images.append(read_image(path, saved))
                 read.append(path)
             except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
+                log.error("%s", error)
                 failed = True
-        for path, row in zip(read, np.asarray(probabilities(model, variables, batch)), strict=False):
-            best = np.argsort(-row, kind="stable")[: args.top].tolist()
+        if not read:
+            continue
+        # Filled up to one size, so that one program serves all batches.
+        batch = np.stack(images + images[:1] * (size - len(images)))
+        found = saved.task.predict(saved.model, variables, batch, saved.metadata, args.top)
+        for path, predictions in zip(read, found, strict=False):
             if args.json:
-                top = [{"class": names[i], "index": i, "probability": float(row[i])} for i in best]
-                print(json.dumps({"image": str(path), "predictions": top}), flush=True)
-            else:
-                for label, i in zip([str(path)] + [""] * len(best), best, strict=False):
-                    print(f"{label:{widths[0]}}  {names[i]:{widths[1]}}  {row[i]:11.2%}", flush=True)
+                print(json.dumps({"image": str(path), "predictions": predictions}), flush=True)
+                continue
+            for i, line in enumerate(predictions):
+                label = "" if i else str(path)
+                print(f"{label:{widths[0]}}  {line['class']:{widths[1]}}  {line['probability']:11.2%}", flush=True)
     return int(failed)
 
 

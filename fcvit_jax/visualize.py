@@ -4,20 +4,24 @@ import argparse
 import functools
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
+from flax import traverse_util
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from fcvit_jax.augment.mixing import normalize
+from fcvit_jax import tasks
 from fcvit_jax.errors import UserError, exit_on_error
-from fcvit_jax.networks.fcvit import FCViT
-from fcvit_jax.predict import CHECKPOINT_HELP, find_images, load, read_image
+from fcvit_jax.networks.normalize import normalize
+from fcvit_jax.predict import CHECKPOINT_HELP, find_images, read_image
+from fcvit_jax.run.saved import load
 
 # Okabe and Ito's colours, which stay apart for every kind of colour vision; without yellow, too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -25,13 +29,13 @@ _MAX_IMAGES = 32  # of one picture
 
 
 def similarity_maps(
-    model: FCViT, variables: Mapping[str, Any], images: np.ndarray, block: str | None = None
+    model: nn.Module, variables: Mapping[str, Any], images: np.ndarray, block: str | None = None
 ) -> tuple[str, np.ndarray]:
     """Computes the token-global similarity of the last context in a block, in the order of the paper's figure 3.
 
     Args:
       model: the network.
-      variables: its "params" and "batch_stats".
+      variables: its variables.
       images: (N, H, W, 3) uint8.
       block: its name, such as "stages_3_block_1"; None: the last one whose map is larger than a single position.
 
@@ -41,21 +45,26 @@ def similarity_maps(
     Raises:
       UserError: there is no such block, its map is a single position, or the network computes no similarity.
     """
-    if not (model.use_context and model.weighted_context):
-        raise UserError("Without weighted context (use_context, weighted_context) a network computes no similarity.")
-    sown = _intermediates(model, variables, images)
-    names = [f"stages_{s}_block_{i}" for s, depth in enumerate(model.depths) for i in range(depth)]
-    context = f"context{len(model.kernel_sizes)}"
-    maps = {name: np.asarray(sown[name]["token_mixer"][context]["similarity"][0]) for name in names}
-    wide = [name for name in names if maps[name][0, ..., 0].size > 1]
+    sown = traverse_util.flatten_dict(_intermediates(model, variables, images))
+    paths = sorted((path for path in sown if path[-1] == "similarity"), key=_natural_order)
+    if not paths:
+        raise UserError("The network computes no similarity: it has no weighted context.")
+    maps = {path[0]: np.asarray(sown[path][0]) for path in paths}  # of several contexts in a block, the last
+    wide = [name for name in maps if maps[name][0, ..., 0].size > 1]
     if not wide or (block is not None and block not in wide):
         raise UserError(f"There is no map to draw of block {block}: choose from {', '.join(wide)}.")
     return block or wide[-1], maps[block or wide[-1]]
 
 
+def _natural_order(path: Sequence[str]) -> list:
+    """Sorts numbers in names by value: block 2 before block 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", "/".join(path))]
+
+
 @functools.partial(jax.jit, static_argnames="model")
-def _intermediates(model: FCViT, variables: Mapping[str, Any], images: jax.Array) -> dict[str, Any]:
-    return model.apply(variables, normalize(images), mutable="intermediates")[1]["intermediates"]
+def _intermediates(model: nn.Module, variables: Mapping[str, Any], images: jax.Array) -> dict[str, Any]:
+    images = normalize(images, model.mean, model.std)
+    return model.apply(variables, images, mutable="intermediates")[1]["intermediates"]
 
 
 def head_correlation(maps: np.ndarray) -> float:
@@ -147,14 +156,15 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
     return metrics
 
 
-def draw_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Draws loss, learning rate and top-1 over epochs.
+def draw_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], metric: str) -> Figure:
+    """Draws loss, learning rate and a metric over epochs.
 
     Args:
       runs: lines of metrics.jsonl by the run's name.
+      metric: a fraction that evaluation gives, such as "top1".
     """
     figure = Figure(figsize=(12, 4.2 + 0.25 * len(runs)), dpi=120, layout="constrained")
-    loss, rate, top1 = figure.subplots(1, 3)
+    loss, rate, quality = figure.subplots(1, 3)
     handles, labels = [], []  # given to the legend as they are: it would leave out names that begin with "_"
     for (name, metrics), colour in zip(runs.items(), itertools.cycle(COLOURS), strict=False):
 
@@ -166,27 +176,27 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
         curve(loss, "train/loss", color=colour, linewidth=1.2)
         curve(loss, "eval/loss", color=colour, linestyle="--", marker="o", markersize=4)
         curve(rate, "train/lr", color=colour)
-        values = curve(top1, "eval/top1", 100.0, color=colour, marker="o", markersize=4)
-        best = f"best top-1 {max(values):.2f} %" if values else "not evaluated yet"
-        handles += top1.plot((), (), color=colour)
+        values = curve(quality, f"eval/{metric}", 100.0, color=colour, marker="o", markersize=4)
+        best = f"best {metric} {max(values):.2f} %" if values else "not evaluated yet"
+        handles += quality.plot((), (), color=colour)
         labels.append(_literal(f"{name}: {best}"))
     loss.plot((), (), color="0.4", label="training (augmented)")
     loss.plot((), (), color="0.4", linestyle="--", marker="o", markersize=4, label="validation")
     loss.legend(fontsize=9)
     figure.legend(handles, labels, loc="outside lower center", fontsize=10)
-    for axis, title, unit in ((loss, "Loss", "cross-entropy"), (rate, "Learning rate", ""), (top1, "Top-1", "%")):
+    for axis, title, unit in ((loss, "Loss", "cross-entropy"), (rate, "Learning rate", ""), (quality, metric, "%")):
         axis.set(title=title, xlabel="epoch", ylabel=unit)
         axis.grid(alpha=0.3)
     return figure
 
 
 def _similarity(args: argparse.Namespace) -> Figure:
-    model, variables, metadata = load(args.checkpoint)
+    saved = load(args.checkpoint)
     paths = find_images(args.images)
     if len(paths) > _MAX_IMAGES:
         raise UserError(f"{len(paths)} images do not fit a picture: choose at most {_MAX_IMAGES}.")
-    images = [read_image(path, metadata) for path in paths]
-    block, maps = similarity_maps(model, variables, np.stack(images), args.block)
+    images = [read_image(path, saved) for path in paths]
+    block, maps = similarity_maps(saved.model, saved.variables, np.stack(images), args.block)
     correlations = [head_correlation(image_maps) for image_maps in maps]
     for path, value in zip(paths, correlations, strict=True):
         print(f"{path}: correlation between heads {value:.3f}")
@@ -197,8 +207,22 @@ def _similarity(args: argparse.Namespace) -> Figure:
     return draw_similarity(images, maps, [path.name for path in paths], title)
 
 
+def _metric(workdir: Path) -> str:
+    """The metric by which a run chooses its best checkpoint."""
+    try:
+        config = json.loads((workdir / "config.json").read_text())
+        task = config.get("task", "classification")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{workdir / 'config.json'} cannot be read: {error}; give folders of runs.") from error
+    return tasks.load(task).BEST
+
+
 def _curves(args: argparse.Namespace) -> Figure:
-    return draw_curves({str(workdir): read_metrics(workdir) for workdir in args.workdirs})
+    runs = {str(workdir): read_metrics(workdir) for workdir in args.workdirs}
+    metrics = {_metric(workdir) for workdir in args.workdirs}
+    if len(metrics) > 1:
+        raise UserError(f"These runs are of different tasks ({', '.join(sorted(metrics))}): draw each task by itself.")
+    return draw_curves(runs, metrics.pop())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -222,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     tool_curves = tools.add_parser(
         "curves",
         help="how runs went",
-        description="Draw loss, learning rate and top-1 of runs.",
+        description="Draw loss, learning rate and the main metric of runs, such as top-1.",
         epilog=f"example: {prog} curves runs/a runs/b --output curves.png",
     )
     tool_curves.add_argument("workdirs", nargs="+", type=Path, metavar="WORKDIR", help="a run's folder")

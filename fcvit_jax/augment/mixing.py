@@ -5,7 +5,7 @@ They depend only on the key and on the place in the global batch, never on how d
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,9 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fcvit_jax.errors import UserError, check_range
-
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet, in RGB order, for pixels in [0, 1]
-STD = (0.229, 0.224, 0.225)
+from fcvit_jax.networks.normalize import MEAN, STD, normalize
 
 ERASE_TRIES = 10
 ERASE_AREA = (0.02, 1 / 3)
@@ -34,20 +32,6 @@ class MixDraws(NamedTuple):
     use_cutmix: jax.Array
     lam: jax.Array
     center: jax.Array
-
-
-def normalize(images: jax.Array) -> jax.Array:
-    """Scales pixels to zero mean and unit variance per channel over ImageNet.
-
-    Args:
-      images: (..., 3), RGB in [0, 255], uint8 or float.
-
-    Returns:
-      float32, of the same shape.
-    """
-    mean = np.float32(255 * np.array(MEAN))
-    std = np.float32(255 * np.array(STD))
-    return (jnp.asarray(images, jnp.float32) - mean) / std
 
 
 def smooth_one_hot(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
@@ -172,7 +156,7 @@ def apply_mix(images: jax.Array, targets: jax.Array, draws: MixDraws) -> tuple[j
 def erasing_boxes(
     applied: jax.Array, area: jax.Array, aspect: jax.Array, position: jax.Array, height: int, width: int
 ) -> jax.Array:
-    """The first of several tried rectangles that is smaller than the image, put in its place.
+    """For each image, picks the first candidate rectangle that is smaller than the image, and places it at `position`.
 
     Args:
       applied: bool, (N,): whether the image is to be erased at all.
@@ -205,6 +189,8 @@ def draw_erasing(key: jax.Array, n: int, height: int, width: int, prob: float) -
 
 def make(
     num_classes: int = 1000,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
     *,
     mixup_alpha: float = 0.8,
     cutmix_alpha: float = 1.0,
@@ -226,6 +212,7 @@ def make(
 
     Args:
       num_classes: columns of the targets.
+      mean, std: as in `normalize`.
       mixup_alpha: lambda of mixup is drawn from Beta(mixup_alpha, mixup_alpha); 0: no mixup.
       cutmix_alpha: likewise for cutmix; both 0: no mixing at all.
       mix_prob: probability that a group is mixed.
@@ -266,7 +253,7 @@ def make(
                 switch_prob=switch_prob,
             )
             images, targets = apply_mix(images, targets, draws)
-        images = normalize(images)
+        images = normalize(images, mean, std)
         if erase_prob:
             boxes = draw_erasing(box_key, n, height, width, erase_prob)
             images = jnp.where(inside(boxes, height, width), jax.random.normal(noise_key, images.shape), images)

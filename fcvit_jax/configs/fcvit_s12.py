@@ -7,9 +7,5 @@ from fcvit_jax.configs import imagenet
 
 
 def get_config():
-    """The ImageNet recipe with this variant's name, drop-path rate and evaluation crop."""
-    config = imagenet.get_config()
-    config.model.name = "fcvit_s12"
-    config.model.drop_path_rate = 0.1
-    config.data.crop_pct = 0.9
-    return config
+    """The ImageNet recipe with this variant's drop-path rate and evaluation crop."""
+    return imagenet.get_config("fcvit_s12")

@@ -1,6 +1,6 @@
 """ImageNet-1k with the recipe of the paper: 300 epochs and 10 of cool-down, with 1,024 images per update.
 
-The configs of the variants start from it and set the name, the drop-path rate and the evaluation crop:
+There is a config for each variant; configs/imagenet.py:NAME takes it by its name:
 
     python main.py --config=configs/fcvit_s12.py --workdir=runs/s12 --config.data.data_dir=/data/tensorflow_datasets
 
@@ -9,19 +9,23 @@ Every key can be overridden on the command line: --config.optim.lr=2e-3
 
 from ml_collections import ConfigDict, config_dict
 
+from fcvit_jax import networks
 
-def get_config() -> ConfigDict:
-    """The whole recipe; docs/recipe.md says where each value comes from."""
+
+def get_config(name: str = "fcvit_s12") -> ConfigDict:
+    """The whole recipe of a variant; docs/recipe.md says where each value comes from."""
+    variant = networks.settings(name)
     config = ConfigDict()
+    config.task = "classification"  # or the import path of a task of your own; fcvit_jax/tasks says what it must have
     config.seed = 42  # of the weights (unless from init_from), the data's order, augmentation, mixing and drop-path
     config.init_from = config_dict.placeholder(str)  # weights to start from: a checkpoint, .pth, .pth.tar or .npz
     config.resume_with_changes = False  # resume a run although its config or data differ
     config.compilation_cache = True  # keep compiled programs in <workdir>/, unless JAX has a folder for them
 
     model = config.model = ConfigDict()  # see fcvit_jax.FCViT; a config file may add others of its attributes
-    model.name = "fcvit_s12"  # a key of fcvit_jax.VARIANTS, or the name that the original gives it
+    model.name = name  # a key of fcvit_jax.VARIANTS, or the name that the original gives it
     model.num_classes = 1000  # must equal the dataset's
-    model.drop_path_rate = 0.1  # of the last block; rises linearly from 0 at the first
+    model.drop_path_rate = variant["drop_path_rate"]  # of the last block; rises linearly from 0 at the first
     model.bn_group_size = 128  # images that share batch statistics; 0: all
     model.remat = False  # recompute blocks in the backward pass: less memory, more time
     model.dtype = "bfloat16"  # of computation; parameters, statistics, softmax and loss are float32
@@ -31,15 +35,15 @@ def get_config() -> ConfigDict:
     data.data_dir = "~/tensorflow_datasets"  # where TFDS keeps its datasets
     data.train_split = "train"  # of a TFDS dataset; "train[:10%]" takes a part of it
     data.eval_split = "validation"  # likewise
-    data.batch_size = 1024  # per update, over all devices and hosts
-    data.image_size = 224  # height and width in pixels
+    data.batch_size = 1024  # per update, over all devices and processes
+    data.image_size = variant["image_size"]  # height and width in pixels
     data.workers = -1  # decoding processes; -1: one fewer than cores; 0: decode in the training process
     data.prefetch = 1  # batches in each of a worker's two buffers; the README says what shared memory they take
     data.crop_scale = (0.08, 1.0)  # smallest and largest share of the image's area
     data.crop_ratio = (3 / 4, 4 / 3)  # smallest and largest width over height
     data.flip = 0.5  # probability of a horizontal flip
     data.rand_augment = (2, 9.0, 0.5)  # operations, magnitude and its standard deviation; (): off
-    data.crop_pct = 0.9  # in evaluation: the shorter side becomes image_size / crop_pct
+    data.crop_pct = variant["crop_pct"]  # in evaluation: the shorter side becomes image_size / crop_pct
 
     mixing = config.mixing = ConfigDict()
     mixing.mixup_alpha = 0.8  # lambda is drawn from Beta(alpha, alpha); 0: no mixup
@@ -72,9 +76,10 @@ def get_config() -> ConfigDict:
     train.ema_decay = config_dict.placeholder(float)  # of the averaged weights, such as 0.9998; None: off
     train.log_every = 50  # steps between two lines of metrics.jsonl
     train.eval_every = 1  # epochs between two evaluations
+    train.profile_steps = ()  # (first, last): write a trace of these steps by JAX's profiler; (): none
 
     checkpoint = config.checkpoint = ConfigDict()
-    checkpoint.keep = 3  # how many of the newest to keep; the best by top-1 is kept as well
+    checkpoint.keep = 3  # how many of the newest to keep; the best is kept as well
     checkpoint.save_every = 1000  # steps between two checkpoints; every evaluation saves one as well
 
     mesh = config.mesh = ConfigDict()

@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 
 import jax
 import numpy as np
-from absl import logging
 from flax import traverse_util
 
 from fcvit_jax.convert.fcvit import (
@@ -30,7 +29,7 @@ from fcvit_jax.convert.fcvit import (
     original_shape,
     to_original,
 )
-from fcvit_jax.errors import UserError, exit_on_error
+from fcvit_jax.errors import UserError, exit_on_error, log
 from fcvit_jax.networks.fcvit import (
     VARIANTS,
     Backbone,
@@ -38,7 +37,6 @@ from fcvit_jax.networks.fcvit import (
     abstract_variables,
     create_backbone,
     create_model,
-    create_saved,
 )
 
 # Where a .npz keeps what it says of itself, as JSON.
@@ -192,7 +190,7 @@ def load_pretrained(path: str | Path, model: FCViT | Backbone, *, ema: bool | No
     classes = weights[kernel].shape[axis] if kernel in weights and weights[kernel].ndim == 2 else 0
     if isinstance(model, Backbone):
         variables = _fit(path, weights, FCViT(num_classes=classes, **_fields(model)))
-        logging.warning("%s holds a classifier: the norms of the pyramid start afresh.", path)
+        log.warning("%s holds a classifier: the norms of the pyramid start afresh.", path)
         params = {name: x for name, x in variables["params"].items() if name not in ("norm", "head")}
         for i, dim in enumerate(model.dims):
             params[f"norm_{i}"] = {"scale": np.ones(dim, model.param_dtype), "bias": np.zeros(dim, model.param_dtype)}
@@ -200,7 +198,7 @@ def load_pretrained(path: str | Path, model: FCViT | Backbone, *, ema: bool | No
     variables = _fit(path, weights, model.clone(num_classes=classes))
     if classes != model.num_classes:
         head = "the head starts afresh" if model.num_classes else "the head is left out"
-        logging.warning("%s has %d classes, the model %d: %s.", path, classes, model.num_classes, head)
+        log.warning("%s has %d classes, the model %d: %s.", path, classes, model.num_classes, head)
         variables["params"].pop("head", None)
         if model.num_classes:
             shape = (model.dims[-1], model.num_classes)
@@ -230,7 +228,11 @@ def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None) ->
     dest = Path(dest).expanduser()
     weights, metadata = _read(Path(source), ema)
     if "model" in metadata:
-        model = create_saved(source, metadata, create_backbone if is_pyramid(weights) else create_model)
+        create = create_backbone if is_pyramid(weights) else create_model
+        try:
+            model = create(**metadata["model"])
+        except TypeError as error:
+            raise UserError(f"{source} does not say which network it holds: {error}") from error
     else:
         model = infer_model({name: x.shape for name, x in weights.items()})
     # In float32, in which a run evaluates its averages, whatever the dtype of its parameters.
@@ -290,9 +292,9 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        from fcvit_jax.run import checkpoint
+        from fcvit_jax.run import saved
 
-        return checkpoint.load_metadata(path)
+        return saved.load_metadata(path)
     if path.suffix.lower() != ".npz":
         return {}
     with _open_npz(path) as file:
@@ -303,9 +305,9 @@ def _read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str
     """Weights, by the original's names or by our paths, and what the file says of itself."""
     path = path.expanduser()
     if path.is_dir():
-        from fcvit_jax.run import checkpoint
+        from fcvit_jax.run import saved
 
-        return traverse_util.flatten_dict(checkpoint.load_variables(path, ema=ema), sep="/"), read_metadata(path)
+        return traverse_util.flatten_dict(saved.load_variables(path, ema=ema), sep="/"), read_metadata(path)
     if not path.is_file():
         raise UserError(f"There is no file or folder {path}.")
     if path.suffix.lower() != ".npz":
@@ -362,7 +364,7 @@ def _read_torch(path: Path, ema: bool | None) -> dict[str, np.ndarray]:
     if key == "state_dict_ema" and not ema:
         if ema is False:
             raise UserError(f"{path} holds exponential moving averages alone (state_dict_ema), no plain weights.")
-        logging.warning("%s holds exponential moving averages alone: they are used.", path)
+        log.warning("%s holds exponential moving averages alone: they are used.", path)
     state_dict = content if key is None else content[key]
     arrays = {}
     for name, x in state_dict.items():

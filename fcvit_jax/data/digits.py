@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from fcvit_jax.errors import UserError
+from fcvit_jax.errors import UserError, log
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
@@ -64,7 +64,7 @@ def prepare(data_dir: str) -> Digits:
     builder = Digits(data_dir=data_dir, file_format="array_record")
     if builder.data_path.exists():  # written elsewhere and renamed: it exists when it is complete
         return builder
-    print(f"Writing scikit-learn's digits as PNG records to {builder.data_dir}", flush=True)
+    log.info("writing scikit-learn's digits as PNG records to %s", builder.data_dir)
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(None):  # TFDS would speak of a download

@@ -1,7 +1,6 @@
-"""Where examples come from: TFDS records or folders of image files, read as (encoded image, label) by index.
+"""Where classified images come from: TFDS records or folders of image files, read as (encoded image, label).
 
-A source can be pickled, for the worker processes, and has `len(source)`, `read(indices)` and `describe(index)`, which
-names an example in error messages.
+Each source is a `loader.Source`.
 """
 
 import dataclasses
@@ -11,12 +10,12 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 
 from fcvit_jax.augment.images import IMAGE_SUFFIXES, is_image_file
 from fcvit_jax.data import digits
-from fcvit_jax.errors import UserError
+from fcvit_jax.errors import UserError, log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +32,11 @@ class Records:
     def read(self, indices: Sequence[int]) -> Iterator[tuple[bytes, int]]:
         try:
             examples = self.source.__getitems__(indices)  # in parallel, which matters for remote files
-        except Exception:  # does not say which record
-            examples = map(self._read_one, indices)
+        except Exception as error:  # of any kind, and it does not say which record
+            examples = list(map(self._read_one, indices))
+            log.warning(
+                "%s %s: reading records together failed (%s), one by one worked", self.dataset, self.split, error
+            )
         return ((example["image"], example["label"]) for example in examples)
 
     def describe(self, index: int) -> str:
@@ -48,27 +50,36 @@ class Records:
             raise UserError(f"record {index} of {self.dataset} {self.split} cannot be read: {error}") from error
 
 
-@dataclasses.dataclass(frozen=True)
 class Files:
-    """One split of a folder: the class folders in it."""
+    """One split of a folder: the class folders in it.
 
-    folder: str
-    names: list[str]  # CLASS/FILE
-    labels: list[int]
+    Args:
+      folder: of the split.
+      classes: names of files by the name of their class, whose place is the label.
+    """
+
+    def __init__(self, folder: str, classes: Mapping[str, Sequence[str]]):
+        self.folder = folder
+        self.labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(files) for files in classes.values()])
+        # Bytes in one piece: a million Python strings would take three times the memory, in every worker.
+        names = [os.fsencode(f"{name}/{file}") for name, files in classes.items() for file in files]
+        self._names = b"".join(names)
+        self._ends = np.cumsum([len(name) for name in names])
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.labels)
 
     def read(self, indices: Sequence[int]) -> Iterator[tuple[bytes, int]]:
         for index in indices:
             try:
                 with open(self.describe(index), "rb") as file:
-                    yield file.read(), self.labels[index]
+                    yield file.read(), int(self.labels[index])
             except OSError as error:
                 raise UserError(f"{self.describe(index)} cannot be read: {error.strerror}") from error
 
     def describe(self, index: int) -> str:
-        return os.path.join(self.folder, self.names[index])
+        start = self._ends[index - 1] if index else 0
+        return os.path.join(self.folder, os.fsdecode(self._names[start : self._ends[index]]))
 
 
 def open_tfds(
@@ -178,7 +189,7 @@ def open_folder(path: str, training: bool = True) -> tuple[Files | None, Files, 
     (evaluation,) = evaluation
     if not training:
         classes = _list_classes(evaluation)
-        return None, _files(evaluation, classes), tuple(classes)
+        return None, Files(evaluation, classes), tuple(classes)
     train_classes, eval_classes = _list_classes(train), _list_classes(evaluation)
     if train_classes.keys() != eval_classes.keys():
         raise UserError(
@@ -187,7 +198,7 @@ def open_folder(path: str, training: bool = True) -> tuple[Files | None, Files, 
             f" only the second has {_first(eval_classes.keys() - train_classes.keys())}."
             " Every class needs a folder in both."
         )
-    return _files(train, train_classes), _files(evaluation, eval_classes), tuple(train_classes)
+    return Files(train, train_classes), Files(evaluation, eval_classes), tuple(train_classes)
 
 
 def _list_classes(folder: str) -> dict[str, list[str]]:
@@ -205,7 +216,7 @@ def _list_classes(folder: str) -> dict[str, list[str]]:
     if empty:
         raise UserError(f"{folder} has class folders without any image ({kinds}) directly in them: {_first(empty)}")
     if others:
-        logging.warning("%s: only images (%s) directly in classes are read, not %s", folder, kinds, _first(others))
+        log.warning("%s: only images (%s) directly in classes are read, not %s", folder, kinds, _first(others))
     return images
 
 
@@ -219,14 +230,6 @@ def _visible(folder: str) -> list[os.DirEntry]:
 def _natural_order(name: str) -> tuple:
     """Sorts numbers in names by value, as timm does: class 2 before class 10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())], name
-
-
-def _files(folder: str, classes: Mapping[str, Sequence[str]]) -> Files:
-    return Files(
-        folder,
-        names=[f"{name}/{file}" for name, files in classes.items() for file in files],
-        labels=[label for label, files in enumerate(classes.values()) for _ in files],
-    )
 
 
 def _first(names: Collection[str]) -> str:

@@ -1,9 +1,8 @@
 """FCViT, the network: its variants and two ways to use it; docs/model.md says exactly what is computed."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from flax.linen.initializers import normal
 from fcvit_jax.errors import UserError, check_range
 from fcvit_jax.networks.blocks import Block, ChannelMixer, TokenMixer, drop_path_factors
 from fcvit_jax.networks.layers import Downsample, group_norm
+from fcvit_jax.networks.normalize import MEAN, STD
 
 try:
     from jax.experimental.scheduling_groups import xla_metadata_call
@@ -26,6 +26,13 @@ VARIANTS = {
     "fcvit_s12": {"depths": (2, 2, 6, 2), "dims": (64, 128, 320, 512), "mlp_ratios": (8, 8, 4, 4)},
     "fcvit_s24": {"depths": (4, 4, 12, 4), "dims": (64, 128, 320, 512), "mlp_ratios": (8, 8, 4, 4)},
     "fcvit_s48": {"depths": (8, 8, 24, 8), "dims": (64, 128, 320, 512), "mlp_ratios": (8, 8, 4, 4)},
+}
+# How the original trains and evaluates each variant.
+SETTINGS = {
+    "fcvit_tiny": {"image_size": 224, "crop_pct": 0.9, "drop_path_rate": 0.1},
+    "fcvit_s12": {"image_size": 224, "crop_pct": 0.9, "drop_path_rate": 0.1},
+    "fcvit_s24": {"image_size": 224, "crop_pct": 0.95, "drop_path_rate": 0.1},
+    "fcvit_s48": {"image_size": 224, "crop_pct": 0.95, "drop_path_rate": 0.2},
 }
 
 
@@ -77,10 +84,19 @@ class _Stages(nn.Module):
     dropout_rate: float = 0.0
     drop_path_rate: float = 0.0
     bn_group_size: int | None = None
+    freeze_bn: bool = False
     remat: bool = False
     share_blocks: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+
+    mean: ClassVar[Sequence[float]] = MEAN  # of the pixels that it takes, as in `normalize`
+    std: ClassVar[Sequence[float]] = STD
+
+    @property
+    def feature_info(self) -> tuple[dict[str, int], ...]:
+        """The "channels" and the "stride" in pixels of every map that `features` returns."""
+        return tuple({"channels": dim, "stride": 4 * 2**s} for s, dim in enumerate(self.dims))
 
     @nn.compact
     def features(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, ...]:
@@ -99,7 +115,7 @@ class _Stages(nn.Module):
         channels_first = images.shape[1:2] == (3,) != images.shape[3:]
         if images.ndim != 4 or channels_first or not jnp.issubdtype(images.dtype, jnp.floating):
             raise UserError(
-                f"Images must be (N, H, W, 3) floats, as fcvit_jax.mixing.normalize makes of uint8, not "
+                f"Images must be (N, H, W, 3) floats, as fcvit_jax.normalize makes of uint8, not "
                 f"{images.dtype} {images.shape}."
             )
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -124,12 +140,12 @@ class _Stages(nn.Module):
         if train and self.drop_path_rate > 0:
             rates = np.linspace(0, self.drop_path_rate, len(drop_path))
             drop_path = drop_path_factors(self.make_rng("dropout"), rates, images.shape[0])
-        x, maps = images, []
+        x, maps, train_bn = images, [], train and not self.freeze_bn
         for s, (depth, dim, ratio) in enumerate(zip(self.depths, self.dims, self.mlp_ratios, strict=True)):
             if s == 0:
-                x = downsample(dim, kernel_size=7, stride=4, name="stem")(x, train)
+                x = downsample(dim, kernel_size=7, stride=4, name="stem")(x, train_bn)
             else:
-                x = downsample(dim, kernel_size=3, stride=2, name=f"downsample_{s}")(x, train)
+                x = downsample(dim, kernel_size=3, stride=2, name=f"downsample_{s}")(x, train_bn)
             channel_mixer = functools.partial(
                 ChannelMixer,
                 ratio=ratio,
@@ -187,6 +203,7 @@ class FCViT(_Stages):
       dropout_rate: in the channel mixer.
       drop_path_rate: of the last block; rises linearly from 0 at the first.
       bn_group_size: images that share batch statistics in training; None or 0: the whole batch.
+      freeze_bn: keep and use the running statistics of batch normalisation in training too, for small batches.
       remat: recompute each block in the backward pass: less memory, more time, the same numbers but for rounding.
       share_blocks: trace the equal blocks of a stage once, as training does: compiles faster, names all by the first in
         profiles, and draws other weights and dropout masks from the same key. Not for use under a `jax.checkpoint` of
@@ -249,13 +266,54 @@ def _is_supported(dtype: Any) -> bool:
         return False
 
 
-def _create(module: type[nn.Module], name: str, overrides: dict[str, Any]) -> Any:
-    """Makes a module of a variant, by our name or by the original's (fcvit_b12, ...), and checks its fields."""
+def variant(name: str) -> str:
+    """Our name of a variant: the key of `VARIANTS` for it, or for the name that the original gives it (fcvit_b12, ...).
+
+    Raises:
+      UserError: there is no such variant.
+    """
     ours = name.replace("fcvit_b", "fcvit_s")
     if ours not in VARIANTS:
         raise UserError(f"Unknown model {name!r}: choose from {', '.join(VARIANTS)}.")
+    return ours
+
+
+def _init_first_blocks(model: FCViT, key: jax.Array) -> dict[str, Any]:
+    """As `model.init`, but with no more than one block in each stage."""
+    model = model.clone(depths=tuple(min(depth, 1) for depth in model.depths))
+    return model.init(key, jnp.zeros((1, 32, 32, 3)))
+
+
+def init_variables(model: FCViT, key: jax.Array, jit: Callable = lambda function, *args: jax.jit(function)) -> dict:
+    """Draws the initial weights of a classifier.
+
+    They are not those of `model.init`, but drawn by one program that is run once for each block of a stage: compiling
+    the draws of all blocks takes XLA as long as compiling the training step.
+
+    Args:
+      model: the network.
+      key: random key.
+      jit: jit(function, *args) makes a compiled function for such arguments.
+
+    Returns:
+      {"params": ..., "batch_stats": ...}.
+    """
+    draw = jit(functools.partial(_init_first_blocks, model), key)
+    # Draw i gives block i of every stage, and draw 0 all the rest as well.
+    draws = [draw(key), *(draw(jax.random.fold_in(key, i)) for i in range(1, max(model.depths)))]
+    params = {name: x for name, x in draws[0]["params"].items() if not name.startswith("stages")}
+    for s, depth in enumerate(model.depths):
+        for i in range(depth):
+            params[f"stages_{s}_block_{i}"] = draws[i]["params"][f"stages_{s}_block_0"]
+    return {"params": params, "batch_stats": draws[0]["batch_stats"]}
+
+
+def _create(module: type[nn.Module], name: str, overrides: dict[str, Any]) -> Any:
+    """Makes a module of a variant and checks its fields."""
     # JSON and command lines give lists, with which a module could not be hashed.
-    model = module(**VARIANTS[ours] | {key: tuple(x) if isinstance(x, list) else x for key, x in overrides.items()})
+    model = module(
+        **VARIANTS[variant(name)] | {key: tuple(x) if isinstance(x, list) else x for key, x in overrides.items()}
+    )
     rates = ("dropout_rate", "drop_path_rate")
     counts = ("context_heads", "context_reduction", "mix_reduction", "mix_min_dim")
     check_range("model", 0, below=1, **{key: getattr(model, key) for key in rates})
@@ -311,20 +369,3 @@ def create_backbone(name: str, **overrides) -> Backbone:
       UserError: the name is unknown, or a value is not allowed, such as a rate of 1, an even kernel or dtype float16.
     """
     return _create(Backbone, name, overrides)
-
-
-def create_saved(source: str | Path, metadata: Mapping[str, Any], create: Callable[..., Any] = create_model) -> Any:
-    """Makes the network that weights were saved of.
-
-    Args:
-      source: file or folder of the weights, to be named in an error.
-      metadata: what was saved beside them; "model": the arguments of `create`.
-      create: `create_model` or `create_backbone`.
-
-    Raises:
-      UserError: the metadata do not say, or name an option that does not exist.
-    """
-    try:
-        return create(**metadata["model"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{source} does not say which FCViT it holds: {type(error).__name__}: {error}") from error

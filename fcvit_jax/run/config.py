@@ -1,31 +1,34 @@
 """What a config may hold, and whether a folder holds a run of the same config."""
 
+import copy
+import dataclasses
 import difflib
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
+from flax import linen as nn
 from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fcvit_jax import optim
-from fcvit_jax.augment import mixing
-from fcvit_jax.data.loader import Data, open_dataset
-from fcvit_jax.devices.hosts import check_same, say
+from fcvit_jax.data.loader import Data
+from fcvit_jax.devices.hosts import check_same
 from fcvit_jax.devices.sharding import make_mesh
-from fcvit_jax.errors import UserError, check_range
-from fcvit_jax.networks.fcvit import FCViT
-from fcvit_jax.run.checkpoint import Checkpointer, step_folders
+from fcvit_jax.errors import UserError, check_range, log
+from fcvit_jax.run.checkpoint import Checkpointer
+from fcvit_jax.run.saved import step_folders
 
-# Keys that each host may have its own value of.
-_HOST_KEYS = {"data.data_dir", "data.prefetch", "data.workers"}
+# Keys that each process may have its own value of.
+_PROCESS_KEYS = {"data.data_dir", "data.prefetch", "data.workers"}
 # Keys that may change between two starts of a run, since its result does not depend on them.
-_FREE_KEYS = _HOST_KEYS | {
+_FREE_KEYS = _PROCESS_KEYS | {
     "checkpoint.keep",
     "checkpoint.save_every",
     "compilation_cache",
@@ -33,7 +36,48 @@ _FREE_KEYS = _HOST_KEYS | {
     "mesh.fsdp",
     "resume_with_changes",
     "train.log_every",
+    "train.profile_steps",
 }
+# Keys that came later, with the value that a config or a run without them has.
+_ADDED = {"task": "classification", "train.profile_steps": ()}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """How long a run trains, and what it does on the way: `config.train`.
+
+    Attributes:
+      epochs: of the learning rate's schedule.
+      steps: stop after this many updates; None: after all epochs.
+      accumulate: number of parts that a batch is computed in, to save memory.
+      ema_decay: of the averaged weights, such as 0.9998; None: off.
+      log_every: steps between two lines of metrics.jsonl.
+      eval_every: epochs between two evaluations.
+      profile_steps: (first, last): the updates from first to last are traced by JAX's profiler; (): none.
+
+    Raises:
+      UserError: a value is out of its range.
+    """
+
+    epochs: int
+    steps: int | None
+    accumulate: int
+    ema_decay: float | None
+    log_every: int
+    eval_every: int
+    profile_steps: Sequence[int] = ()
+
+    def __post_init__(self):
+        numbers = {"steps": self.steps} if self.steps is not None else {}
+        counts = {key: getattr(self, key) for key in ("epochs", "accumulate", "log_every", "eval_every")}
+        check_range("train", 1, **counts, **numbers)
+        if self.ema_decay is not None:
+            check_range("train", 0, below=1, ema_decay=self.ema_decay)
+        steps = self.profile_steps
+        if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+            raise UserError(
+                f"train.profile_steps={steps} must be the first and the last step to trace, from 1 up, or ()."
+            )
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,28 +85,46 @@ def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     return traverse_util.flatten_dict(tree, sep=".")
 
 
-def check_config(config: ConfigDict) -> None:
+def complete(config: ConfigDict) -> ConfigDict:
+    """A copy of a config, with the values of keys that came after it was written."""
+    config = copy.deepcopy(config)
+    with config.unlocked():
+        for key, value in _ADDED.items():
+            *sections, name = key.split(".")
+            section = config
+            for part in sections:
+                section = section.get(part, ConfigDict())  # one that is missing is an error of `check_config`
+            if name not in section:
+                section[name] = value
+    return config
+
+
+def check_config(config: ConfigDict, task: ModuleType) -> None:
     """Compares a config with the functions that take its parts.
+
+    Args:
+      config: from `complete`.
+      task: its module.
 
     Raises:
       UserError: naming every unknown and every missing key, or the first value that JSON cannot hold or that is out of
         its range.
     """
-    # The steps of training and evaluation share blocks in any case.
-    fields = [name for name in FCViT.__dataclass_fields__ if name not in ("parent", "name", "share_blocks")]
+    values = _flat(config.to_dict())
+    fields = task.model_fields(values["model.name"]) if isinstance(values.get("model.name"), str) else set()
     sections = {
         "model": {"name", *fields},
-        "data": _keywords(open_dataset),
-        "mixing": _keywords(mixing.make),
+        "data": _keywords(task.open_dataset),
+        "mixing": _keywords(task.make_prepare),
         "optim": _keywords(optim.make_optimizer),
         "mesh": _keywords(make_mesh),
         "checkpoint": _keywords(Checkpointer),
-        "train": {"steps", "epochs", "log_every", "eval_every", "accumulate", "ema_decay"},
+        "train": {field.name for field in dataclasses.fields(TrainOptions)},
     }
     known = {f"{section}.{key}" for section, keys in sections.items() for key in keys}
-    known |= {"seed", "init_from", "resume_with_changes", "compilation_cache"}
-    needed = known - {f"model.{field}" for field in fields if field != "num_classes"}  # the variant has the others
-    values = _flat(config.to_dict())
+    known |= {"task", "seed", "init_from", "resume_with_changes", "compilation_cache"}
+    # A variant has values for all fields of its model but this one.
+    needed = known - {f"model.{field}" for field in fields - {"num_classes"}}
     faults = []
     for key in sorted(values.keys() - known):
         close = difflib.get_close_matches(key, known, 1)
@@ -79,9 +141,7 @@ def check_config(config: ConfigDict) -> None:
             ) from error
     if not 0 <= config.seed < 2**32:  # JAX drops the higher bits
         raise UserError(f"seed={config.seed} must lie between 0 and {2**32 - 1}.")
-    numbers = {key: x for key, x in config.train.items() if x is not None or key not in ("steps", "ema_decay")}
-    check_range("train", 0, below=1, ema_decay=numbers.pop("ema_decay", 0))
-    check_range("train", 1, **numbers)
+    TrainOptions(**config.train)
 
 
 def _keywords(function: Callable) -> set[str]:
@@ -89,12 +149,16 @@ def _keywords(function: Callable) -> set[str]:
     return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def check_sizes(data: Data, mesh: Mesh, model: FCViT, accumulate: int, training: bool = True) -> None:
+def group_size(model: nn.Module) -> int:
+    """How many images share batch statistics in training; 0: all of a part of the batch, or there are none."""
+    return getattr(model, "bn_group_size", None) or 0
+
+
+def check_sizes(config: ConfigDict, data: Data, mesh: Mesh, model: nn.Module, training: bool = True) -> None:
     """Checks what no function can check alone: that dataset, batch, devices and model fit each other.
 
     Args:
-      data, mesh, model: of the run.
-      accumulate: parts that a batch is computed in.
+      config, data, mesh, model: of the run.
       training: False: the model is evaluated only.
 
     Raises:
@@ -105,7 +169,7 @@ def check_sizes(data: Data, mesh: Mesh, model: FCViT, accumulate: int, training:
             f"The dataset has {data.num_classes} classes, the model {model.num_classes}: "
             f"set --config.model.num_classes={data.num_classes}."
         )
-    group = model.bn_group_size
+    accumulate, group = config.train.accumulate, group_size(model)
     part, rest = divmod(data.batch_size, accumulate)
     if rest or part % mesh.size:
         raise UserError(
@@ -119,20 +183,20 @@ def check_sizes(data: Data, mesh: Mesh, model: FCViT, accumulate: int, training:
         )
 
 
-def check_hosts(config: ConfigDict, data: Data) -> None:
-    """Compares the config and the dataset with the other hosts'; every host must call it.
+def check_processes(config: ConfigDict, data: Data) -> None:
+    """Compares the config and the dataset with those of the other processes; every process must call it.
 
     Raises:
-      UserError: on every host, if the configs or the datasets differ.
+      UserError: on every process, if the configs or the datasets differ.
     """
-    check_same("configs", {key: x for key, x in _flat(config.to_dict()).items() if key not in _HOST_KEYS})
+    check_same("configs", {key: x for key, x in _flat(config.to_dict()).items() if key not in _PROCESS_KEYS})
     check_same("datasets", [data.num_train, data.num_eval, data.class_names])
 
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
     """Compares a config with `<workdir>/config.json`, if the folder holds a run.
 
-    A start that has saved no checkpoint binds no later one.
+    If the folder has no checkpoint yet, any config is accepted.
 
     Raises:
       UserError: the folder holds checkpoints of another config.
@@ -144,6 +208,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
         old = _flat(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): choose another --workdir.") from error
+    old = json.loads(json.dumps(_ADDED)) | old
     new = _flat(json.loads(config.to_json()))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     lines = [f"  {key}: {old.get(key)} -> {new.get(key)}" for key in changed if key != "resume_with_changes"]
@@ -155,7 +220,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
         )
     if lines:
         what = "going on with" if has_checkpoint else "no checkpoint yet, so starting with"
-        say("\n".join([f"{what} changes to the config of {workdir}:", *lines]))
+        log.info("\n".join([f"{what} changes to the config of {workdir}:", *lines]))
 
 
 def class_changes(old: Sequence[str], new: Sequence[str]) -> list[str]:
@@ -186,11 +251,11 @@ def check_data(config: ConfigDict, old: Mapping[str, Any], new: Mapping[str, Any
             + "\nRestore them, choose another --workdir, or go on with these: --config.resume_with_changes=True"
         )
     if lines:
-        say("\n".join(["going on with other data:", *lines]))
+        log.info("\n".join(["going on with other data:", *lines]))
 
 
 def write_config(config: ConfigDict, workdir: Path) -> None:
-    """Writes `<workdir>/config.json`, whole or not at all; only the first host writes.
+    """Writes `<workdir>/config.json`, whole or not at all; only the first process writes.
 
     Raises:
       UserError: the folder cannot be written.

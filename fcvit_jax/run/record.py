@@ -1,54 +1,86 @@
-"""A run's record: `metrics.jsonl`, TensorBoard files, and on screen the progress, the evaluations and the result."""
+"""A run's record: `metrics.jsonl`, TensorBoard files and traces, and on screen the progress and the results."""
 
 import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from fcvit_jax import optim
 from fcvit_jax.data.loader import Data
-from fcvit_jax.devices.hosts import say
 from fcvit_jax.devices.sharding import bytes_per_device
-from fcvit_jax.errors import UserError
-from fcvit_jax.networks.fcvit import FCViT
+from fcvit_jax.errors import UserError, log
+from fcvit_jax.run.config import group_size
 from fcvit_jax.run.state import TrainState
 
-# Where PyTorch is installed, tensorboardX would import it for an annotation: slow, and with CUDA libraries of its own.
-_torch = sys.modules.setdefault("torch", None)
-from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402
-from tensorboardX.summary import scalar  # noqa: E402
 
-if _torch is None:
-    del sys.modules["torch"]
+class _TensorBoard:
+    """Writes TensorBoard's event files."""
+
+    def __init__(self, folder: Path, first_step: int):
+        # Where PyTorch is installed, tensorboardX would import it for an annotation: slow, and with CUDA libraries of
+        # its own.
+        had_torch = "torch" in sys.modules
+        sys.modules.setdefault("torch", None)
+        try:
+            from tensorboardX import event_file_writer, summary
+            from tensorboardX.proto import event_pb2
+        finally:
+            if not had_torch:
+                del sys.modules["torch"]
+        folder.mkdir(exist_ok=True)
+        self._event, self._scalar = event_pb2.Event, summary.scalar
+        # Not the usual SummaryWriter: it writes in a thread, and a full disk would stop that and then hang the run.
+        self._file = event_file_writer.EventsWriter(str(folder / "events"))
+        # TensorBoard then forgets what it has seen of later steps.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._file.write_event(self._event(wall_time=time.time(), step=first_step, session_log=start))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._file.write_event(self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value)))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class MetricsWriter:
-    """Appends metrics to `<workdir>/metrics.jsonl` and `<workdir>/tensorboard/`; only the first host writes.
+    """Appends metrics to `<workdir>/metrics.jsonl` and `<workdir>/tensorboard/`; only the first process writes.
 
     Args:
       workdir: the run's folder.
       step: the step that the run continues from; lines beyond it are dropped, since they will be written again.
       evaluated: the step of its last evaluation; evaluations of later steps are dropped likewise.
       steps_per_epoch: updates in an epoch.
+      on_metrics: on_metrics(step, metrics) is called with what is written.
 
     Raises:
       UserError: the files cannot be written.
     """
 
-    def __init__(self, workdir: Path, step: int, evaluated: int, steps_per_epoch: int):
+    def __init__(
+        self,
+        workdir: Path,
+        step: int,
+        evaluated: int,
+        steps_per_epoch: int,
+        on_metrics: Callable[[int, dict[str, float]], None] | None = None,
+    ):
         self._steps_per_epoch = steps_per_epoch
+        self._on_metrics = on_metrics
         self._file = None
         if jax.process_index() != 0:
             return
@@ -61,12 +93,7 @@ class MetricsWriter:
                 kept.write_text("".join(line.rstrip("\n") + "\n" for line in lines if _is_kept(line, step, evaluated)))
                 kept.replace(self._path)
             self._file = self._path.open("a")
-            # Not the usual SummaryWriter: it writes in a thread, and a full disk would stop that and then hang the run.
-            (workdir / "tensorboard").mkdir(exist_ok=True)
-            self._tensorboard = EventsWriter(str(workdir / "tensorboard" / "events"))
-            # TensorBoard then forgets what it has seen of later steps.
-            start = SessionLog(status=SessionLog.START)
-            self._tensorboard.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+            self._tensorboard = _TensorBoard(workdir / "tensorboard", step + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Writes one line: the step (updates done), the epoch, and the metrics by name, such as "train/loss".
@@ -80,10 +107,9 @@ class MetricsWriter:
         with self._writing():
             self._file.write(json.dumps({"step": step, "epoch": epoch, **metrics}) + "\n")
             self._file.flush()
-            for name, value in metrics.items():
-                summary = scalar(name, value)
-                self._tensorboard.write_event(Event(wall_time=time.time(), step=step, summary=summary))
-            self._tensorboard.flush()
+            self._tensorboard.write(step, metrics)
+        if self._on_metrics is not None:
+            self._on_metrics(step, dict(metrics))
 
     def close(self) -> None:
         """Closes the files."""
@@ -104,7 +130,9 @@ class MetricsWriter:
 
 def _is_kept(line: str, step: int, evaluated: int) -> bool:
     try:
-        return json.loads(line)["step"] <= (evaluated if "eval/loss" in line else step)
+        metrics = json.loads(line)
+        is_evaluation = any(name.startswith("eval/") for name in metrics)
+        return metrics["step"] <= (evaluated if is_evaluation else step)
     except (ValueError, KeyError, TypeError):  # cut off when the run was killed
         return False
 
@@ -147,12 +175,13 @@ class Progress:
         """
         self._bar.update()
         now = time.perf_counter() if done is None else done
-        if self._start is None:  # the first step of a leg compiles, or refills the loader
+        if self._start is None:  # the first step of a leg refills the loader
             self._start, self._since, self._wait = now, step, 0.0
         if step % self._log_every and step != self._total:
             return
         shown, rates = {"loss": f"{metrics['train/loss']:.3f}"}, ""
-        # Not of the odd steps at the end of a run: the last is noted without the wait for data that others include.
+        # No rate for a last interval that is shorter: its last step does not include a wait for data and would look too
+        # fast.
         if step > self._since and step % self._log_every == 0:
             rate = (step - self._since) / (now - self._start)
             metrics["train/images_per_second"] = rate * self._batch_size
@@ -162,7 +191,7 @@ class Progress:
             self._start, self._since, self._wait = now, step, 0.0
         self._bar.set_postfix(shown, refresh=False)
         if self._bar.disable:
-            say(f"step {step}/{self._total}  loss {shown['loss']}{rates}")
+            log.info("step %d/%d  loss %s%s", step, self._total, shown["loss"], rates)
         self._writer.write(step, metrics)
 
     def resume(self) -> None:
@@ -174,18 +203,54 @@ class Progress:
         self._bar.close()
 
 
+class Profiler:
+    """Traces some steps by JAX's profiler into a folder, for TensorBoard or xprof.
+
+    Args:
+      folder: of the trace.
+      steps: (first, last): the updates from first to last are traced; (): none.
+    """
+
+    def __init__(self, folder: Path, steps: Sequence[int]):
+        self._folder = folder
+        self._first, self._last = steps or (0, 0)
+        self._tracing = False
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Goes around an update; its number counts from 1."""
+        if number == self._first:
+            jax.profiler.start_trace(self._folder)
+            self._tracing = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            yield
+
+    def after(self, number: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Ends the trace after its last update, whose metrics say when it is done."""
+        if self._tracing and number >= self._last:
+            jax.block_until_ready(metrics)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a trace that is under way."""
+        if self._tracing:
+            self._tracing = False
+            jax.profiler.stop_trace()
+            log.info("the trace of steps %d to %d is in %s", self._first, self._last, self._folder)
+
+
 def describe_run(
     config: ConfigDict,
     data: Data,
     mesh: Mesh,
-    model: FCViT,
+    model: nn.Module,
     abstract: TrainState,
     schedule: optax.Schedule,
     total: int,
 ) -> str:
     """The first line of a run: what runs where, for how many steps, and at which learning rate."""
-    processes, parameters = jax.process_count(), sum(x.size for x in jax.tree.leaves(abstract.params))
-    group = model.bn_group_size or data.batch_size // config.train.accumulate
+    processes, parameters = jax.process_count(), sum(x.size for x in jax.tree.leaves(abstract.variables["params"]))
+    group = group_size(model) or data.batch_size // config.train.accumulate
     lr, lr_batch_size = config.optim.lr, config.optim.lr_batch_size
     base = optim.scale_lr(lr, lr_batch_size, data.batch_size)
     scaled = f" (optim.lr {lr:.3g} x batch {data.batch_size} / {lr_batch_size})" if lr_batch_size else ""
@@ -205,25 +270,18 @@ def describe_run(
     )
 
 
-def describe_accuracy(result: Mapping[str, float]) -> str:
-    """Top-1 and top-5, which `result` has as fractions, in percent."""
-    return f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}"
-
-
-def describe_evaluation(metadata: Mapping[str, Any], epoch: float) -> str:
-    """The line after an evaluation, from a checkpoint's metadata."""
-    result, best = metadata["evaluated"], metadata["best"]
+def describe_evaluation(task: ModuleType, evaluated: Mapping[str, Any], best: Mapping[str, Any], epoch: float) -> str:
+    """The line after an evaluation; `evaluated` and `best` hold its metrics and those of the best, and their steps."""
     return (
-        f"epoch {epoch:.4g}, step {result['step']}: {describe_accuracy(result)}, loss {result['loss']:.4f}, "
-        f"over {result['count']} examples (best top-1 {best['top1']:.2%} at step {best['step']})"
+        f"epoch {epoch:.4g}, step {evaluated['step']}: {task.describe(evaluated)}, over {evaluated['count']} examples "
+        f"(best {task.BEST} {best[task.BEST]:.2%} at step {best['step']})"
     )
 
 
-def describe_end(metadata: Mapping[str, Any], workdir: Path) -> str:
-    """The last line of a run that has reached its end."""
-    result, best = metadata["evaluated"], metadata["best"]
+def describe_end(task: ModuleType, evaluated: Mapping[str, Any], best: Mapping[str, Any], workdir: Path) -> str:
+    """The last line of a run that has reached its end; arguments as in `describe_evaluation`."""
     return (
-        f"done: final {describe_accuracy(result)}; best {describe_accuracy(best)} at step {best['step']}; "
-        f"over {result['count']} examples. Checkpoints: {workdir / 'checkpoints' / str(result['step'])} and "
+        f"done: final {task.describe(evaluated)}; best {task.describe(best)} at step {best['step']}; "
+        f"over {evaluated['count']} examples. Checkpoints: {workdir / 'checkpoints' / str(evaluated['step'])} and "
         f"{workdir / 'best' / str(best['step'])}"
     )

@@ -1,0 +1,120 @@
+"""Trains or evaluates a network: `python -m fcvit_jax --config=configs/digits.py --workdir=runs/digits`.
+
+In a clone of the repository, `python main.py` does the same.
+"""
+
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from fcvit_jax.errors import exit_on_error
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "The config file, such as configs/digits.py; --config.KEY=VALUE overrides a key. configs/imagenet.py has them all. "
+    "If there is no such file, a recipe of that name which fcvit_jax brings is taken.",
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; a run that it holds is resumed.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "eval: evaluate a checkpoint of the run.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint",
+    None,
+    "For --mode=eval, what to take of --workdir: checkpoints (the newest; default), checkpoints/STEP, best.",
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if the environment does not give it.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of processes; with --coordinator.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this process, from 0; with --coordinator.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
+    if _MODE.value == "train" and _CHECKPOINT.value:
+        raise app.UsageError("--checkpoint goes with --mode=eval: training resumes from the newest checkpoint")
+    with exit_on_error():
+        run()
+
+
+def run() -> None:
+    """Does what the flags say.
+
+    Raises:
+      UserError: on a mistake that the user can fix.
+    """
+    # Grain's workers import this file again, and need none of this.
+    from fcvit_jax.devices.cpu import tune_cpu
+    from fcvit_jax.devices.hosts import exit_within, start_distributed
+    from fcvit_jax.evaluate import evaluate_checkpoint
+    from fcvit_jax.run.checkpoint import silence_orbax
+    from fcvit_jax.train import train_and_evaluate
+
+    try:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # at absl's own default Orbax logs every file
+            silence_orbax()
+        tune_cpu()
+        start_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        if _MODE.value == "train":
+            train_and_evaluate(_CONFIG.value, _WORKDIR.value)
+        else:
+            evaluate_checkpoint(_CONFIG.value, _WORKDIR.value, _CHECKPOINT.value or "checkpoints")
+    except Exception:
+        exit_within(30)
+        raise
+
+
+def _with_recipes(argv: list[str]) -> list[str]:
+    """The arguments, in which a --config that is no file is replaced by the recipe of that name, if there is one."""
+    recipes = Path(__file__).parent / "configs"
+
+    def find(match: re.Match) -> str:
+        recipe = recipes / f"{Path(match[2]).stem}.py"
+        return f"{match[1]}{recipe}{match[3]}" if recipe.is_file() and not Path(match[2]).exists() else match[0]
+
+    return [re.sub(r"^(--?config=)([^:]+)(:.*)?$", find, arg) for arg in argv]
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses as absl does, and turns what ml_collections raises about a --config it cannot load or override into text.
+
+    Raises:
+      SystemExit: with a message.
+    """
+    argv = _with_recipes(argv)
+    sys.argv = argv  # where ml_collections looks for what to override
+    try:
+        rest = app.parse_flags_with_usage(argv)
+        _CONFIG.value.keys()  # a file that could not be loaded raises when it is first used
+        return rest
+    except (AttributeError, KeyError, OSError) as error:
+        while error.args and isinstance(error.args[0], Exception):
+            error = error.args[0]
+        text = str(error.args[0]) if error.args else ""
+        if isinstance(error, OSError):  # of many lines, the last of which is the system's
+            sys.exit(
+                f"error: --config cannot be read: {text.splitlines()[-1].strip()} (the current folder is {os.getcwd()})"
+            )
+        raised = traceback.extract_tb(error.__traceback__)[-1]
+        # ml_collections says what key is missing; Python itself, what is wrong in a config file, and of which object.
+        if "ml_collections" not in raised.filename or getattr(error, "obj", None) is not None:
+            where = f"{raised.filename}, line {raised.lineno}"
+            sys.exit(f"error: --config cannot be read: {type(error).__name__}: {text} ({where})")
+        if any(arg.startswith("--config.model.") for arg in argv) and "Did you mean" not in text:
+            text += "\nFields of the model that the config does not set go into a config file, as in configs/digits.py."
+        sys.exit(f"error: no such config key: {text}")
+
+
+def start() -> None:
+    """Runs the program with the arguments of the command line."""
+    app.run(main, flags_parser=parse_flags)
+
+
+if __name__ == "__main__":
+    start()

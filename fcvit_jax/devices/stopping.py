@@ -1,0 +1,121 @@
+"""How a run stops early: on a signal, or on an error of one of several processes."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from fcvit_jax.devices.hosts import raise_on_all_processes
+
+_T = TypeVar("_T")
+
+
+class StopSignal:
+    """Turns SIGTERM and Ctrl-C into a request that the loop polls; a second Ctrl-C stops at once.
+
+    With several processes JAX's coordination passes SIGTERM on, so that all stop at the same poll.
+
+    Attributes:
+      received: whether a poll has answered yes.
+    """
+
+    def __init__(self):
+        self.received = False
+        self._signalled = self._interrupted = False
+        self._polls = 0
+
+    def __enter__(self) -> "StopSignal":
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            # With several processes SIGTERM belongs to JAX, whose handler ours would replace.
+            signals = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+            self._previous = {number: signal.signal(number, self._on_signal) for number in signals}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number, _) -> None:
+        if number == signal.SIGINT:
+            if self._interrupted:
+                os._exit(130)  # nothing is waited for: a run may be killed at any moment
+            self._interrupted = True
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")  # print is not safe in a handler
+            if jax.process_count() > 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        self._signalled = True
+
+    def poll(self) -> bool:
+        """Whether to stop; with several processes all get the same answer, so each must poll equally often."""
+        self._polls += 1
+        if jax.process_count() > 1:
+            self.received = self.received or multihost_utils.reached_preemption_sync_point(self._polls)
+        else:
+            self.received = self._signalled
+        return self.received
+
+    def watch(self, items: Iterable[_T]) -> Iterator[_T]:
+        """Yields the items until a stop is requested; it polls before each."""
+        for item in items:
+            if self.poll():
+                return
+            yield item
+
+
+class ProcessBatches:
+    """Iterates over this process's batches.
+
+    With several processes, an error while reading is held back: from then on the batches are zeros, until all processes
+    have reached the same stopping point and `check` raises the error on every one. So no process waits for another.
+
+    Args:
+      batches: a closable iterator of dicts of arrays.
+      num_batches: how many it yields, on every process.
+      shapes: shapes(i) gives the shapes and dtypes of this process's batch i.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[dict[str, np.ndarray]],
+        num_batches: int,
+        shapes: Callable[[int], Mapping[str, jax.ShapeDtypeStruct]],
+    ):
+        self._batches = batches
+        self._num_batches = num_batches
+        self._shapes = shapes
+        self._next = 0
+        self._error = None
+
+    def __iter__(self) -> "ProcessBatches":
+        return self
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._next == self._num_batches:
+            raise StopIteration
+        self._next += 1
+        if self._error is None:
+            try:
+                return next(self._batches)
+            except Exception as error:
+                if jax.process_count() == 1:
+                    raise
+                self._error = error
+                os.kill(os.getpid(), signal.SIGTERM)  # as for `StopSignal`: all stop at the same poll, in a few steps
+        return {name: np.zeros(x.shape, x.dtype) for name, x in self._shapes(self._next - 1).items()}
+
+    def check(self) -> None:
+        """Raises what any process has met, on all; to be called before anything computed from the batches is kept."""
+        raise_on_all_processes(self._error)
+
+    def close(self) -> None:
+        """Ends the loader's workers."""
+        self._batches.close()

@@ -1,0 +1,162 @@
+"""What a checkpoint consists of on disk, and which errors mean that one is damaged."""
+
+import contextlib
+import json
+import re
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from fcvit_jax.errors import UserError, log
+from fcvit_jax.run.state import TrainState
+
+FORMAT = 1  # of the checkpoints that are written; older ones have no number and are read alike
+_PAUSES = (1, 5, 25)  # seconds between two tries to read where a fault may pass
+_GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+# How TensorStore's errors begin or what they contain, whose type is ValueError whatever happened.
+_PASSING = re.compile(
+    r"^(UNKNOWN|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED|CANCELLED|PERMISSION_DENIED|UNAUTHENTICATED)\b"
+    r"|Input/output error|Stale file handle|timed out|Connection|Too many open files"
+)
+_STORAGE = re.compile(r"^[A-Z_]+: |OS error|TensorStore|OCDBT")
+_T = TypeVar("_T")
+
+
+class Damaged(Exception):
+    """A checkpoint whose files are missing, cannot be parsed, or hold other values than were saved."""
+
+
+def items(state: TrainState) -> dict[str, Any]:
+    """The parts of a state that are saved apart, so that weights can be read without the optimiser's state."""
+    parts = {"variables": state.variables, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
+    return parts if state.ema is None else parts | {"ema": state.ema}
+
+
+def save_args(parts: Mapping[str, Any], metadata: Mapping[str, Any]) -> ocp.args.Composite:
+    """What Orbax is to write for `parts`, as from `items`, and for metadata that JSON can hold."""
+    metadata = {**metadata, "format": FORMAT}
+    return ocp.args.Composite(
+        **{name: ocp.args.StandardSave(part) for name, part in parts.items()},
+        metadata=ocp.args.JsonSave(metadata),
+        checksums=ocp.args.JsonSave(_checksums(parts, metadata)),
+    )
+
+
+def check(parts: Mapping[str, Any], metadata: Mapping[str, Any], expected: Mapping[str, int]) -> dict[str, Any]:
+    """Compares what was read with the checksums of what was saved; returns the metadata without the format's number.
+
+    Raises:
+      Damaged: they differ.
+      UserError: the checkpoint has a newer format than this version knows.
+    """
+    if metadata.get("format", 0) > FORMAT:
+        raise UserError(
+            f"A checkpoint has the format {metadata['format']}, which only a newer fcvit_jax than this reads."
+        )
+    found = _checksums(parts, metadata)
+    wrong = [name for name in found if found[name] != expected.get(name)]
+    if wrong:
+        raise Damaged(f"{' and '.join(wrong)} differ from what was saved (checksum)")
+    return {key: value for key, value in metadata.items() if key != "format"}
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    """A checksum of every bit of an array, which is the same on any mesh, since integers add up exactly."""
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    # Odd weights: a change of any one element shows, and so do moved ones.
+    weights = 2 * jax.lax.iota(jnp.uint32, x.size).reshape(x.shape) + 1
+    return (bits * weights).sum(dtype=jnp.uint32)
+
+
+def _checksums(parts: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, int]:
+    """Checksums of what is saved; without them a flipped bit in a tensor would be read as a good one."""
+    # An array at a time: as one program, thousands of them take a minute to compile.
+    sums = {name: [] for name in parts}
+    for name, part in parts.items():
+        for x in jax.tree.leaves(part):
+            sums[name].append(_checksum(x))
+            # One at a time: several reductions across processes under way can deadlock on CPUs.
+            if not getattr(x, "is_fully_replicated", True):
+                jax.block_until_ready(sums[name][-1])
+    checksums = {name: zlib.crc32(np.array(jax.device_get(values), np.uint32)) for name, values in sums.items()}
+    return checksums | {"metadata": zlib.crc32(json.dumps(dict(metadata), sort_keys=True).encode())}
+
+
+def load_json(item: Path) -> dict[str, Any]:
+    """Reads a JSON item of a checkpoint."""
+    return json.loads((item / "metadata").read_text())
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_passing(error: BaseException) -> bool:
+    """Whether a fault of the file system may pass, such as EIO or a time-out; a missing file does not."""
+    return any((isinstance(e, OSError) and not isinstance(e, _GONE)) or _PASSING.search(str(e)) for e in _chain(error))
+
+
+def _is_storage(error: BaseException) -> bool:
+    """Whether an error comes from the file system, not from a bug."""
+    return any(isinstance(e, OSError) or (isinstance(e, ValueError) and _STORAGE.search(str(e))) for e in _chain(error))
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line that people can read: Orbax and TensorStore add thousands of characters of settings."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0].partition(" [tensorstore_spec")[0]
+    return text if len(text) <= 300 else text[:300] + " ..."
+
+
+def read(what: str, read: Callable[[], _T]) -> _T:
+    """Calls a function that reads a part of a checkpoint, again after a pause where a fault may pass.
+
+    Args:
+      what: names the part in messages.
+      read: the function.
+
+    Raises:
+      Damaged: files are missing or cannot be parsed.
+      UserError: a fault of the file system did not pass.
+    """
+    for pause in (*_PAUSES, None):
+        try:
+            return read()
+        except Exception as error:  # Orbax raises plain Exception as well
+            if _is_passing(error):
+                if pause is None:
+                    raise UserError(
+                        f"Could not read {what}: {reason(error)}\nNothing was changed. Once the storage works, run the "
+                        "same command again."
+                    ) from error
+                log.warning("%s cannot be read now (%s): trying again in %d s", what, reason(error), pause)
+                time.sleep(pause)
+            elif isinstance(error, (ValueError, KeyError, *_GONE)) or type(error) is Exception:
+                raise Damaged(reason(error)) from error
+            else:
+                raise  # a bug, with its traceback
+
+
+@contextlib.contextmanager
+def explained(action: str, advice: str) -> Iterator[None]:
+    """Turns an error of the storage inside into a UserError; a bug keeps its traceback.
+
+    Args:
+      action: what could not be done.
+      advice: what the user should do.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_storage(error):
+            raise
+        raise UserError(f"Could not {action}: {reason(error)}\n{advice}") from error

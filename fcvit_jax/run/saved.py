@@ -1,0 +1,180 @@
+"""Finding and loading what was saved: weights, their metadata and the network that they are of."""
+
+import contextlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import linen as nn
+
+from fcvit_jax import tasks
+from fcvit_jax.errors import UserError
+from fcvit_jax.run import disk
+
+_DAMAGED = "It is damaged or not from fcvit_jax; try an earlier step."
+
+
+def local_path(path: str | Path) -> Path:
+    """The absolute path, with ~ expanded.
+
+    Raises:
+      UserError: it is empty, or an address, such as gs://...
+    """
+    if not str(path):
+        raise UserError("The path of the run's folder is empty.")
+    if re.match(r"\w\w+:/", str(path)):  # a Path has one slash of the two
+        raise UserError(f"{path} must be a path: mount the bucket, for example with gcsfuse, and give its folder.")
+    return Path(path).expanduser().absolute()
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """What looks like checkpoints in a `checkpoints` or `best` folder, which need not exist; their names are steps."""
+    return [path for path in folder.glob("*") if path.name.isdigit()]
+
+
+def find_step(path: str | Path) -> Path:
+    """Finds the folder of one checkpoint.
+
+    Args:
+      path: a run's folder, its `checkpoints` or `best` folder (the newest step is taken), or one step's folder.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = local_path(path)
+    if not path.is_dir():
+        raise UserError(f"No checkpoint at {path}: there is no such folder.")
+    if (path / "variables").is_dir():
+        return path
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = [step for step in step_folders(folder) if (step / "variables").is_dir()]
+    if not steps:
+        raise UserError(f"No checkpoint in {folder}: give a run's folder, its checkpoints or best folder, or a step's.")
+    return max(steps, key=lambda p: int(p.name))
+
+
+def load_variables(path: str | Path, *, ema: bool | None = None) -> dict[str, Any]:
+    """Reads the weights of a checkpoint, as NumPy arrays.
+
+    Example::
+
+        variables = load_variables("runs/digits")                        # {"params": ..., "batch_stats": ...}
+
+    Args:
+      path: as in `find_step`.
+      ema: the exponential moving averages instead of the plain weights; None: what evaluation uses, that is, the
+        averages if the run kept them.
+
+    Raises:
+      UserError: there is no checkpoint, it holds no averages, or it cannot be read.
+    """
+    step = find_step(path)
+    if ema is None:
+        ema = (step / "ema").is_dir()
+    item = step / ("ema" if ema else "variables")
+    if not item.is_dir():
+        raise UserError(f"{step} holds no exponential moving averages: the run did not keep them.")
+
+    def read() -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
+        # Without a CheckpointManager, which would warn that a part of a checkpoint is not a whole one.
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+            tree = reader.metadata(item).tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            variables = reader.restore(item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+        return variables, disk.load_json(step / "metadata"), disk.load_json(step / "checksums")
+
+    try:
+        variables, metadata, checksums = disk.read(str(step), read)
+        disk.check({item.name: variables}, metadata, checksums)
+    except disk.Damaged as error:
+        raise UserError(f"Could not read the checkpoint {step}: {error}\n{_DAMAGED}") from error
+    return variables
+
+
+def load_metadata(path: str | Path) -> dict[str, Any]:
+    """Reads what was saved beside the weights: "model" (arguments of `create_model`), "class_names", ...
+
+    Args:
+      path: as in `find_step`.
+
+    Raises:
+      UserError: there is no checkpoint, or it cannot be read.
+    """
+    step = find_step(path)
+    try:
+        metadata = disk.read(str(step), lambda: disk.load_json(step / "metadata"))
+    except disk.Damaged as error:
+        raise UserError(f"Could not read the metadata of {step}: {error}\n{_DAMAGED}") from error
+    return {key: value for key, value in metadata.items() if key != "format"}
+
+
+def task_of(metadata: Mapping[str, Any]) -> str:
+    """The name of the task that weights were trained for; older checkpoints do not say it."""
+    return metadata.get("task", "classification")
+
+
+def create_model(source: str | Path, metadata: Mapping[str, Any]) -> nn.Module:
+    """Makes the network that weights were saved of.
+
+    Args:
+      source: file or folder of the weights, to be named in an error.
+      metadata: what was saved beside them: "task", and "model", the arguments of its `create_model`.
+
+    Raises:
+      UserError: the metadata do not say, or name an option that does not exist.
+    """
+    try:
+        return tasks.load(task_of(metadata)).create_model(**metadata["model"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{source} does not say which network it holds: {type(error).__name__}: {error}") from error
+
+
+class Saved(NamedTuple):
+    """What evaluation uses of a checkpoint.
+
+    Attributes:
+      task: the module of the task that the network was trained for.
+      model: the network.
+      variables: of NumPy arrays; the moving averages where the run kept them.
+      metadata: what was saved beside them, completed by the task.
+    """
+
+    task: ModuleType
+    model: nn.Module
+    variables: dict[str, Any]
+    metadata: dict[str, Any]
+
+
+def load(checkpoint: str | Path) -> Saved:
+    """Loads what evaluation uses of a checkpoint.
+
+    Example::
+
+        task, model, variables, metadata = load("runs/digits")
+        logits = model.apply(variables, images)                     # images (N, H, W, 3) float, normalised
+
+    Args:
+      checkpoint: as in `find_step`.
+
+    Raises:
+      UserError: there is no checkpoint, it cannot be read, or it holds another network than it says.
+    """
+    path = local_path(checkpoint)
+    if path.is_file():
+        raise UserError(
+            f"{path} is a file, not a checkpoint's folder: python -m fcvit_jax.convert {path} FOLDER makes one,"
+            " if the file holds weights."
+        )
+    step = find_step(path)
+    metadata = load_metadata(step)
+    variables = load_variables(step)
+    task, model = tasks.load(task_of(metadata)), create_model(step, metadata)
+    expected = jax.eval_shape(lambda key: task.init_variables(model, key), jax.random.key(0))
+    if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, expected):
+        raise UserError(f"{step} holds the weights of another network than the {metadata['model']} that it names.")
+    return Saved(task, model, variables, task.complete_metadata(step, model, metadata))

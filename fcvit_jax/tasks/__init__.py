@@ -1,0 +1,46 @@
+"""Tasks: what a run trains for. Each is a module of plain functions, which the engine calls and never looks into.
+
+What a task has::
+
+    BEST = "top1"                                   # the metric whose maximum `best/` keeps
+    open_dataset(training=True, *, dataset, batch_size, ...) -> Data                # config.data
+    load_example(data, record, rng) -> {name: array}                                # in a worker; rng None: evaluation
+    create_model(name, num_classes, **fields) -> nn.Module                          # config.model
+    model_fields(name) -> {field, ...}                                              # what config.model may have besides
+    init_variables(model, key, jit) -> {"params": ..., ...}                     # drawn on the devices
+    load_pretrained(path, model, data) -> {"params": ..., ...}                      # config.init_from
+    make_prepare(model, *, ...) -> prepare(key, batch) -> batch                     # config.mixing; on the device
+    loss(model, variables, batch, key) -> (loss, (updates, scalars))                # on the device, one part of a batch
+    eval_step(model, variables, batch) -> sums or outputs                           # on the device; without masked rows
+    finish(outputs, data) -> {metric: number, "count": examples}                    # on the host, over all batches
+    describe(result) -> str                                                         # one line for people
+    complete_metadata(source, model, metadata) -> metadata                          # of a checkpoint, for the tools
+    read_image(encoded, metadata) -> array                                          # as evaluation sees an image
+    predict(model, variables, images, metadata, ...) -> [prediction of each image]  # as JSON can hold them
+    make_program(model, variables, metadata) -> (function, shape of the images)     # what `export` writes
+"""
+
+import importlib
+from types import ModuleType
+
+from fcvit_jax.errors import UserError
+
+NAMES = ("classification",)
+
+
+def load(name: str) -> ModuleType:
+    """The module of a task.
+
+    Args:
+      name: one of `NAMES`, or the import path of a module of your own, such as "my_package.depth".
+
+    Raises:
+      UserError: there is no such task.
+    """
+    path = name if "." in name else f"fcvit_jax.tasks.{name}"
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{path}.".startswith(f"{error.name}."):
+            raise  # the module is there, and what it imports is not
+        raise UserError(f"task={name!r} is unknown: choose from {', '.join(NAMES)}.") from error
