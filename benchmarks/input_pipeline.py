@@ -29,8 +29,8 @@ import time
 import numpy as np
 from PIL import Image
 
-from fcvit_jax import augment
 from fcvit_jax.data import loader
+from fcvit_jax.tasks import classification
 
 SEED = 0
 WORKERS = (1, 2)
@@ -44,18 +44,17 @@ class TorchDataset:
 
     def __getitem__(self, key):
         epoch, index = key
-        ((encoded, label),) = self.opened.train.read([index])
+        (record,) = self.opened.train.read([index])
         rng = np.random.default_rng([SEED, epoch, index])
-        pixels = augment.train_transform(encoded, rng, self.opened.image_size, **self.opened.augmentation)
-        return np.array(pixels), label  # a copy, since PyTorch warns of arrays that are read-only
+        example = self.opened.load_example(self.opened, record, rng)
+        # A copy, since PyTorch warns of arrays that are read-only.
+        return np.array(example["image"]), int(example["label"])
 
 
 def batch_keys(opened):
     """The keys of every batch, in the order of our loader."""
     for epoch in itertools.count():
-        order = loader._epoch_order(SEED, epoch, opened.num_train).tolist()
-        for step in range(opened.steps_per_epoch):
-            rows = order[step * opened.batch_size : (step + 1) * opened.batch_size]
+        for rows in loader.train_order(opened, SEED, epoch).tolist():
             yield [(epoch, index) for index in rows]
 
 
@@ -84,13 +83,13 @@ def time_tf_data(opened, threads, images):
         begin, size, _ = tf.image.sample_distorted_bounding_box(
             tf.image.extract_jpeg_shape(encoded),
             tf.zeros((1, 0, 4)),
-            aspect_ratio_range=opened.augmentation["crop_ratio"],
-            area_range=opened.augmentation["crop_scale"],
+            aspect_ratio_range=opened.options["augmentation"]["crop_ratio"],
+            area_range=opened.options["augmentation"]["crop_scale"],
             max_attempts=10,
             use_image_if_no_bounding_boxes=True,
         )
         image = tf.image.decode_and_crop_jpeg(encoded, tf.concat([begin[:2], size[:2]], 0), channels=3)
-        image = tf.image.resize(image, [opened.image_size] * 2, "bicubic", antialias=True)
+        image = tf.image.resize(image, [opened.options["image_size"]] * 2, "bicubic", antialias=True)
         return tf.image.random_flip_left_right(tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8))
 
     options = tf.data.Options()
@@ -109,7 +108,7 @@ def time_tf_data(opened, threads, images):
 
 def read_jpegs(opened, count):
     """The first images of the epoch, without the few of another format that ImageNet has."""
-    indices = loader._epoch_order(SEED, 0, opened.num_train)[:count].tolist()
+    indices = loader.train_order(opened, SEED, 0).ravel()[:count].tolist()
     return [encoded for encoded, _ in opened.train.read(indices) if encoded.startswith(b"\xff\xd8")]
 
 
@@ -188,7 +187,7 @@ def main():
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             write_images(folder, 32 if args.quick else 256)
             dataset = f"folder:{folder}"
-        opened = loader.open_dataset(
+        opened = classification.open_dataset(
             dataset=dataset, data_dir=args.data_dir, eval_split=args.eval_split, batch_size=args.batch_size
         )
         contestants = {"fcvit_jax": time_fcvit_jax}

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from fcvit_jax.run.checkpoint import find_step, load_metadata
+from fcvit_jax.run.saved import find_step, load_metadata
 
 ROOT = Path(__file__).parent.parent
 CLOCKS = ("train/images_per_second", "train/data_wait")

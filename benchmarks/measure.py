@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcvit_jax import optim
-from fcvit_jax.augment import mixing
+from fcvit_jax import networks, optim
 from fcvit_jax.devices.cpu import tune_cpu
 from fcvit_jax.devices.sharding import batch_sharding
 from fcvit_jax.networks.fcvit import create_model
 from fcvit_jax.run.state import abstract_state, create_state, init_variables
-from fcvit_jax.train import train_step
+from fcvit_jax.run.step import train_step
+from fcvit_jax.tasks import classification
 
 tune_cpu()  # as main.py does
 
@@ -72,19 +72,28 @@ class Step:
     def __init__(self, name, batch_size, image_size, dtype, mesh, group_size=None):
         self.model = create_model(name, drop_path_rate=0.1, bn_group_size=group_size, dtype=jnp.dtype(dtype))
         self.tx, schedule = optim.make_optimizer(1251, 300, batch_size)
-        mix = mixing.make(1000, group_size=group_size or batch_size)
         self.mesh = mesh
-        self.static = {"model": self.model, "tx": self.tx, "schedule": schedule, "mix": mix, "mesh": mesh}
+        self.static = {
+            "model": self.model,
+            "tx": self.tx,
+            "schedule": schedule,
+            "prepare": classification.make_prepare(self.model, group_size=group_size or batch_size),
+            "loss": classification.loss,
+            "group_size": group_size,
+            "mesh": mesh,
+        }
         self.batch_shapes = {
             "image": ((batch_size, image_size, image_size, 3), np.uint8),
             "label": ((batch_size,), np.int32),
         }
 
     def abstract_state(self):
-        return abstract_state(self.model, self.tx, self.mesh, ema=False)
+        return abstract_state(networks.init_variables, self.model, self.tx, self.mesh, ema=False)
 
     def create_state(self):
-        return create_state(init_variables(self.model, self.mesh, seed=0), self.tx, self.abstract_state())
+        return create_state(
+            init_variables(networks.init_variables, self.model, self.mesh, seed=0), self.tx, self.abstract_state()
+        )
 
     def lower(self):
         rows = batch_sharding(self.mesh)

@@ -24,6 +24,8 @@ class _AboveBar(logging.Handler):
         if jax.distributed.is_initialized() and jax.process_index() > 0:
             return  # the first process speaks for all
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        if stream is None:  # it was closed or redirected to nothing
+            return
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         text = prefix + self.format(record)
         try:

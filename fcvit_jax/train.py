@@ -197,7 +197,7 @@ def _made(function: Callable, *args: Any, **options: Any) -> Any:
     return _made_once(function, args, tuple(sorted(pairs)))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def _made_once(function: Callable, args: tuple, options: tuple) -> Any:
     return function(*args, **dict(options))
 

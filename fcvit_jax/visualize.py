@@ -156,13 +156,22 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
     return metrics
 
 
-def draw_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], metric: str) -> Figure:
+def draw_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], metric: str | None = None) -> Figure:
     """Draws loss, learning rate and a metric over epochs.
 
     Args:
       runs: lines of metrics.jsonl by the run's name.
-      metric: a fraction that evaluation gives, such as "top1".
+      metric: a fraction that evaluation gives, such as "top1"; None: the first that it gives besides the loss.
     """
+    if metric is None:
+        evaluated = (
+            name.removeprefix("eval/")
+            for lines in runs.values()
+            for line in lines
+            for name in line
+            if name.startswith("eval/") and name not in ("eval/loss", "eval/count")
+        )
+        metric = next(evaluated, "not evaluated yet")
     figure = Figure(figsize=(12, 4.2 + 0.25 * len(runs)), dpi=120, layout="constrained")
     loss, rate, quality = figure.subplots(1, 3)
     handles, labels = [], []  # given to the legend as they are: it would leave out names that begin with "_"

@@ -24,7 +24,10 @@ from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 from fcvit_jax.data import digits  # noqa: E402
 from fcvit_jax.devices.cpu import tune_cpu  # noqa: E402
+from fcvit_jax.errors import log, show_log  # noqa: E402
 
+show_log()
+log.propagate = True  # for caplog
 tune_cpu()  # as main.py does, whose runs are compared with ours bit for bit
 
 

@@ -16,7 +16,7 @@ from absl.testing import flagsaver
 from conftest import QUICKLY
 
 import fcvit_jax
-import main
+from fcvit_jax import __main__ as main
 from fcvit_jax.run.config import check_config
 
 ROOT = Path(__file__).parent.parent

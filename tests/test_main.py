@@ -10,7 +10,7 @@ import tiny_config
 from absl import app, flags, logging
 from absl.testing import flagsaver
 
-import main
+from fcvit_jax import __main__ as main
 from fcvit_jax import train  # its imports define flags, which flagsaver would forget otherwise
 from fcvit_jax.run.config import write_config
 

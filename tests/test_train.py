@@ -17,6 +17,7 @@ import threading
 import time
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -29,17 +30,23 @@ from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from benchmarks.kill_resume import arrays, assert_same_end, kill_and_resume, record
-from fcvit_jax import optim, train
+from fcvit_jax import networks, optim, train
 from fcvit_jax.augment import mixing
 from fcvit_jax.convert import convert
-from fcvit_jax.data.loader import open_dataset, train_batches
+from fcvit_jax.data import loader
+from fcvit_jax.data.loader import train_batches
 from fcvit_jax.devices.sharding import bytes_per_device, make_mesh
 from fcvit_jax.errors import UserError
+from fcvit_jax.evaluate import evaluate_checkpoint
 from fcvit_jax.networks.fcvit import create_model
 from fcvit_jax.run import record as run_record
-from fcvit_jax.run.checkpoint import Checkpointer, load_metadata, load_variables
+from fcvit_jax.run.checkpoint import Checkpointer
+from fcvit_jax.run.saved import load_metadata, load_variables
 from fcvit_jax.run.state import abstract_state, create_state, init_variables
-from fcvit_jax.train import evaluate_checkpoint, train_and_evaluate
+from fcvit_jax.run.step import CompiledStep, train_step
+from fcvit_jax.tasks import classification
+from fcvit_jax.tasks.classification import open_dataset
+from fcvit_jax.train import train_and_evaluate
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [
@@ -72,15 +79,13 @@ def undisturbed(shared_programs, digits_dir, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
     events, compiled = [], set()
 
-    def step(*args, _original=train.train_step, **kwargs):
+    def step(*args, _original=CompiledStep.__call__):
         events.append("step")
-        return _original(*args, **kwargs)
+        return _original(*args)
 
-    step.lower = train.train_step.lower
-
-    def report(step, *args, _original=train._report):
+    def report(loop, step, *args, _original=train._report):
         events.append(f"report {step}")
-        return _original(step, *args)
+        return _original(loop, step, *args)
 
     def listen(name, duration, **_):
         if name.endswith("backend_compile_duration"):
@@ -88,7 +93,7 @@ def undisturbed(shared_programs, digits_dir, tmp_path_factory):
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_step", step)
+        patch.setattr(CompiledStep, "__call__", step)
         patch.setattr(train, "_report", report)
         result = train_and_evaluate(config, workdir)
     jax.monitoring.unregister_event_duration_listener(listen)
@@ -128,13 +133,13 @@ def test_every_step_and_every_part_of_it_draws_anew():
     tx, mesh, key = optax.identity(), make_mesh(data=1), jax.random.key(5)
     batch = {"image": np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8), "label": np.arange(4) % 3}
 
-    def mix(key, images, labels):
-        return mixing.normalize(images), jax.random.uniform(key, (len(labels), 3))
+    def prepare(key, batch):
+        return {"image": mixing.normalize(batch["image"]), "target": jax.random.uniform(key, (4, 3))}
 
     @functools.partial(jax.jit, static_argnums=2)
     def expected(variables, step, parts):
-        mix_key, dropout_key = jax.random.split(jax.random.fold_in(key, step))
-        images, targets = mix(mix_key, batch["image"], batch["label"])
+        prepare_key, dropout_key = jax.random.split(jax.random.fold_in(key, step))
+        images, targets = prepare(prepare_key, batch).values()
         keys = [dropout_key] if parts == 1 else jax.random.split(dropout_key, parts)
 
         def loss(params):
@@ -149,12 +154,15 @@ def test_every_step_and_every_part_of_it_draws_anew():
         value, grads = jax.value_and_grad(loss)(variables["params"])
         return value, optax.tree.norm(grads)
 
-    fixed = dict(model=model, tx=tx, schedule=lambda step: 10.0 * step, mix=mix, mesh=mesh)
+    fixed = dict(model=model, tx=tx, schedule=lambda step: 10.0 * step, prepare=prepare, loss=classification.loss)
+    fixed |= dict(mesh=mesh, group_size=2)
     for accumulate, step in itertools.product((1, 2), (0, 7)):
-        variables = init_variables(model, mesh, seed=0)
+        variables = init_variables(networks.init_variables, model, mesh, seed=0)
         value, norm = expected(variables, step, accumulate)
-        state = create_state(variables, tx, abstract_state(model, tx, mesh, ema=False)).replace(step=jnp.int32(step))
-        new, said = train.train_step(state, batch, key, **fixed, accumulate=accumulate)
+        state = create_state(
+            variables, tx, abstract_state(networks.init_variables, model, tx, mesh, ema=False)
+        ).replace(step=jnp.int32(step))
+        new, said = train_step(state, batch, key, **fixed, accumulate=accumulate)
         np.testing.assert_allclose((said["loss"], said["grad_norm"]), (value, norm), rtol=1e-3)
         assert (new.step, said["lr"]) == (step + 1, 10.0 * step)
 
@@ -165,16 +173,17 @@ def test_the_first_step_is_that_of_the_seed(config, tmp_path):
     train_and_evaluate(config, tmp_path)
     dataset, model, mesh = open_dataset(**config.data), create_model(**config.model), make_mesh(data=1)
     tx, schedule = optim.make_optimizer(dataset.steps_per_epoch, 3, 16, **config.optim)
-    first = init_variables(model, mesh, seed=7)
+    first = init_variables(networks.init_variables, model, mesh, seed=7)
     new, averages = (load_variables(tmp_path, ema=ema) for ema in (False, True))
     jax.tree.map(
         lambda average, old, new: np.testing.assert_allclose(average, 0.9 * old + 0.1 * new, rtol=1e-5, atol=1e-7),
         *(averages, jax.device_get(first), new),
     )
-    fixed = dict(model=model, tx=tx, schedule=schedule, mix=mixing.make(10, **config.mixing), mesh=mesh, ema_decay=0.9)
-    state = create_state(first, tx, abstract_state(model, tx, mesh, ema=True))
+    prepare = classification.make_prepare(model, **config.mixing)
+    fixed = dict(model=model, tx=tx, schedule=schedule, prepare=prepare, loss=classification.loss, mesh=mesh)
+    state = create_state(first, tx, abstract_state(networks.init_variables, model, tx, mesh, ema=True))
     (batch,) = train_batches(dataset, 7, 0, 1)
-    _, said = train.train_step(state, batch, jax.random.key(7), **fixed)
+    _, said = train_step(state, batch, jax.random.key(7), **fixed, ema_decay=0.9)
     np.testing.assert_allclose(losses(tmp_path), said["loss"], rtol=1e-5)
 
 
@@ -205,14 +214,13 @@ def test_same_losses_on_any_mesh(undisturbed, config, tmp_path, monkeypatch, cap
     config.train.eval_every = 4
     said, held, whole = [], set(), set()
 
-    def step(*args, _original=train.train_step, **kwargs):
-        state, metrics = _original(*args, **kwargs)
+    def step(*args, _original=CompiledStep.__call__):
+        state, metrics = _original(*args)
         held.add(sum(x.addressable_shards[-1].data.nbytes for x in jax.tree.leaves(state)))
         whole.add(sum(x.nbytes for x in jax.tree.leaves(state)))
         return state, metrics
 
-    step.lower = train.train_step.lower
-    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(CompiledStep, "__call__", step)
     monkeypatch.setattr(run_record, "bytes_per_device", lambda state: said.append(bytes_per_device(state)) or 7 * 2**20)
     train_and_evaluate(config, tmp_path)
     assert_equal_to_rounding(tmp_path, undisturbed)
@@ -287,25 +295,25 @@ def test_a_broken_image_ends_both_processes_with_its_cause(tmp_path):
     broken.write_bytes(broken.read_bytes()[:-1000])
     data = [f"--config.data.dataset=folder:{tmp_path / 'images'}", "--config.data.workers=1"]
     for text in finish(start_two(tmp_path / "run", *data, "--config.mesh.fsdp=2", *far_from_a_checkpoint), code=1):
-        assert re.search(rf"error: Process [01]: {broken} ", text), text
+        assert re.search(rf"error: Process [01]: {broken}: ", text), text
     assert not list((tmp_path / "run/checkpoints").iterdir())
     assert record(tmp_path / "run")[-1]["step"] < 50
 
 
 def before_batch(monkeypatch, name, batch, act):
     """Calls a function while the run waits for a batch of train_batches or eval_batches."""
-    original = getattr(train, name)
+    original = getattr(loader, name)
 
     def batches(*args):
         first = args[2] if name == "train_batches" else 0
         with closing(original(*args)) as items:
             for i, item in enumerate(items, first):
                 if i == batch:
-                    monkeypatch.setattr(train, name, original)
+                    monkeypatch.setattr(loader, name, original)
                     act()
                 yield item
 
-    monkeypatch.setattr(train, name, batches)
+    monkeypatch.setattr(loader, name, batches)
 
 
 def test_a_run_that_is_stopped_again_and_again_is_the_same_run(undisturbed, config, tmp_path, monkeypatch, capsys):
@@ -317,7 +325,10 @@ def test_a_run_that_is_stopped_again_and_again_is_the_same_run(undisturbed, conf
         (signal.SIGINT, "eval_batches", 2, 20),  # in the last evaluation
     ]
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    traced = train.train_step._cache_size()
+    traced = []
+    jax.monitoring.register_event_duration_secs_listener(
+        listener := lambda name, _, fun_name="", **__: traced.append(fun_name) if "trace_duration" in name else None
+    )
     for number, name, batch, step in stops:
         before_batch(monkeypatch, name, batch, functools.partial(os.kill, os.getpid(), number))
         train_and_evaluate(config, tmp_path)
@@ -328,7 +339,8 @@ def test_a_run_that_is_stopped_again_and_again_is_the_same_run(undisturbed, conf
     assert "resuming at step 20 of 20" in out and "done: final top-1" in out
     assert_same_end(tmp_path, undisturbed["workdir"])
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
-    assert train.train_step._cache_size() == traced  # by the run before this test
+    jax.monitoring.unregister_event_duration_listener(listener)
+    assert "train_step" not in traced  # but by the run before this test
 
 
 def test_a_broken_validation_image_costs_no_training(undisturbed, config, at_16, monkeypatch):
@@ -407,14 +419,14 @@ def test_with_no_good_checkpoint_the_run_stops_and_touches_nothing(undisturbed, 
 
 def test_a_bad_step_stops_the_run_and_is_never_saved(undisturbed, config, at_16, monkeypatch):
     """Poison just before a checkpoint is due."""
-    original = train.train_step
+    original = CompiledStep.__call__
 
-    def poisoned(*args, **kwargs):
-        result = original(*args, **kwargs)
+    def poisoned(*args):
+        result = original(*args)
         bad = int(result[0].step) == 20
         return jax.tree.map(lambda x: x * jnp.nan if bad and x.dtype == jnp.float32 else x, result)
 
-    monkeypatch.setattr(train, "train_step", poisoned)
+    monkeypatch.setattr(CompiledStep, "__call__", poisoned)
     newest = f"the newest checkpoint is {at_16 / 'checkpoints/16'}"
     with pytest.raises(UserError, match=f"(?s)Step 20: grad_norm nan, loss nan.*{newest}.*lower --config.optim.lr"):
         train_and_evaluate(config, at_16)
@@ -440,7 +452,7 @@ def test_a_gradient_that_overflows_is_noticed_before_the_next_loss():
 
     metrics = {"loss": jnp.float32(1), "grad_norm": jnp.float32(jnp.inf)}
     with pytest.raises(UserError, match="Step 3: grad_norm inf, loss 1.0. This state was not saved"):
-        train._report(3, metrics, None, None, Nowhere())
+        train._report(SimpleNamespace(checkpointer=Nowhere()), 3, metrics, None)
 
 
 def test_a_disk_that_is_full_at_the_very_end(undisturbed, config, at_16, digits_dir):
@@ -497,9 +509,32 @@ def test_the_best_is_the_earlier_of_equals_and_survives_a_kill_before_it_is_writ
 TEN_FOR_0 = ("ten", *"123456789")
 
 
-def replace_data(monkeypatch, **changes):
-    """Has train.py open datasets that differ so from what they are."""
-    monkeypatch.setattr(train, "open_dataset", lambda **data: dataclasses.replace(open_dataset(**data), **changes))
+@dataclasses.dataclass(frozen=True)
+class Repeated:
+    """A source of so many examples, of which there are fewer."""
+
+    source: loader.Source
+    count: int
+
+    def __len__(self):
+        return self.count
+
+    def read(self, indices):
+        return self.source.read([index % len(self.source) for index in indices])
+
+
+def replace_data(monkeypatch, class_names, num_train=None, num_eval=None):
+    """Has the run open datasets that differ so from what they are."""
+
+    @functools.wraps(open_dataset)
+    def opened(*args, **options):
+        data = open_dataset(*args, **options)
+        counts = {"train": num_train, "eval": num_eval}
+        sources = {name: Repeated(getattr(data, name), count) for name, count in counts.items() if count}
+        about = {**data.about, "class_names": list(class_names)}
+        return dataclasses.replace(data, class_names=class_names, about=about, **sources)
+
+    monkeypatch.setattr(classification, "open_dataset", opened)
 
 
 def test_other_data_under_the_same_config_are_refused(undisturbed, config, at_16, monkeypatch, capsys):
@@ -539,7 +574,7 @@ def test_a_head_that_is_kept_for_other_classes_is_said(undisturbed, config, tmp_
     config.init_from = init_from.format(run=undisturbed["workdir"], folder=tmp_path)
     config.train.steps = 1
     train_and_evaluate(config, tmp_path)
-    assert "its head too, although the classes are others:\n  class 0: 0 -> ten\n" in capsys.readouterr().out
+    assert "although the class names differ:\n  class 0: 0 -> ten\n" in capsys.readouterr().out
 
 
 def test_evaluating_a_checkpoint_gives_the_numbers_of_the_run(undisturbed, config, monkeypatch, capsys):
@@ -572,11 +607,11 @@ def test_evaluating_a_checkpoint_gives_the_numbers_of_the_run(undisturbed, confi
 def test_evaluation_takes_batches_of_the_size_that_training_computes_at_once(undisturbed, config, monkeypatch):
     sizes = []
 
-    def batches(data, *args, _original=train.eval_batches):
+    def batches(data, *args, _original=loader.eval_batches):
         sizes.append(data.batch_size)
         return _original(data, *args)
 
-    monkeypatch.setattr(train, "eval_batches", batches)
+    monkeypatch.setattr(loader, "eval_batches", batches)
     config.train.accumulate = 4
     result = evaluate_checkpoint(config, undisturbed["workdir"])
     np.testing.assert_allclose(result.pop("loss"), undisturbed["result"]["loss"], rtol=1e-6)

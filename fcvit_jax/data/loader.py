@@ -199,7 +199,7 @@ def train_bucket(data: Data, seed: int, step: int) -> int:
     if data.train_buckets is None:
         return 0
     epoch, position = divmod(step, data.steps_per_epoch)
-    first = _train_order(data, seed, epoch)[position, 0]
+    first = train_order(data, seed, epoch)[position, 0]
     return int(np.searchsorted(np.unique(data.train_buckets), data.train_buckets[first]))
 
 
@@ -224,7 +224,7 @@ def _rows(data: Data, process_index: int, process_count: int) -> range:
 
 
 @functools.lru_cache(maxsize=2)  # a worker may hold batches of two epochs
-def _train_order(data: Data, seed: int, epoch: int) -> np.ndarray:
+def train_order(data: Data, seed: int, epoch: int) -> np.ndarray:
     """The examples of an epoch's batches, (steps_per_epoch, batch_size)."""
     # The last word keeps this stream apart from those of the examples: numpy ignores trailing zeros.
     rng = np.random.default_rng([seed, epoch, 0, 1])
@@ -249,7 +249,7 @@ def _eval_order(data: Data) -> list[np.ndarray]:
 
 def _train_batch(data: Data, seed: int, rows: range, step: int) -> Batch:
     epoch, position = divmod(step, data.steps_per_epoch)
-    indices = _train_order(data, seed, epoch)[position][rows.start : rows.stop].tolist()
+    indices = train_order(data, seed, epoch)[position][rows.start : rows.stop].tolist()
     return _load(data, data.train, indices, lambda index: np.random.default_rng([seed, epoch, index]))
 
 

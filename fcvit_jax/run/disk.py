@@ -114,6 +114,8 @@ def _is_storage(error: BaseException) -> bool:
 def reason(error: BaseException) -> str:
     """An error in one line that people can read: Orbax and TensorStore add thousands of characters of settings."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0].partition(" [tensorstore_spec")[0]
+    if found := re.search(r"OS error \d+: [^\[\]]+", text):
+        return found[0].strip()
     return text if len(text) <= 300 else text[:300] + " ..."
 
 

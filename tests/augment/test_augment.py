@@ -12,6 +12,7 @@ from PIL import ExifTags, Image
 from scipy import stats
 
 from fcvit_jax import augment
+from fcvit_jax.augment import images
 from fcvit_jax.errors import UserError
 
 DATA = Path(__file__).parent.parent / "data"
@@ -207,16 +208,16 @@ def test_decoding_only_the_rows_of_the_crop_changes_no_pixel(options):
     encoded = encode(picture(53, 70), quality=90, **options)
     whole = np.asarray(augment.decode(encoded))
     for rows in range(1, 70):
-        top = np.asarray(augment.decode(augment._keep_rows(encoded, rows)))
+        top = np.asarray(augment.decode(images._keep_rows(encoded, rows)))
         assert len(top) == min(rows + 8, 70)  # it does end early
         np.testing.assert_array_equal(top[:rows], whole[:rows])
-    assert augment._keep_rows(encoded, 62) is encoded
+    assert images._keep_rows(encoded, 62) is encoded
 
 
 def test_a_progressive_jpeg_without_its_last_scans_gives_the_pixels_of_the_whole():
     encoded = encode(picture(200, 300), subsampling=2, progressive=True)
     encoded = encoded[: encoded.index(b"\xff\xda", encoded.index(b"\xff\xda") + 2)] + b"\xff\xd9"  # the first scan
-    top = augment.decode(augment._keep_rows(encoded, 100)).crop((0, 0, 200, 100))
+    top = augment.decode(images._keep_rows(encoded, 100)).crop((0, 0, 200, 100))
     np.testing.assert_array_equal(top, augment.decode(encoded).crop((0, 0, 200, 100)))
 
 
@@ -226,7 +227,7 @@ def test_training_is_the_composition_of_its_draws():
         rng = np.random.default_rng(seed)
         box = augment.crop_box(rng, 90, 70)
         resample = "bilinear" if rng.random() < 0.5 else "bicubic"
-        image = augment.decode(encoded).crop(box).resize((64, 64), augment.RESAMPLE[resample])
+        image = augment.decode(encoded).crop(box).resize((64, 64), images.RESAMPLE[resample])
         if rng.random() < 0.5:
             image = image.transpose(Image.FLIP_LEFT_RIGHT)
         for op in augment.draw_ops(rng):

@@ -28,7 +28,7 @@ def test_records_are_the_digits_of_scikit_learn(digits_dir):
 def test_writing_is_said_once(tmp_path, capfd):
     digits.prepare(str(tmp_path))
     said = capfd.readouterr()
-    assert said.out == f"Writing scikit-learn's digits as PNG records to {tmp_path}/digits/1.0.0\n" and not said.err
+    assert said.out == f"writing scikit-learn's digits as PNG records to {tmp_path}/digits/1.0.0\n" and not said.err
     digits.prepare(str(tmp_path))
     assert capfd.readouterr() == ("", "")
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from conftest import free_port
 
-from fcvit_jax.devices.hosts import _LAUNCHER_COUNTS, Feed, StopSignal, start_distributed
+from fcvit_jax.devices.hosts import _LAUNCHER_COUNTS, start_distributed
+from fcvit_jax.devices.stopping import ProcessBatches, StopSignal
 from fcvit_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -34,7 +35,7 @@ def test_a_signal_is_noticed_by_the_next_poll():
 
 
 def test_what_is_said_is_in_the_log_of_a_run_that_is_killed(tmp_path):
-    code = "from fcvit_jax.hosts import say; import os; say('step 50'); os.kill(os.getpid(), 9)"
+    code = "from fcvit_jax.errors import *; show_log(); log.info('step 50'); os.kill(os.getpid(), 9)"
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with (tmp_path / "log").open("w") as log:
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, stdout=log)
@@ -55,7 +56,7 @@ def test_without_the_main_thread_there_are_no_handlers():
 
 
 HUNG = """
-from fcvit_jax.devices.hosts import StopSignal
+from fcvit_jax.devices.stopping import StopSignal
 import time
 with StopSignal():
     print("ready", flush=True)
@@ -80,12 +81,12 @@ def test_a_second_ctrl_c_stops_at_once():
 
 ALONE = """
 import sys
-from fcvit_jax.devices.hosts import exit_within, failing_together, start_distributed
+from fcvit_jax.devices.hosts import exit_within, errors_on_all_processes, start_distributed
 start_distributed(sys.argv[1], 2, int(sys.argv[2]))
 if sys.argv[2] == "1":
     exit_within(1)
     sys.exit("error")
-with failing_together():
+with errors_on_all_processes():
     pass
 """
 
@@ -106,12 +107,12 @@ def test_one_host_raises_at_once_what_its_input_raises():
         yield {"image": np.zeros(1)}
         raise OSError("gone")
 
-    feed = Feed(batches(), 5)
-    next(feed)
-    feed.check()
+    process_batches = ProcessBatches(batches(), 5, None)
+    next(process_batches)
+    process_batches.check()
     with pytest.raises(OSError, match="gone"):
-        next(feed)
-    assert len(list(Feed(iter("abc"), 2))) == 2
+        next(process_batches)
+    assert len(list(ProcessBatches(iter("abc"), 2, None))) == 2
 
 
 def test_incomplete_flags_are_refused():
@@ -178,7 +179,8 @@ import os, signal, sys, time
 from pathlib import Path
 import jax
 from fcvit_jax.errors import UserError
-from fcvit_jax.devices.hosts import StopSignal, check_same, check_shared, failing_together, start_distributed
+from fcvit_jax.devices.hosts import check_same, check_shared, errors_on_all_processes, start_distributed
+from fcvit_jax.devices.stopping import StopSignal
 start_distributed(sys.argv[1], 2, int(sys.argv[2]))
 folder = Path(sys.argv[3])
 sys.stdout = (folder / f"{sys.argv[2]}.txt").open("w")  # the connecting of processes prints too
@@ -189,7 +191,7 @@ def do(what):
 
 for attempt in ("0", "1", "2"):
     try:
-        with failing_together():
+        with errors_on_all_processes():
             do(attempt)
     except UserError as error:
         print(error)

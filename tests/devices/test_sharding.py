@@ -71,10 +71,13 @@ def test_what_a_step_sends(choice, narrow, monkeypatch):
         state = step.abstract_state()
         # XLA for GPUs reduces the gradients together only if no weight can be updated while another is still in use.
         barriers = re.findall(r":(\d+) = stablehlo.optimization_barrier", lowered.as_text())
-        assert str(len(jax.tree.leaves(state.params))) in barriers
+        assert str(len(jax.tree.leaves(state.variables["params"]))) in barriers
     jax.clear_caches()
 
-    params, statistics = (sum(4 * x.size for x in jax.tree.leaves(tree)) for tree in (state.params, state.batch_stats))
+    params, statistics = (
+        sum(4 * x.size for x in jax.tree.leaves(tree))
+        for tree in (state.variables["params"], state.variables["batch_stats"])
+    )
     assert {op["op"] for op in sent[1]} == {"all-reduce"} and not any(op["in_loop"] for op in sent[1])
     assert sum(op["bytes"] for op in sent[1]) <= params + statistics + 4  # and the loss
     assert sum(op["bytes"] for op in sent[4]) < 6 * params
@@ -95,5 +98,5 @@ def test_a_batch_in_parts_is_the_same_step_and_every_device_has_its_share_of_eac
         assert all(op["bytes"] < 1000 for op in collectives(compiled.as_text()) if op["op"] == "all-gather")
         start = jax.device_put(state, state_shardings(state, step.mesh))
         new, metrics = compiled(start, global_batch(batch, step.mesh), jax.random.key(0))
-        results[accumulate] = metrics, new.batch_stats, optax.tree.get(new.opt_state, "mu")
+        results[accumulate] = metrics, new.variables["batch_stats"], optax.tree.get(new.opt_state, "mu")
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), results[4], results[1])

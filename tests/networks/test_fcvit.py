@@ -201,7 +201,7 @@ def test_ten_optimizer_steps_equal_the_originals_and_averages_follow():
         batch = {"image": nhwc(images), "label": labels.astype(np.int32)}
         state, metrics = train.train_step(state, batch, jax.random.key(0), **fixed)
         losses.append(float(metrics["loss"]))
-        plain = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+        plain = jax.device_get(state.variables)
         averages = jax.tree.map(lambda average, x: 0.7 * average + 0.3 * x, averages, plain)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), state.ema, averages)
     np.testing.assert_allclose(losses, arrays["losses"], rtol=0, atol=1e-4)

@@ -17,7 +17,8 @@ from jax.experimental import multihost_utils
 
 from fcvit_jax.devices.sharding import make_mesh, state_shardings
 from fcvit_jax.errors import UserError
-from fcvit_jax.run.checkpoint import Checkpointer, find_step, load_metadata, load_variables, save_variables
+from fcvit_jax.run.checkpoint import Checkpointer, save_variables
+from fcvit_jax.run.saved import find_step, load_metadata, load_variables
 from fcvit_jax.run.state import TrainState
 
 # Orbax leaves the further exceptions of a failed read to the garbage collector.
@@ -40,8 +41,7 @@ def make_state(mesh, step, seed=0):
     batch_stats = {"norm": {"mean": jnp.float32(rng.normal(size=3))}}
     state = TrainState(
         step=jnp.int32(step),
-        params=params,
-        batch_stats=batch_stats,
+        variables={"params": params, "batch_stats": batch_stats},
         opt_state=jax.tree.map(lambda x: x + jnp.ones_like(x), optax.adamw(1e-3).init(params)),
         ema=jax.tree.map(lambda x: 2 * x, {"params": params, "batch_stats": batch_stats}),
     )
@@ -276,7 +276,7 @@ def test_saves_do_not_ask_for_a_preemption(tmp_path, mesh, monkeypatch):
 
 
 def test_weights_are_read_without_the_rest(workdir, states, tmp_path):
-    variables = {"params": states[4].params, "batch_stats": states[4].batch_stats}
+    variables = states[4].variables
     assert_same(load_variables(workdir, ema=False), variables)
     assert_same(load_variables(workdir, ema=True), states[4].ema)
     assert_same(load_variables(workdir), states[4].ema)

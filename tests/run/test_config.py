@@ -13,8 +13,9 @@ from fcvit_jax.augment import mixing
 from fcvit_jax.configs import cifar10, digits, fcvit_s12, fcvit_s24, fcvit_s48, fcvit_tiny, finetune, imagenet
 from fcvit_jax.errors import UserError
 from fcvit_jax.networks.fcvit import create_model
-from fcvit_jax.run.checkpoint import local_path
 from fcvit_jax.run.config import check_config, check_workdir, write_config
+from fcvit_jax.run.saved import local_path
+from fcvit_jax.tasks import classification
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,7 @@ from fcvit_jax.run.config import check_config, check_workdir, write_config
     ids=lambda module: module.__name__,
 )
 def test_the_configs_hold_what_is_read_and_nothing_else(module):
-    check_config(module.get_config())
+    check_config(module.get_config(), classification)
 
 
 def test_a_part_of_the_config_is_what_one_function_takes():
@@ -67,9 +68,9 @@ def test_unknown_and_missing_keys_are_named():
         del config.optim.lr
         del config.mesh
     with pytest.raises(UserError) as info:
-        check_config(config)
+        check_config(config, classification)
     assert str(info.value).splitlines() == [
-        "Unknown config key 'model.share_blocks'.",
+        "Unknown config key 'model.share_blocks': did you mean 'model.freeze_bn'?",
         "Unknown config key 'optim.weigth_decay': did you mean 'optim.weight_decay'?",
         "Unknown config key 'trian'.",
         "Config key 'mesh.data' is missing.",
@@ -84,17 +85,17 @@ def test_numbers_below_one_are_refused(key):
     config = tiny_config.get_config()
     config.train[key] = 0
     with pytest.raises(UserError, match=f"train.{key}=0 must be at least 1"):
-        check_config(config)
+        check_config(config, classification)
 
 
 @pytest.mark.parametrize("key", ["epochs", "log_every", "eval_every", "accumulate"])
 def test_only_the_number_of_steps_may_be_left_out(key):
     config = tiny_config.get_config()
     config.train.steps = None
-    check_config(config)
+    check_config(config, classification)
     config.train[key] = None
     with pytest.raises(UserError, match=f"train.{key}=None must"):
-        check_config(config)
+        check_config(config, classification)
 
 
 def test_what_json_cannot_hold_is_refused():
@@ -102,7 +103,7 @@ def test_what_json_cannot_hold_is_refused():
     with config.unlocked():
         config.model.param_dtype = jnp.bfloat16
     with pytest.raises(UserError, match="model.param_dtype=.*bfloat16.* cannot be written to config.json"):
-        check_config(config)
+        check_config(config, classification)
 
 
 def test_another_config_is_refused_and_its_keys_named(tmp_path, capsys):

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from fcvit_jax import networks
 from fcvit_jax.devices.sharding import make_mesh
 from fcvit_jax.networks.fcvit import create_model
 from fcvit_jax.run.state import abstract_state, create_state, init_variables
@@ -16,8 +17,8 @@ def test_the_first_state_is_as_the_model_initialises_it_and_blocks_are_drawn_apa
     quick = {"dims": (16, 16, 16, 32), "kernel_sizes": (3,), "use_context": False}
     model = create_model("fcvit_tiny", num_classes=3, depths=(2, 0, 0, 3), **quick)
     tx, mesh = optax.adam(1e-3), make_mesh(data=2, fsdp=4)
-    abstract = abstract_state(model, tx, mesh, ema=True)
-    state = create_state(init_variables(model, mesh, seed=7), tx, abstract)
+    abstract = abstract_state(networks.init_variables, model, tx, mesh, ema=True)
+    state = create_state(init_variables(networks.init_variables, model, mesh, seed=7), tx, abstract)
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
     assert jax.tree.map(jnp.shape, state.eval_variables) == jax.tree.map(lambda x: x.shape, variables)
 
@@ -25,7 +26,7 @@ def test_the_first_state_is_as_the_model_initialises_it_and_blocks_are_drawn_apa
     for x, expected in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
         assert (x.shape, x.dtype, x.sharding) == (expected.shape, expected.dtype, expected.sharding)
     assert int(state.step) == 0 and all((x == 0).all() for x in jax.tree.leaves(state.opt_state))
-    jax.tree.map(np.testing.assert_array_equal, state.ema, {"params": state.params, "batch_stats": state.batch_stats})
+    jax.tree.map(np.testing.assert_array_equal, state.ema, state.variables)
 
     def drawn(params):
         """All kernels of a block, in units of their standard deviation."""
@@ -33,19 +34,19 @@ def test_the_first_state_is_as_the_model_initialises_it_and_blocks_are_drawn_apa
         return np.concatenate([np.ravel(x) / np.std(x) for x in kernels])
 
     for s, depth in enumerate(model.depths):
-        blocks = [drawn(state.params[f"stages_{s}_block_{i}"]) for i in range(depth)]
+        blocks = [drawn(state.variables["params"][f"stages_{s}_block_{i}"]) for i in range(depth)]
         if depth > 1:
             off_diagonal = np.corrcoef(blocks)[~np.eye(depth, dtype=bool)]
             assert abs(off_diagonal).max() < 5 / blocks[0].size ** 0.5
     shallow = model.clone(depths=(1, 0, 0, 1))
     firsts = jax.jit(lambda: shallow.init(jax.random.key(7), jnp.zeros((1, 32, 32, 3)))["params"])()
     for name, x in firsts.items():
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params[name], x)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.variables["params"][name], x)
 
 
 def test_averages_are_float32_whatever_the_parameters_are():
     """As each step leaves them, or the second would be compiled anew and a checkpoint could not be read."""
     model = create_model("fcvit_tiny", num_classes=3, depths=(0, 0, 0, 1), param_dtype=jnp.bfloat16)
-    state = abstract_state(model, optax.adam(1e-3), make_mesh(), ema=True)
-    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
+    state = abstract_state(networks.init_variables, model, optax.adam(1e-3), make_mesh(), ema=True)
+    assert {x.dtype for x in jax.tree.leaves(state.variables["params"])} == {jnp.dtype("bfloat16")}
     assert {x.dtype for x in jax.tree.leaves(state.ema)} == {jnp.dtype("float32")}

@@ -1,4 +1,4 @@
-"""Evaluation: sums over the examples that count, against NumPy."""
+"""Evaluation of a classifier: sums over the examples that count, against NumPy."""
 
 import dataclasses
 
@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fcvit_jax import evaluate
-from fcvit_jax.devices.sharding import make_mesh
+from fcvit_jax.networks.normalize import MEAN, STD
+from fcvit_jax.tasks import classification
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +16,8 @@ class FirstPixel:
 
     def clone(self, **_):
         return self
+
+    mean, std = MEAN, STD
 
     def apply(self, variables, images):
         return variables["logits"] + images[:, 0, 0] @ variables["kernel"]
@@ -44,7 +46,7 @@ def test_sums_equal_numpys(classes):
     batch = {"image": images, "label": rng.integers(0, classes, 64), "mask": rng.random(64) < 0.7}
     for weights, logits in ((kernel, own + (images[:, 0, 0] - mean) / std @ kernel), (0 * kernel, own * 1.0)):
         variables = {"logits": jnp.float32(own), "kernel": jnp.float32(weights)}  # the second: with many ties
-        sums = evaluate.eval_step(FirstPixel(), variables, batch)
+        sums = classification.eval_step(FirstPixel(), variables, batch)
         for name, value in expected(logits, batch["label"], batch["mask"]).items():
             np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=name)
 
@@ -52,7 +54,7 @@ def test_sums_equal_numpys(classes):
 def test_a_logit_that_is_no_number_ranks_first():
     batch = {"image": np.zeros((2, 4, 4, 3), np.uint8), "label": np.array([1, 0]), "mask": np.ones(2, bool)}
     logits = jnp.array([[np.nan, 5.0], [np.nan, 5.0]])
-    sums = evaluate.eval_step(FirstPixel(), {"logits": logits, "kernel": jnp.zeros((3, 2))}, batch)
+    sums = classification.eval_step(FirstPixel(), {"logits": logits, "kernel": jnp.zeros((3, 2))}, batch)
     assert (sums["top1"], sums["top5"]) == (0, 2)
 
 
@@ -67,8 +69,8 @@ def test_means_are_over_all_batches():
         }
         for kept in (8, 8, 3)
     ]
-    result = evaluate.evaluate(FirstPixel(), variables, batches, make_mesh(data=1))
-    sums = [evaluate.eval_step(FirstPixel(), variables, batch) for batch in batches]
+    outputs = [classification.eval_step(FirstPixel(), variables, batch) for batch in batches]
+    result = classification.finish(outputs, None)
     assert result["count"] == 19
     for name in ("loss", "top1", "top5"):
-        assert result[name] == pytest.approx(sum(float(x[name]) for x in sums) / 19)
+        assert result[name] == pytest.approx(sum(float(x[name]) for x in outputs) / 19)
