@@ -8,8 +8,7 @@ import pytest
 from conftest import WELL
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fcvit_jax import depthwise
-from fcvit_jax.depthwise import IMPLS, depthwise_conv, kernels
+from fcvit_jax.depthwise import IMPLS, depthwise_conv, kernels, primitives
 from fcvit_jax.networks.layers import Conv1x1
 
 # (N, H, W, C, k): odd and even maps, not square, smaller than the filter, one image, one pixel, blocks of channels.
@@ -310,7 +309,7 @@ def test_the_gpu_kernels_leave_what_does_not_fit_to_lax(shape, k):
 
 @pytest.mark.parametrize("mesh", [False, True])
 def test_only_a_program_that_a_gpu_runs_itself_has_the_kernels(monkeypatch, mesh):
-    monkeypatch.setattr(depthwise, "_has_kernels", lambda shape, window: True)
+    monkeypatch.setattr(primitives, "_has_kernels", lambda shape, window: True)
     monkeypatch.setattr(kernels, "forward", lambda x, kernel: jax.lax.erf_inv(x))
     monkeypatch.setattr(kernels, "weight_grad", lambda x, g, window: jnp.cbrt(g[0, : window[0], : window[1]]))
     args = draw((8, 12, 12, 16, 11))

@@ -1,0 +1,31 @@
+"""Runs a convolution on every device of the mesh in context, each with its own images."""
+
+import math
+from collections.abc import Callable
+
+import jax
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+
+def _batch_axes(x: jax.Array) -> tuple[str, ...]:
+    """The axes of the mesh in context over which a batch can be split evenly; none without a mesh or on one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in mesh.auto_axes if mesh.shape[axis] > 1)
+    return axes if axes and x.shape[0] % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
+
+
+def per_device(conv: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The convolution, by every device of its own images where they can be split."""
+    if not (axes := _batch_axes(x)):
+        return conv(x, kernel)
+    own = {"in_specs": (P(axes), P()), "out_specs": P(axes), "axis_names": set(axes), "check_vma": False}
+    return jax.shard_map(conv, **own)(x, kernel)
+
+
+def summed_over_devices(taps: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, g: jax.Array) -> jax.Array:
+    """The taps, summed over those that every device has from its own images where they can be split."""
+    if not (axes := _batch_axes(x)):
+        return taps(x, g)
+    own = {"in_specs": P(axes), "out_specs": P(), "axis_names": set(axes), "check_vma": False}
+    return jax.shard_map(lambda x, g: lax.psum(taps(x, g), axes), **own)(x, g)

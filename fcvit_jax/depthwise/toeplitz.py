@@ -1,0 +1,84 @@
+"""The depthwise convolution as products with banded (Toeplitz) matrices, for the matrix units of TPUs."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fcvit_jax.depthwise.spread import per_device, summed_over_devices
+
+LANES = 128  # a side of a TPU's matrix unit
+
+
+def _tiles(shape: tuple[int, ...], window: tuple[int, int]) -> tuple[int, int, int]:
+    """A tile's rows, of some `LANES` positions together; the map's tiles; how many tiles away a tap gets."""
+    height, width = shape[1:3]
+    tiles = -(-height // max(1, LANES // width))
+    rows = -(-height // tiles)
+    return rows, tiles, min(tiles - 1, -(-(window[0] // 2) // rows))
+
+
+def _to_tiles(x: jax.Array, rows: int, tiles: int) -> jax.Array:
+    """(N, H, W, C) to (N, tiles, C * rows * W)."""
+    n, height, width, channels = x.shape
+    x = jnp.pad(x, ((0, 0), (0, tiles * rows - height), (0, 0), (0, 0)))
+    return x.reshape(n, tiles, rows * width, channels).swapaxes(2, 3).reshape(n, tiles, channels * rows * width)
+
+
+def _bands(rows: int, reach: int, width: int, window: tuple[int, int], dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Where tap i leads from row a, q tiles away, to row b: (q, a, b, i); tap j from column v to w: (v, w, j)."""
+    q, a, b = jnp.ogrid[-reach : reach + 1, :rows, :rows]
+    v, w = jnp.ogrid[:width, :width]
+    i, j = q * rows + a - b + window[0] // 2, v - w + window[1] // 2
+    return jax.nn.one_hot(i, window[0], dtype=dtype), jax.nn.one_hot(j, window[1], dtype=dtype)
+
+
+@jax.jit
+def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Each channel's tiles of whole rows times the banded (Toeplitz) matrices that lead from tile to tile."""
+
+    def conv(x, kernel):
+        n, height, width, channels = x.shape
+        rows, tiles, reach = _tiles(x.shape, kernel.shape)
+        row_bands, col_bands = _bands(rows, reach, width, kernel.shape[:2], x.dtype)
+        by_rows = jnp.einsum("qabi,ijc->qabjc", row_bands, kernel.astype(x.dtype))
+        matrices = jnp.einsum("qabjc,vwj->qavcbw", by_rows, col_bands)
+        y = lax.conv_general_dilated(
+            _to_tiles(x, rows, tiles),
+            matrices.reshape(2 * reach + 1, rows * width, -1),
+            window_strides=(1,),
+            padding=[(reach, reach)],
+            dimension_numbers=("NHC", "HIO", "NHC"),
+            feature_group_count=channels,
+        )
+        y = y.reshape(n, tiles, channels, rows * width).swapaxes(2, 3)
+        return y.reshape(n, tiles * rows, width, channels)[:, :height]
+
+    # XLA would send matrices from device to device, which are much larger than the filters.
+    return per_device(conv, x, kernel)
+
+
+@partial(jax.jit, static_argnames="window")
+def weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax.Array:
+    """The gradient of the matrices, summed along their bands."""
+
+    def taps(x, g):
+        width, channels = x.shape[2:]
+        rows, tiles, reach = _tiles(x.shape, window)
+        row_bands, col_bands = _bands(rows, reach, width, window, jnp.float32)
+        matrices = lax.conv_general_dilated(
+            _to_tiles(x, rows, tiles),
+            _to_tiles(g, rows, tiles),
+            window_strides=(1,),
+            padding=[(reach, reach)],
+            dimension_numbers=("CHN", "IHO", "HNC"),
+            batch_group_count=channels,
+            preferred_element_type=jnp.float32,
+        )
+        matrices = matrices.reshape(2 * reach + 1, rows, width, channels, rows, width)
+        by_rows = jnp.einsum("qavcbw,vwj->qabjc", matrices, col_bands, precision="highest")
+        return jnp.einsum("qabjc,qabi->ijc", by_rows, row_bands, precision="highest")
+
+    return summed_over_devices(taps, x, g)
