@@ -1,8 +1,10 @@
 """The depthwise convolution: one op, several implementations, chosen by platform and size.
 
-Forward, input gradient and weight gradient are bilinear maps, each the derivative of another, so the two rules below
-give derivatives of every order in reverse mode. The choices in `_cpu_impl` and `_cuda_impl` come from
-`benchmarks/depthwise.py`, that in `_tpu_impl` from `benchmarks/tpu_schedule.py`; figures are in docs/performance.md.
+The convolution and its weight gradient are linear in each of their two inputs, and the derivatives of either are made
+of both. So two operations give derivatives of every order, in forward and reverse mode.
+
+The choices in `_cpu_impl` and `_cuda_impl` come from `benchmarks/depthwise.py`, that in `_tpu_impl` from
+`benchmarks/tpu_schedule.py`; figures are in docs/performance.md.
 """
 
 from collections.abc import Callable
@@ -13,7 +15,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from fcvit_jax.depthwise import loops, primitives, toeplitz
-from fcvit_jax.depthwise.primitives import vary_alike
 
 IMPLS = ("lax", "shift", "banded", "toeplitz", "pallas")
 
@@ -36,7 +37,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, impl: str | None = None) -> 
         context (`jax.set_mesh`).
 
     Returns:
-      (N, H, W, C), dtype of x. Reverse mode works to any order; forward mode raises JAX's TypeError for custom_vjp.
+      (N, H, W, C), dtype of x. It has derivatives of every order, in forward and reverse mode.
 
     Raises:
       ValueError: shapes that do not fit, even k, x without a float dtype, unknown impl.
@@ -49,10 +50,9 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, impl: str | None = None) -> 
         raise ValueError(f"x has {x.shape[3]} channels, the kernel has {kernel.shape[2]}")
     if impl is not None and impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}, choose one of {IMPLS}")
-    x, kernel = vary_alike(x, kernel)
     # Taps that only ever meet the padding of a small map need no work.
     rows, cols = (max(0, kernel.shape[0] // 2 - size + 1) for size in x.shape[1:3])
-    return _conv(x, kernel[rows : kernel.shape[0] - rows, cols : kernel.shape[1] - cols], impl)
+    return _conv(x, kernel[rows : kernel.shape[0] - rows, cols : kernel.shape[1] - cols], impl=impl)
 
 
 def _cpu_impl(shape: tuple[int, ...], window: tuple[int, int]) -> str:
@@ -73,49 +73,6 @@ def _cuda_impl(shape: tuple[int, ...], window: tuple[int, int]) -> str:
 _CHOICES = {"cpu": _cpu_impl, "cuda": _cuda_impl, "tpu": _tpu_impl}
 
 
-def _choose(impls: dict[str, Callable], impl: str | None, x: jax.Array, other: jax.Array, window: tuple[int, int]):
-    """Runs one of `impls`, that for the platform if `impl` is None."""
-    if impl is not None:
-        return impls[impl](x, other)
-    by_platform = {platform: impls[choice(x.shape, window)] for platform, choice in _CHOICES.items()}
-    return lax.platform_dependent(x, other, **by_platform, default=impls["lax"])
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _conv(x: jax.Array, kernel: jax.Array, impl: str | None) -> jax.Array:
-    return _choose(_FORWARD, impl, x, kernel, kernel.shape[:2])
-
-
-def _conv_fwd(x, kernel, impl):
-    return _conv(x, kernel, impl), (x, kernel)
-
-
-def _conv_bwd(impl, residuals, g):
-    x, kernel = residuals
-    return _conv(g, kernel[::-1, ::-1], impl), _weight_grad(x, g, kernel.shape[:2], impl).astype(kernel.dtype)
-
-
-_conv.defvjp(_conv_fwd, _conv_bwd)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int], impl: str | None) -> jax.Array:
-    """Sum x[n, h + i - p, w + j - p, c] * g[n, h, w, c] over n, h, w: (*window, C) in float32."""
-    return _choose({name: partial(f, window=window) for name, f in _WEIGHT_GRAD.items()}, impl, x, g, window)
-
-
-def _weight_grad_fwd(x, g, window, impl):
-    return _weight_grad(x, g, window, impl), (x, g)
-
-
-def _weight_grad_bwd(window, impl, residuals, t):
-    x, g = residuals
-    return _conv(g, t[::-1, ::-1], impl).astype(x.dtype), _conv(x, t, impl).astype(g.dtype)
-
-
-_weight_grad.defvjp(_weight_grad_fwd, _weight_grad_bwd)
-
-
 _FORWARD = {
     "lax": loops.lax_forward,
     "shift": loops.shift_forward,
@@ -130,3 +87,86 @@ _WEIGHT_GRAD = {
     "toeplitz": toeplitz.weight_grad,
     "pallas": primitives.pallas_weight_grad,
 }
+
+
+def _choose(impls: dict[str, Callable], impl: str | None, x: jax.Array, other: jax.Array, window: tuple[int, int]):
+    """Runs one of `impls`, that for the platform if `impl` is None."""
+    if impl is not None:
+        return impls[impl](x, other)
+    by_platform = {platform: impls[choice(x.shape, window)] for platform, choice in _CHOICES.items()}
+    return lax.platform_dependent(x, other, **by_platform, default=impls["lax"])
+
+
+@partial(jax.jit, static_argnames="impl")
+def _compute_conv(x: jax.Array, kernel: jax.Array, *, impl: str | None) -> jax.Array:
+    return _choose(_FORWARD, impl, x, kernel, kernel.shape[:2])
+
+
+@partial(jax.jit, static_argnames=("window", "impl"))
+def _compute_weight_grad(x: jax.Array, g: jax.Array, *, window: tuple[int, int], impl: str | None) -> jax.Array:
+    return _choose({name: partial(f, window=window) for name, f in _WEIGHT_GRAD.items()}, impl, x, g, window)
+
+
+def _conv_input_grad(g, x, kernel, *, impl):
+    return _conv(g, kernel[::-1, ::-1], impl=impl)
+
+
+def _conv_kernel_grad(g, x, kernel, *, impl):
+    kernel = kernel.aval
+    return _weight_grad(x, g, window=kernel.shape[:2], impl=impl).astype(kernel.dtype)
+
+
+def _weight_grad_by_x(t, x, g, *, window, impl):
+    return _conv(g, t[::-1, ::-1], impl=impl).astype(x.aval.dtype)
+
+
+def _weight_grad_by_g(t, x, g, *, window, impl):
+    return _conv(x, t, impl=impl).astype(g.aval.dtype)
+
+
+def _to_channels(array: jax.Array, axis: int | None, size: int) -> jax.Array:
+    """Makes the axis that `jax.vmap` maps part of the channels, each of which is convolved by itself anyway."""
+    *positions, channels = array.shape if axis is None else jnp.moveaxis(array, axis, 0).shape[1:]
+    array = array[..., None, :] if axis is None else jnp.moveaxis(array, axis, -2)
+    return jnp.broadcast_to(array, (*positions, size, channels)).reshape(*positions, size * channels)
+
+
+def _from_channels(array: jax.Array, size: int) -> tuple[jax.Array, int]:
+    return array.reshape(*array.shape[:-1], size, array.shape[-1] // size), array.ndim - 1
+
+
+def _batch_conv(x, kernel, x_axis, kernel_axis, *, impl):
+    if kernel_axis is None:  # more images of the same filters
+        xs = jnp.moveaxis(x, x_axis, 0)
+        y = _conv(xs.reshape(xs.shape[0] * xs.shape[1], *xs.shape[2:]), kernel, impl=impl)
+        return y.reshape(xs.shape), 0
+    size = kernel.shape[kernel_axis]
+    y = _conv(_to_channels(x, x_axis, size), _to_channels(kernel, kernel_axis, size), impl=impl)
+    return _from_channels(y, size)
+
+
+def _batch_weight_grad(x, g, x_axis, g_axis, *, window, impl):
+    size = g.shape[g_axis] if x_axis is None else x.shape[x_axis]
+    maps = _to_channels(x, x_axis, size), _to_channels(g, g_axis, size)
+    return _from_channels(_weight_grad(*maps, window=window, impl=impl), size)
+
+
+# x (N, H, W, C), kernel (h, w, C) to the sum over i, j of x[n, y + i - h // 2, z + j - w // 2, c] * kernel[i, j, c].
+_conv = primitives.bilinear(
+    "depthwise_conv",
+    compute=_compute_conv,
+    result=lambda x, kernel, impl: x,
+    to_first=_conv_input_grad,
+    to_second=_conv_kernel_grad,
+    batch=_batch_conv,
+)
+
+# x, g (N, H, W, C) to the sum over n, y, z of x[n, y + i - h // 2, z + j - w // 2, c] * g[n, y, z, c], in float32.
+_weight_grad = primitives.bilinear(
+    "depthwise_weight_grad",
+    compute=_compute_weight_grad,
+    result=lambda x, g, window, impl: primitives.array_type(x, (*window, x.shape[3]), jnp.float32),
+    to_first=_weight_grad_by_x,
+    to_second=_weight_grad_by_g,
+    batch=_batch_weight_grad,
+)

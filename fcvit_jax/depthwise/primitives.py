@@ -1,6 +1,17 @@
-"""What the depthwise convolution needs of JAX's internal APIs, and nothing else of the package does."""
+"""The only file of the package that uses semi-public or unstable APIs of JAX, but for the kernels of `kernels`.
+
+| API | used for | JAX |
+|---|---|---|
+| `jax.extend.core.Primitive` | operations of our own | 0.10 to 0.12 |
+| `jax.interpreters.ad.defbilinear` | derivatives in both modes | 0.10 to 0.12 |
+| `jax.interpreters.batching.primitive_batchers` | `jax.vmap` | 0.10 to 0.12 |
+| `jax.interpreters.mlir.lower_fun`, `register_lowering` | programs for every platform | 0.10 to 0.12 |
+| `jax.core.ShapedArray`, `manual_axis_type` | shapes, and types inside `jax.shard_map` | from 0.10 (`vma` before) |
+| `module_context.axis_context`, `.lowering_parameters.for_export` | when to use the kernels | 0.10 to 0.12 |
+"""
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,32 +20,72 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec as P
 
 from fcvit_jax.depthwise.loops import lax_conv, lax_taps
 from fcvit_jax.depthwise.spread import per_device, summed_over_devices
 
 
-def vary_alike(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Marks both, inside `jax.shard_map`, as varying over all axes that either varies over.
+def match_manual_axes(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Inside `jax.shard_map`, marks both arrays as varying over the union of their manual axes.
 
-    The rules of a custom_vjp need that; the transpose then sums a gradient over the devices that share what it is of.
+    An operation of ours needs inputs of equal types there. The transpose of the mark sums a gradient over the devices
+    that shared the input.
     """
-    own, other = (jax.typeof(array).manual_axis_type.varying for array in (x, kernel))
-    return lax.pcast(x, tuple(other - own), to="varying"), lax.pcast(kernel, tuple(own - other), to="varying")
+    own, other = (jax.typeof(array).manual_axis_type.varying for array in (x, y))
+    return lax.pcast(x, tuple(other - own), to="varying"), lax.pcast(y, tuple(own - other), to="varying")
 
 
-# A primitive, so that only the lowering decides, which alone knows the device and whether the program is exported.
+def array_type(x: ShapedArray, shape: tuple[int, ...], dtype: Any) -> ShapedArray:
+    """The type of an array that is computed from x: inside `jax.shard_map` it varies over the same axes."""
+    sharding = x.sharding.update(spec=P(*[None] * len(shape)))
+    return ShapedArray(shape, dtype, sharding=sharding, manual_axis_type=x.manual_axis_type)
+
+
+def bilinear(
+    name: str, compute: Callable, result: Callable, to_first: Callable, to_second: Callable, batch: Callable
+) -> Callable[..., jax.Array]:
+    """Makes an operation of JAX from a function that is linear in each of two arrays.
+
+    `jax.custom_vjp` would allow reverse mode alone, and `jax.custom_derivatives.linear_call` no `jax.vmap`. All
+    functions take the static parameters of the operation as keywords, which must be hashable.
+
+    Args:
+      name: of the operation, in jaxprs.
+      compute: (x, y) to the array, by operations of JAX, which are not differentiated; already jitted.
+      result: types of x and y to the type of the result, as `array_type` makes it.
+      to_first: (g, x, y) to the gradient of x; x has only `aval`.
+      to_second: (g, x, y) to the gradient of y; y has only `aval`.
+      batch: (x, y, x_axis, y_axis) to the result for arrays that have a mapped axis more, and that axis in the result;
+        an axis is None where an array has none.
+
+    Returns:
+      A function (x, y, **parameters) to the array. Gradients of every order work in both modes if `to_first`,
+      `to_second` and `batch` are made of operations that can be differentiated.
+    """
+    primitive = Primitive(name)
+    primitive.def_impl(compute)
+    primitive.def_abstract_eval(result)
+    mlir.register_lowering(primitive, mlir.lower_fun(compute, multiple_results=False))
+    ad.defbilinear(primitive, to_first, to_second)
+
+    def batched(args, axes, **parameters):
+        return batch(*args, *axes, **parameters)
+
+    batching.primitive_batchers[primitive] = batched
+    return lambda x, y, **parameters: primitive.bind(*match_manual_axes(x, y), **parameters)
+
+
+# An operation of its own, since only its lowering knows the device and whether the program is exported. Its caller is
+# the lowering of a bilinear operation, so it needs no rules for derivatives and batches.
 _pallas_p = Primitive("depthwise_pallas")
 
 
 @_pallas_p.def_abstract_eval
-def _pallas_shape(x, other, *, window):
+def _pallas_type(x, other, *, window):
     """`other` is the kernel, or the incoming gradient if `window` says which taps its sum is for."""
-    shape, dtype = ((*window, x.shape[3]), jnp.float32) if window else (x.shape, x.dtype)
-    sharding = x.sharding.update(spec=P(*[None] * len(shape)))  # of what each device holds in a `jax.shard_map`
-    return ShapedArray(shape, dtype, sharding=sharding, manual_axis_type=x.manual_axis_type)
+    return array_type(x, (*window, x.shape[3]), jnp.float32) if window else x
 
 
 @_pallas_p.def_impl  # for `jax.disable_jit`
@@ -80,17 +131,8 @@ def _pallas_lowering(ctx, x, other, *, window):
     return mlir.lower_fun(run, multiple_results=False)(ctx, x, other)
 
 
-def _pallas_batch(args, dims, *, window):
-    """Makes the mapped axis part of the channels, of which each is convolved by itself anyway."""
-    size = next(arg.shape[dim] for arg, dim in zip(args, dims, strict=True) if dim is not None)
-    args = [batching.bdim_at_front(arg, dim, size) for arg, dim in zip(args, dims, strict=True)]
-    out = _pallas_p.bind(*(jnp.moveaxis(arg, 0, -2).reshape(*arg.shape[1:-1], -1) for arg in args), window=window)
-    return out.reshape(*out.shape[:-1], size, -1), out.ndim - 1
-
-
 mlir.register_lowering(_pallas_p, _pallas_lowering, platform="cuda")
 mlir.register_lowering(_pallas_p, mlir.lower_fun(_pallas_by_lax, multiple_results=False))
-batching.primitive_batchers[_pallas_p] = _pallas_batch
 
 
 @jax.jit

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.initializers import normal
 
-from fcvit_jax.depthwise import depthwise_conv, vary_alike
+from fcvit_jax.depthwise import depthwise_conv, primitives
 from fcvit_jax.errors import UserError
 
 
@@ -18,27 +18,35 @@ def gelu(x: jax.Array, bias: jax.Array | float = 0) -> jax.Array:
     return (0.5 * y * (1 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
 
 
-@jax.custom_vjp
-def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+@jax.jit
+def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return x @ kernel
 
 
-def _product_fwd(x, kernel):
-    return x @ kernel, (x, kernel)
-
-
-def _product_bwd(residuals, g):
-    x, kernel = residuals
+def _kernel_grad(g, x, kernel):
     rows = tuple(range(x.ndim - 1))
-    # XLA:CPU transposes the left factor of this product in memory, and JAX's own rule puts g there: take the narrower.
+    # On CPU, XLA transposes the left operand of this product in memory. JAX's rule puts the incoming gradient there;
+    # use whichever operand is narrower.
     if x.shape[-1] < g.shape[-1]:
-        kernel_grad = jnp.tensordot(x, g, (rows, rows))
-    else:
-        kernel_grad = jnp.tensordot(g, x, (rows, rows)).T
-    return g @ kernel.T, kernel_grad
+        return jnp.tensordot(x, g, (rows, rows))
+    return jnp.tensordot(g, x, (rows, rows)).T
 
 
-_product.defvjp(_product_fwd, _product_bwd)
+def _batch_product(x, kernel, x_axis, kernel_axis):
+    if kernel_axis is None:
+        return _product(jnp.moveaxis(x, x_axis, 0), kernel), 0
+    return jax.vmap(jnp.matmul, (x_axis, kernel_axis))(x, kernel), 0
+
+
+# x (..., C), kernel (C, D) to x @ kernel (..., D).
+_product = primitives.bilinear(
+    "channel_product",
+    compute=_matmul,
+    result=lambda x, kernel: primitives.array_type(x, (*x.shape[:-1], kernel.shape[1]), x.dtype),
+    to_first=lambda g, x, kernel: g @ kernel.T,
+    to_second=_kernel_grad,
+    batch=_batch_product,
+)
 
 
 class Conv1x1(nn.Module):
@@ -62,7 +70,7 @@ class Conv1x1(nn.Module):
         kernel = self.param("kernel", normal((2 / self.features) ** 0.5), shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        y = _product(*vary_alike(x, kernel))
+        y = _product(x, kernel)
         return gelu(y, bias) if self.with_gelu else y + bias
 
 

@@ -99,10 +99,35 @@ def test_second_derivatives_equal_the_oracle(impl):
     assert_close(jax.jit(second_derivatives(ours(impl)))(*args), jax.jit(second_derivatives(oracle))(*args))
 
 
-def test_forward_mode_raises_jax_error_for_custom_rules():
-    x, kernel, _ = draw((1, 4, 4, 2, 3))
-    with pytest.raises(TypeError, match="forward-mode autodiff .* custom_vjp"):
-        jax.jvp(lambda x: depthwise_conv(x, kernel), (x,), (x,))
+@pytest.mark.parametrize("impl", ALL)
+def test_forward_mode_equals_the_oracle_and_is_the_transpose_of_reverse_mode(impl):
+    x, kernel, g = draw((2, 6, 5, 3, 5))
+    tangents = jnp.cos(x), jnp.sin(kernel)
+
+    def forward(op, x, kernel):
+        return jax.jvp(op, (x, kernel), tangents)
+
+    y, dy = jax.jit(partial(forward, ours(impl)))(x, kernel)
+    assert_close((y, dy), forward(oracle, x, kernel))
+    gradients = jax.vjp(ours(impl), x, kernel)[1](g)
+    backward = sum(jnp.vdot(t, d) for t, d in zip(tangents, gradients, strict=True))
+    np.testing.assert_allclose(jnp.vdot(g, dy), backward, rtol=1e-4)
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_every_order_of_the_modes_gives_the_same_second_derivatives(impl):
+    x, kernel, g = draw((1, 3, 4, 2, 3))
+
+    def loss(op, args):
+        return (g * jnp.sin(op(*args))).sum()
+
+    def hessian(outer, inner, op):
+        return jax.tree.leaves(jax.jit(outer(inner(partial(loss, op))))((x, kernel)))
+
+    expected = hessian(jax.jacfwd, jax.jacrev, oracle)
+    for outer in (jax.jacfwd, jax.jacrev):
+        for inner in (jax.jacfwd, jax.jacrev):
+            assert_close(hessian(outer, inner, ours(impl)), expected)
 
 
 @pytest.mark.parametrize("impl", ALL)
@@ -131,8 +156,10 @@ def test_vmap_over_images_and_filters(impl):
     expected = [value_and_gradients(oracle)(*args) for args in zip(xs, kernels, gs, strict=True)]
     actual = jax.jit(jax.vmap(value_and_gradients(ours(impl))))(xs, kernels, gs)
     assert_close(actual, [jnp.stack(a) for a in zip(*expected, strict=True)])
-    shared = jax.vmap(ours(impl), (0, None))(xs, kernels[0])
-    assert_close([shared[1]], [oracle(xs[1], kernels[0])])
+    images = jax.vmap(ours(impl), (1, None), 2)(jnp.moveaxis(xs, 0, 1), kernels[0])
+    filters = jax.vmap(ours(impl), (None, 2))(xs[0], jnp.moveaxis(kernels, 0, 2))
+    assert_close([images[:, :, 1], filters[1]], [oracle(xs[1], kernels[0]), oracle(xs[0], kernels[1])])
+    assert jax.vmap(ours(impl), (0, None))(xs[:, :0], kernels[0]).shape == (3, 0, 5, 4, 3)
 
 
 @pytest.mark.parametrize("impl", ALL)
