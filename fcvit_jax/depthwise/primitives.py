@@ -93,17 +93,24 @@ def _pallas_by_lax(x, other, *, window):
     return lax_taps(x, other, window) if window else lax_conv(x, other)
 
 
-def _has_kernels(shape: tuple[int, ...], window: tuple[int, int]) -> bool:
-    """Whether the GPUs, this version of JAX and maps of this shape go with the kernels."""
+def _gpus_run_kernels() -> bool:
+    """Whether there are CUDA GPUs that all are modern enough, and Pallas makes its kernels for them."""
     try:
-        from fcvit_jax.depthwise import kernels  # here, since JAX has announced to remove what it is written in
-
         gpus = jax.local_devices(backend="cuda")
-    except (ImportError, RuntimeError):  # RuntimeError: no GPU, where a program is only compiled for one
+    except RuntimeError:  # no GPU: the program is only compiled for one
         return False
     default = jax.config.jax_default_device or jax.local_devices()[0]  # whose kernels Pallas makes
-    modern = default in (*gpus, "gpu", "cuda") and all(float(gpu.compute_capability) >= 8 for gpu in gpus)
-    return modern and all(isinstance(size, int) for size in shape) and kernels.supports(shape, window)
+    return default in (*gpus, "gpu", "cuda") and all(float(gpu.compute_capability) >= 8 for gpu in gpus)
+
+
+def _has_kernels(shape: tuple[int, ...], window: tuple[int, int]) -> bool:
+    """Whether the kernels can be used with these GPUs, this version of JAX and maps of this shape."""
+    try:
+        from fcvit_jax.depthwise import kernels  # here, since JAX will remove the Triton backend of Pallas
+    except ImportError:
+        return False
+    static = all(isinstance(size, int) for size in shape)
+    return static and kernels.supports(shape, window) and _gpus_run_kernels()
 
 
 def _is_whole(context: Any) -> bool:
