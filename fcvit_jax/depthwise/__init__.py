@@ -18,8 +18,8 @@ from fcvit_jax.depthwise import loops, primitives, toeplitz
 
 IMPLS = ("lax", "shift", "banded", "toeplitz", "pallas")
 
-_TPU_TAPS = 25  # of the smallest filter for which the matrix units are faster
-_GPU_TAPS = 9  # of the smallest filter for which GPUs use the kernels; 3x3 is the smallest that was timed
+_TPU_TAPS = 25  # taps of the smallest filter for which the matrix units are faster
+_GPU_TAPS = 9  # taps of the smallest filter for which GPUs use the kernels; 3x3 is the smallest that was timed
 
 
 def depthwise_conv(x: jax.Array, kernel: jax.Array, impl: str | None = None) -> jax.Array:
@@ -31,9 +31,9 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, impl: str | None = None) -> 
 
     Args:
       x: (N, H, W, C), float32 or bfloat16.
-      kernel: (k, k, C), odd k; any float dtype, which its gradient shares. Sums are taken in float32.
+      kernel: (k, k, C), odd k, any float dtype; its gradient has the same dtype. Sums are computed in float32.
       impl: one of `IMPLS` for all passes, or None for the best on the platform that the program is lowered for.
-        "pallas" is as "lax" where no CUDA GPU is at hand, and in a program for several devices without its mesh in
+        "pallas" is the same as "lax" if there is no CUDA GPU, and in a program for several devices whose mesh is not in
         context (`jax.set_mesh`).
 
     Returns:
@@ -50,18 +50,18 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, impl: str | None = None) -> 
         raise ValueError(f"x has {x.shape[3]} channels, the kernel has {kernel.shape[2]}")
     if impl is not None and impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}, choose one of {IMPLS}")
-    # Taps that only ever meet the padding of a small map need no work.
+    # Drop the taps that only ever meet the padding of a small map.
     rows, cols = (max(0, kernel.shape[0] // 2 - size + 1) for size in x.shape[1:3])
     return _conv(x, kernel[rows : kernel.shape[0] - rows, cols : kernel.shape[1] - cols], impl=impl)
 
 
 def _cpu_impl(shape: tuple[int, ...], window: tuple[int, int]) -> str:
-    """The fastest on a CPU: the one whose loop is shorter, over positions or over taps."""
+    """The fastest on a CPU: the one with the shorter loop, over positions or over taps."""
     return "banded" if shape[1] * shape[2] <= window[0] * window[1] else "shift"
 
 
 def _tpu_impl(shape: tuple[int, ...], window: tuple[int, int]) -> str:
-    """The faster on a TPU by its compiler's schedules: the matrix units, unless filters are small or rows long."""
+    """The faster on a TPU, by its compiler's schedules: matrix units, unless filters are small or rows are long."""
     return "toeplitz" if window[0] * window[1] >= _TPU_TAPS and shape[2] <= toeplitz.LANES else "lax"
 
 
@@ -90,7 +90,7 @@ _WEIGHT_GRAD = {
 
 
 def _choose(impls: dict[str, Callable], impl: str | None, x: jax.Array, other: jax.Array, window: tuple[int, int]):
-    """Runs one of `impls`, that for the platform if `impl` is None."""
+    """Runs `impls[impl]`; if `impl` is None, the best for the platform that the program is lowered for."""
     if impl is not None:
         return impls[impl](x, other)
     by_platform = {platform: impls[choice(x.shape, window)] for platform, choice in _CHOICES.items()}

@@ -9,13 +9,13 @@ from jax import lax
 
 from fcvit_jax.depthwise.spread import per_device, summed_over_devices
 
-_TERMS = 14  # products in a loop's body: more would spill registers, fewer read and write the sums too often
-_CHANNELS = 16  # of a block: so few that a filter's row of eleven taps stays in registers
+_TERMS = 14  # products per loop body: more would spill registers, fewer would read and write the sums too often
+_CHANNELS = 16  # channels per block: few enough to keep a row of eleven taps in registers
 
 
 @jax.jit
 def lax_forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    # Left to XLA, devices would exchange maps where `fsdp` splits the kernel.
+    # If XLA partitioned this, devices would exchange maps when `fsdp` splits the kernel.
     return per_device(lax_conv, x, kernel)
 
 
@@ -32,7 +32,7 @@ def lax_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames="window")
 def lax_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax.Array:
-    # Left to XLA (of JAX 0.10 to 0.12), a batch split over only some of several axes is wrongly summed over all.
+    # XLA (in JAX 0.10 to 0.12) partitions this wrongly: with a batch split over some mesh axes, it sums over all axes.
     return summed_over_devices(partial(lax_taps, window=window), x, g)
 
 
@@ -43,9 +43,10 @@ def lax_taps(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax.Array:
 
 @jax.jit
 def _correlate(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Sum a[n, s + t, c] * b[n, t, c] over the positions t of b, for every s that fits; a batch of one is shared.
+    """Sums a[n, s + t, c] * b[n, t, c] over the positions t of b, for every s that fits.
 
-    A loop over blocks of t whose body is one fused, vectorised pass over the sums, so the program does not grow with b.
+    a and b are (N, H, W, C); if one has a batch of 1, it is used for all images of the other. The loop goes over blocks
+    of t. Its body is one fused, vectorised pass over the sums, so the program does not grow with b.
     """
     sizes = [a.shape[axis] - b.shape[axis] + 1 for axis in (1, 2)]
     col_blocks = -(-b.shape[2] // _TERMS)
@@ -55,7 +56,7 @@ def _correlate(a: jax.Array, b: jax.Array) -> jax.Array:
     pad = ((0, 0), (0, row_blocks * rows - b.shape[1]), (0, col_blocks * cols - b.shape[2]), (0, 0))
     a, b = jnp.pad(a, pad), jnp.pad(b, pad)
 
-    # XLA:CPU vectorises a fused dynamic slice only while it has one reader: slice once per term, not once per row.
+    # XLA:CPU vectorises a fused dynamic slice only if it has one reader, so slice once per term, not once per row.
     def window(array, row, col, height, width):
         start, size = (0, row, col, 0), (array.shape[0], height, width, array.shape[3])
         return lax.dynamic_slice(array, start, size, allow_negative_indices=False)
@@ -75,9 +76,9 @@ def _pad(x: jax.Array, rows: int, cols: int) -> jax.Array:
 
 
 def _by_channels(f: Callable[..., jax.Array], terms: int, out: jax.Array, *arrays: jax.Array) -> jax.Array:
-    """Fills `out` with `f`, a sum of `terms` products, of each block of channels (the last axis) of the arrays."""
+    """Applies `f`, a sum of `terms` products, to blocks of channels (the last axis); writes the results to `out`."""
     channels = out.shape[-1]
-    # XLA fuses a sum that fits one loop body with its neighbours; a loop over blocks would prevent that.
+    # XLA fuses a sum that fits one loop body with the operations around it; a loop over blocks would prevent that.
     if channels % _CHANNELS or terms <= _TERMS:
         return f(*arrays)
 
@@ -89,9 +90,9 @@ def _by_channels(f: Callable[..., jax.Array], terms: int, out: jax.Array, *array
     return lax.fori_loop(0, channels // _CHANNELS, fill, out)
 
 
-@jax.jit  # compiled once, also where the caller is not
+@jax.jit  # so that it is compiled even if the caller is not
 def shift_forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The output summed over the taps, each a shifted copy of the padded map times a filter value."""
+    """Sums over the taps: a shifted copy of the padded map times a filter value. x (N, H, W, C), kernel (h, w, C)."""
     height, width = kernel.shape[:2]
 
     def block(x, kernel):
@@ -102,7 +103,7 @@ def shift_forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames="window")
 def shift_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax.Array:
-    """The taps summed over the positions; images stay apart until the end, so a sharded batch is reduced once."""
+    """Sums each tap over the positions. Images are summed last, so a sharded batch needs one reduction."""
     height, width = window
 
     def block(x, g):
@@ -114,7 +115,7 @@ def shift_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> ja
 
 @jax.jit
 def banded_forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Each channel's map times its banded (Toeplitz) matrix, whose rows are windows of the flipped filter."""
+    """Multiplies each channel's map by its banded (Toeplitz) matrix, whose rows are windows of the flipped filter."""
     height, width = x.shape[1:3]
     rows, cols = (size - 1 - taps // 2 for size, taps in zip((height, width), kernel.shape[:2], strict=True))
 

@@ -77,8 +77,8 @@ def bilinear(
     return lambda x, y, **parameters: primitive.bind(*match_manual_axes(x, y), **parameters)
 
 
-# An operation of its own, since only its lowering knows the device and whether the program is exported. Its caller is
-# the lowering of a bilinear operation, so it needs no rules for derivatives and batches.
+# The choice needs a primitive: only its lowering knows the device and whether the program is exported. It is called
+# only while a bilinear primitive is lowered, so it needs no rules for derivatives and `jax.vmap`.
 _pallas_p = Primitive("depthwise_pallas")
 
 
@@ -114,7 +114,7 @@ def _has_kernels(shape: tuple[int, ...], window: tuple[int, int]) -> bool:
 
 
 def _is_whole(context: Any) -> bool:
-    """Whether nothing of a program in this axis context is left for XLA to split between devices."""
+    """Whether XLA has nothing to partition between devices in a program with this axis context."""
     if hasattr(context, "num_devices"):
         return context.num_devices == 1
     manual = context.manual_axes | set(context.mesh.manual_axes)
@@ -123,7 +123,7 @@ def _is_whole(context: Any) -> bool:
 
 def _pallas_lowering(ctx, x, other, *, window):
     module, (maps, second) = ctx.module_context, ctx.avals_in
-    # XLA cannot split a kernel between devices, and an exported program must outlive this version of JAX.
+    # XLA cannot partition a kernel between devices, and an exported program must work with later versions of JAX.
     whole, exported = _is_whole(module.axis_context), module.lowering_parameters.for_export
     if whole and not exported and _has_kernels(maps.shape, window or second.shape[:2]):
         from fcvit_jax.depthwise.kernels import forward, weight_grad
@@ -144,7 +144,7 @@ mlir.register_lowering(_pallas_p, mlir.lower_fun(_pallas_by_lax, multiple_result
 
 @jax.jit
 def pallas_forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """By the kernels of `kernels` where a GPU runs it, else as `_lax`."""
+    """Uses `kernels` on a CUDA GPU, and on other devices the same operation as `lax_forward`."""
     return per_device(partial(_pallas_p.bind, window=None), x, kernel)
 
 

@@ -16,7 +16,10 @@ def _batch_axes(x: jax.Array) -> tuple[str, ...]:
 
 
 def per_device(conv: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The convolution, by every device of its own images where they can be split."""
+    """Convolves on each device its own images. Falls back to a single computation if the batch cannot be split evenly.
+
+    x is (N, H, W, C), kernel (h, w, C).
+    """
     if not (axes := _batch_axes(x)):
         return conv(x, kernel)
     own = {"in_specs": (P(axes), P()), "out_specs": P(axes), "axis_names": set(axes), "check_vma": False}
@@ -24,7 +27,10 @@ def per_device(conv: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, 
 
 
 def summed_over_devices(taps: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, g: jax.Array) -> jax.Array:
-    """The taps, summed over those that every device has from its own images where they can be split."""
+    """Computes the weight gradient on each device from its own images, then sums over devices.
+
+    Falls back to a single computation if the batch cannot be split evenly. x and g are (N, H, W, C).
+    """
     if not (axes := _batch_axes(x)):
         return taps(x, g)
     own = {"in_specs": P(axes), "out_specs": P(), "axis_names": set(axes), "check_vma": False}

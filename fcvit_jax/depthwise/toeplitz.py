@@ -9,11 +9,11 @@ from jax import lax
 
 from fcvit_jax.depthwise.spread import per_device, summed_over_devices
 
-LANES = 128  # a side of a TPU's matrix unit
+LANES = 128  # rows and columns of a TPU's matrix unit
 
 
 def _tiles(shape: tuple[int, ...], window: tuple[int, int]) -> tuple[int, int, int]:
-    """A tile's rows, of some `LANES` positions together; the map's tiles; how many tiles away a tap gets."""
+    """Rows per tile (about `LANES` positions), tiles per map, and how many tiles away a tap reaches."""
     height, width = shape[1:3]
     tiles = -(-height // max(1, LANES // width))
     rows = -(-height // tiles)
@@ -28,7 +28,11 @@ def _to_tiles(x: jax.Array, rows: int, tiles: int) -> jax.Array:
 
 
 def _bands(rows: int, reach: int, width: int, window: tuple[int, int], dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Where tap i leads from row a, q tiles away, to row b: (q, a, b, i); tap j from column v to w: (v, w, j)."""
+    """One-hot arrays (q, a, b, i) and (v, w, j).
+
+    The first is 1 where tap i goes from row a of the tile that is q away to row b. The second is 1 where tap j goes
+    from column v to column w.
+    """
     q, a, b = jnp.ogrid[-reach : reach + 1, :rows, :rows]
     v, w = jnp.ogrid[:width, :width]
     i, j = q * rows + a - b + window[0] // 2, v - w + window[1] // 2
@@ -37,7 +41,7 @@ def _bands(rows: int, reach: int, width: int, window: tuple[int, int], dtype: An
 
 @jax.jit
 def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Each channel's tiles of whole rows times the banded (Toeplitz) matrices that lead from tile to tile."""
+    """Multiplies each channel's tiles of whole rows by the banded (Toeplitz) matrices that go from tile to tile."""
 
     def conv(x, kernel):
         n, height, width, channels = x.shape
@@ -56,13 +60,13 @@ def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
         y = y.reshape(n, tiles, channels, rows * width).swapaxes(2, 3)
         return y.reshape(n, tiles * rows, width, channels)[:, :height]
 
-    # XLA would send matrices from device to device, which are much larger than the filters.
+    # If XLA partitioned this, devices would exchange the matrices, which are much larger than the filters.
     return per_device(conv, x, kernel)
 
 
 @partial(jax.jit, static_argnames="window")
 def weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax.Array:
-    """The gradient of the matrices, summed along their bands."""
+    """Computes the gradient of the matrices and sums it along their bands."""
 
     def taps(x, g):
         width, channels = x.shape[2:]

@@ -11,9 +11,12 @@ from fcvit_jax.depthwise import depthwise_conv, primitives
 from fcvit_jax.errors import UserError
 
 
-@jax.checkpoint  # recomputed in the backward pass, which would otherwise keep four maps, not x alone
+@jax.checkpoint  # recomputed in the backward pass, which otherwise would keep four arrays, not x alone
 def gelu(x: jax.Array, bias: jax.Array | float = 0) -> jax.Array:
-    """The exact GELU of x + bias, in float32 inside; XLA's erf is cheaper than the erfc that `jax.nn.gelu` uses."""
+    """The exact GELU of x + bias, in the dtype of x, computed in float32.
+
+    XLA's erf is cheaper than the erfc that `jax.nn.gelu` uses. The bias must broadcast to the shape of x.
+    """
     y = (x + bias).astype(jnp.float32)
     return (0.5 * y * (1 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
 
@@ -50,11 +53,11 @@ _product = primitives.bilinear(
 
 
 class Conv1x1(nn.Module):
-    """A 1x1 convolution with a bias, as a matrix product over channels.
+    """A 1x1 convolution with a bias, as a matrix product over channels; (N, H, W, C) to (N, H, W, features).
 
     Attributes:
       features: channels of the result.
-      with_gelu: end with GELU.
+      with_gelu: apply GELU to the result.
       dtype: compute dtype.
       param_dtype: dtype of the parameters.
     """
@@ -80,7 +83,7 @@ def group_norm(**kwargs) -> nn.GroupNorm:
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over groups of the batch, so that statistics depend on neither devices nor hosts.
+    """Batch normalisation over groups of the batch, so that statistics depend neither on devices nor on processes.
 
     The running averages take the mean over the groups, and keep the biased variance (PyTorch keeps the unbiased one).
 
@@ -124,7 +127,7 @@ class DepthwiseConv(nn.Module):
 
     Attributes:
       kernel_size: k, odd.
-      with_gelu: end with GELU.
+      with_gelu: apply GELU to the result.
       dtype: compute dtype.
       param_dtype: dtype of the parameters.
     """
@@ -137,7 +140,7 @@ class DepthwiseConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         k, channels = self.kernel_size, x.shape[-1]
-        # Not `variance_scaling(2, "fan_out")`, which takes all channels for outputs of one filter.
+        # Not `variance_scaling(2, "fan_out")`: it would count all channels as outputs of one filter.
         kernel = self.param("kernel", normal(2**0.5 / k), (k, k, channels), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
