@@ -149,7 +149,7 @@ def _call(body: Callable, grid: tuple[int, ...], out: tuple[int, Any], interpret
 
 
 def _forward_plan(shape: tuple[int, ...]) -> _Plan:
-    """Four channels per thread if each segment is then a whole row, else two: segments also load values at their ends."""
+    """Four channels per thread if each segment is then a whole row, else two: segments also load values beside them."""
     return _Plan(*shape, vector=4 if shape[2] <= _VALUES // 4 else 2)
 
 
