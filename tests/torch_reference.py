@@ -44,7 +44,7 @@ class GlobalContext(nn.Module):
             z = self.fc(mean)
         z = z[..., None, None]
         if not self.weighted:
-            return z
+            return z.expand_as(x)
         s = self.similarity(x, mean)
         s = s * self.rescale_weight[:, None, None] + self.rescale_bias[:, None, None]
         return s.repeat_interleave(x.shape[1] // self.heads, dim=1) * z

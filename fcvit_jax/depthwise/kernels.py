@@ -1,7 +1,7 @@
 """The depthwise convolution as Pallas kernels for CUDA GPUs, which keep their sums in registers.
 
-A program is one warp. A thread has two or four channels of one part of a row: so many products need each tap, and each
-value is loaded and converted once for all the taps of a row.
+Each program is one warp. Each thread handles two or four channels of one segment of a row, so every filter tap is
+reused for that many products, and every input value is loaded and converted once per row of taps.
 """
 
 import math
@@ -15,17 +15,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-_VALUES = 112  # of a thread's part of a row: more sums would take too many registers
-_ROWS = 14  # of a map that a program of the weight gradient sums
-_TAPS = 21  # of a row: more sums would not fit the registers
+_VALUES = 112  # sums per thread in the forward pass: more would not fit the registers
+_ROWS = 14  # rows of a map that one program of the weight gradient sums
+_TAPS = 21  # most taps in a row of the filter: more sums would not fit the registers
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How maps (N, H, W, C) are shared out: a program has `lanes` parts of rows, and of each `block` channels.
+    """How maps (N, H, W, C) are divided among programs: each handles `block` channels of `lanes` segments of rows.
 
     Attributes:
-      vector: channels of a thread.
+      vector: channels that each thread handles.
     """
 
     n: int
@@ -44,7 +44,7 @@ class _Plan:
 
     @property
     def elements(self) -> int:
-        return 32 * self.vector  # of a program: a warp has 32 threads
+        return 32 * self.vector  # per program: a warp has 32 threads
 
     @property
     def block(self) -> int:
@@ -78,13 +78,14 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a program's elements (lanes, block) lie in maps that are flat in memory.
+    """Where the elements (lanes, block) of a program lie in maps that are flat in memory.
 
     Attributes:
-      start: index of the part's first position, in row 0 of its image.
+      start: index of the segment's first position, in row 0 of its image.
       first: column of that position.
       channel: index of the channel.
-      real: False for what is left of the last program, which repeats the last part; None if nothing is left.
+      real: mask that is False for the padding elements of the last program (they recompute the last segment); None if
+        there is no padding.
     """
 
     plan: _Plan
@@ -94,11 +95,11 @@ class _Place:
     real: jax.Array | None
 
     def at(self, row: jax.Array) -> jax.Array:
-        """Index of the part's first position in a row."""
+        """Index of the first position of the segment in a row."""
         return self.start + _within(row, self.plan.height) * (self.plan.width * self.plan.channels)
 
     def products(self, ref: jax.Array, row: jax.Array, taps: int, interpret: bool) -> Iterator[tuple]:
-        """Values of a row, each with a column of the part and a tap that meet there; 0 off the map, or left out."""
+        """Yields (value, column, tap) for each product in a row; values beyond the edge of the map are 0 or skipped."""
         cols, half, at = self.plan.cols, taps // 2, self.at(row)
         for source in range(cols) if self.plan.parts == 1 else range(-half, cols + half):
             inside = None
@@ -111,7 +112,7 @@ class _Place:
 
 
 def _within(index: jax.Array, size: int) -> jax.Array:
-    """An index below `size`, which tells the compiler so: what a column adds to it then costs no instruction."""
+    """Tells the compiler that the index is below `size`, so that adding a column to it costs no instruction."""
     return jnp.clip(index, 0, size - 1)
 
 
@@ -124,14 +125,14 @@ def _load(ref: jax.Array, at: jax.Array, interpret: bool, mask: jax.Array | None
     value = triton.load(ref.at[at], mask=mask, other=None if mask is None else 0)
     if interpret or value.dtype != jnp.bfloat16:
         return value.astype(jnp.float32)
-    # Two values at a time: the compiler takes three instructions for them.
+    # Converts two values with two instructions; the compiler would use three.
     return _asm("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", 2, value)
 
 
 def _fma(a: jax.Array, b: jax.Array, c: jax.Array, interpret: bool) -> jax.Array:
     if interpret:
         return a * b + c
-    # The compiler keeps a product and its sum apart, which takes half as long again.
+    # The compiler would not fuse the product and the sum; that takes 1.5 times as long.
     return _asm("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", 1, a, b, c)
 
 
@@ -148,12 +149,15 @@ def _call(body: Callable, grid: tuple[int, ...], out: tuple[int, Any], interpret
 
 
 def _forward_plan(shape: tuple[int, ...]) -> _Plan:
-    """With two channels to a thread where four would break rows, whose parts load their neighbours' values too."""
+    """Four channels per thread if each segment is then a whole row, else two: segments also load values beside them."""
     return _Plan(*shape, vector=4 if shape[2] <= _VALUES // 4 else 2)
 
 
 def supports(shape: tuple[int, ...], window: tuple[int, int]) -> bool:
-    """Whether the kernels are made for maps (N, H, W, C): channels in sixteens, rows in parts, 32-bit indices."""
+    """Whether the kernels can take maps of this shape (N, H, W, C) with a window of (h, w) taps.
+
+    Channels must be a multiple of 16, rows must divide into segments, and indices must fit 32 bits.
+    """
     plan = _Plan(*shape)
     indices = max(math.prod(shape), math.prod(plan.partial_sums(window)))
     fits = 0 < indices < 2**31 and max(plan.groups * plan.chunks, plan.height) < 2**16  # a grid's second axis
@@ -161,7 +165,7 @@ def supports(shape: tuple[int, ...], window: tuple[int, int]) -> bool:
 
 
 def forward(x: jax.Array, kernel: jax.Array, interpret: bool = False) -> jax.Array:
-    """(N, H, W, C) and (kh, kw, C) to (N, H, W, C): a thread sums its positions of a row, tap by tap."""
+    """Convolves x (N, H, W, C) with kernel (kh, kw, C): each thread sums its segment of a row, tap by tap."""
     plan = _forward_plan(x.shape)
     height, (kh, kw) = plan.height, kernel.shape[:2]
 
@@ -188,7 +192,7 @@ def forward(x: jax.Array, kernel: jax.Array, interpret: bool = False) -> jax.Arr
 
 
 def weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int], interpret: bool = False) -> jax.Array:
-    """x and g (N, H, W, C) to taps (*window, C) in float32: a thread sums one row of taps over its part of rows."""
+    """x and g (N, H, W, C) to float32 taps (*window, C): each thread sums one row of taps over its segment of rows."""
     plan = _Plan(*x.shape)
     height, chunks, (kh, kw) = plan.height, plan.chunks, window
     parts = plan.partial_sums(window)

@@ -50,7 +50,7 @@ class GlobalContext(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (N, H, W, C). Returns the context, (N, H, W, C), or (N, 1, 1, C) where `weighted` is off."""
+        """x: (N, H, W, C). Returns the context, (N, H, W, C) of `dtype`; the same everywhere if `weighted` is off."""
         n, height, width, channels = x.shape
         mean = x.mean((1, 2), dtype=jnp.float32)
         linear = functools.partial(nn.Dense, kernel_init=normal(0.02), dtype=self.dtype, param_dtype=self.param_dtype)
@@ -63,7 +63,7 @@ class GlobalContext(nn.Module):
             hidden = gelu(linear(bottleneck, name="reduce")(mean))
         context = linear(channels, name="expand")(hidden)
         if not self.weighted:
-            return context[:, None, None, :]
+            return jnp.broadcast_to(context[:, None, None, :], x.shape)
 
         if channels % self.heads:
             raise UserError(f"context_heads={self.heads} does not divide the {channels} channels of a stage.")

@@ -8,18 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.core import lift
 from flax.linen.initializers import normal
 
 from fcvit_jax.errors import UserError, check_range
 from fcvit_jax.networks.blocks import Block, ChannelMixer, TokenMixer, drop_path_factors
 from fcvit_jax.networks.layers import Downsample, group_norm
 from fcvit_jax.networks.normalize import MEAN, STD
-
-try:
-    from jax.experimental.scheduling_groups import xla_metadata_call
-except ImportError:  # experimental: a JAX without it compiles more slowly for CPUs
-    xla_metadata_call = None
 
 VARIANTS = {
     "fcvit_tiny": {"depths": (3, 3, 5, 2), "dims": (32, 64, 160, 320), "mlp_ratios": (8, 8, 4, 4)},
@@ -36,30 +30,8 @@ SETTINGS = {
 }
 
 
-def _called(block: Callable) -> Callable:
-    """Lifts a block into a call that XLA does not inline, so that equal blocks go through most of its passes as one."""
-
-    def lifted(scope_fn, repack_fn, variables, rngs, x, train, drop_path):
-        @functools.partial(xla_metadata_call, inlineable="false")
-        def call(variables, rngs, x, drop_path):
-            scope = scope_fn(variables, rngs)
-            return block(scope, x, train, drop_path), repack_fn(scope)
-
-        return call(variables, rngs, x, drop_path)
-
-    return lift.pack(lifted, (True,), (True,), (True,), name="called")
-
-
 def _shared(block: type[nn.Module]) -> type[nn.Module]:
-    """Blocks of equal shapes as one function; for one CPU device (of the mesh in context) as calls of it.
-
-    For fcvit_s48, tracing takes half the time, and compiling for a CPU, as calls, three quarters of it.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    on_one_cpu = mesh.size == 1 and mesh.abstract_device and mesh.abstract_device.device_kind == "cpu"
-    # On several devices the gradients of each call would be reduced apart, and XLA for GPUs fuses worse around calls.
-    if on_one_cpu and xla_metadata_call and jax.__version_info__ > (0, 10, 0):  # JAX 0.10.0 cannot differentiate calls
-        block = nn.transforms.lift_transform(_called, block)
+    """Blocks of equal shapes as one function, which JAX traces once: for fcvit_s48 that takes half the time."""
     return nn.jit(block, static_argnums=(2,))
 
 

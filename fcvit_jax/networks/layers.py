@@ -7,46 +7,57 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.initializers import normal
 
-from fcvit_jax.depthwise import depthwise_conv, vary_alike
+from fcvit_jax.depthwise import depthwise_conv, primitives
 from fcvit_jax.errors import UserError
 
 
-@jax.checkpoint  # recomputed in the backward pass, which would otherwise keep four maps, not x alone
+@jax.checkpoint  # recomputed in the backward pass, which otherwise would keep four arrays, not x alone
 def gelu(x: jax.Array, bias: jax.Array | float = 0) -> jax.Array:
-    """The exact GELU of x + bias, in float32 inside; XLA's erf is cheaper than the erfc that `jax.nn.gelu` uses."""
+    """The exact GELU of x + bias, in the dtype of x, computed in float32.
+
+    XLA's erf is cheaper than the erfc that `jax.nn.gelu` uses. The bias must broadcast to the shape of x.
+    """
     y = (x + bias).astype(jnp.float32)
     return (0.5 * y * (1 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
 
 
-@jax.custom_vjp
-def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+@jax.jit
+def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return x @ kernel
 
 
-def _product_fwd(x, kernel):
-    return x @ kernel, (x, kernel)
-
-
-def _product_bwd(residuals, g):
-    x, kernel = residuals
+def _kernel_grad(g, x, kernel):
     rows = tuple(range(x.ndim - 1))
-    # XLA:CPU transposes the left factor of this product in memory, and JAX's own rule puts g there: take the narrower.
+    # On CPU, XLA transposes the left operand of this product in memory. JAX's rule puts the incoming gradient there;
+    # use whichever operand is narrower.
     if x.shape[-1] < g.shape[-1]:
-        kernel_grad = jnp.tensordot(x, g, (rows, rows))
-    else:
-        kernel_grad = jnp.tensordot(g, x, (rows, rows)).T
-    return g @ kernel.T, kernel_grad
+        return jnp.tensordot(x, g, (rows, rows))
+    return jnp.tensordot(g, x, (rows, rows)).T
 
 
-_product.defvjp(_product_fwd, _product_bwd)
+def _batch_product(x, kernel, x_axis, kernel_axis):
+    if kernel_axis is None:
+        return _product(jnp.moveaxis(x, x_axis, 0), kernel), 0
+    return jax.vmap(jnp.matmul, (x_axis, kernel_axis))(x, kernel), 0
+
+
+# x (..., C), kernel (C, D) to x @ kernel (..., D).
+_product = primitives.bilinear(
+    "channel_product",
+    compute=_matmul,
+    result=lambda x, kernel: primitives.array_type(x, (*x.shape[:-1], kernel.shape[1]), x.dtype),
+    to_first=lambda g, x, kernel: g @ kernel.T,
+    to_second=_kernel_grad,
+    batch=_batch_product,
+)
 
 
 class Conv1x1(nn.Module):
-    """A 1x1 convolution with a bias, as a matrix product over channels.
+    """A 1x1 convolution with a bias, as a matrix product over channels; (N, H, W, C) to (N, H, W, features).
 
     Attributes:
       features: channels of the result.
-      with_gelu: end with GELU.
+      with_gelu: apply GELU to the result.
       dtype: compute dtype.
       param_dtype: dtype of the parameters.
     """
@@ -62,7 +73,7 @@ class Conv1x1(nn.Module):
         kernel = self.param("kernel", normal((2 / self.features) ** 0.5), shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        y = _product(*vary_alike(x, kernel))
+        y = _product(x, kernel)
         return gelu(y, bias) if self.with_gelu else y + bias
 
 
@@ -72,7 +83,7 @@ def group_norm(**kwargs) -> nn.GroupNorm:
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over groups of the batch, so that statistics depend on neither devices nor hosts.
+    """Batch normalisation over groups of the batch, so that statistics depend neither on devices nor on processes.
 
     The running averages take the mean over the groups, and keep the biased variance (PyTorch keeps the unbiased one).
 
@@ -116,7 +127,7 @@ class DepthwiseConv(nn.Module):
 
     Attributes:
       kernel_size: k, odd.
-      with_gelu: end with GELU.
+      with_gelu: apply GELU to the result.
       dtype: compute dtype.
       param_dtype: dtype of the parameters.
     """
@@ -129,7 +140,7 @@ class DepthwiseConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         k, channels = self.kernel_size, x.shape[-1]
-        # Not `variance_scaling(2, "fan_out")`, which takes all channels for outputs of one filter.
+        # Not `variance_scaling(2, "fan_out")`: it would count all channels as outputs of one filter.
         kernel = self.param("kernel", normal(2**0.5 / k), (k, k, channels), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from conftest import WELL
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from oracle import assert_close, draw, oracle, ours, value_and_gradients
 
-from fcvit_jax import depthwise
-from fcvit_jax.depthwise import IMPLS, depthwise_conv, kernels
+from fcvit_jax.depthwise import IMPLS, depthwise_conv
 from fcvit_jax.networks.layers import Conv1x1
 
 # (N, H, W, C, k): odd and even maps, not square, smaller than the filter, one image, one pixel, blocks of channels.
@@ -27,33 +27,6 @@ SIZES = [
 ALL = [None, *IMPLS]
 
 
-def draw(size, dtype=jnp.float32):
-    n, height, width, channels, k = size
-    rng = np.random.default_rng(0)
-    shapes = (n, height, width, channels), (k, k, channels), (n, height, width, channels)
-    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
-
-
-def oracle(x, kernel):
-    """The convolution with the derivatives that JAX gives it."""
-    half, numbers = kernel.shape[0] // 2, ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(
-        x, kernel[:, :, None], (1, 1), [(half, half)] * 2, dimension_numbers=numbers, feature_group_count=x.shape[3]
-    )
-
-
-def ours(impl):
-    return lambda x, kernel: depthwise_conv(x, kernel, impl)
-
-
-def value_and_gradients(op):
-    def run(x, kernel, g):
-        y, pullback = jax.vjp(op, x, kernel)
-        return y, *pullback(g)
-
-    return run
-
-
 by_oracle = jax.jit(value_and_gradients(oracle))  # here, so that it is compiled once for each size
 
 
@@ -67,13 +40,6 @@ def second_derivatives(op):
         return sum((d**2).sum() for d in jax.grad(loss, argnums=(0, 1))(x, kernel, g))
 
     return jax.grad(norm, argnums=(0, 1))
-
-
-def assert_close(actual, expected, tolerance=1e-5):
-    for a, e in zip(actual, expected, strict=True):
-        assert a.shape == e.shape and a.dtype == e.dtype
-        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
-        assert np.abs(a - e).max() <= tolerance * np.abs(e).max()
 
 
 def test_the_oracle_is_the_cross_correlation_by_definition():
@@ -100,10 +66,35 @@ def test_second_derivatives_equal_the_oracle(impl):
     assert_close(jax.jit(second_derivatives(ours(impl)))(*args), jax.jit(second_derivatives(oracle))(*args))
 
 
-def test_forward_mode_raises_jax_error_for_custom_rules():
-    x, kernel, _ = draw((1, 4, 4, 2, 3))
-    with pytest.raises(TypeError, match="forward-mode autodiff .* custom_vjp"):
-        jax.jvp(lambda x: depthwise_conv(x, kernel), (x,), (x,))
+@pytest.mark.parametrize("impl", ALL)
+def test_forward_mode_equals_the_oracle_and_is_the_transpose_of_reverse_mode(impl):
+    x, kernel, g = draw((2, 6, 5, 3, 5))
+    tangents = jnp.cos(x), jnp.sin(kernel)
+
+    def forward(op, x, kernel):
+        return jax.jvp(op, (x, kernel), tangents)
+
+    y, dy = jax.jit(partial(forward, ours(impl)))(x, kernel)
+    assert_close((y, dy), forward(oracle, x, kernel))
+    gradients = jax.vjp(ours(impl), x, kernel)[1](g)
+    backward = sum(jnp.vdot(t, d) for t, d in zip(tangents, gradients, strict=True))
+    np.testing.assert_allclose(jnp.vdot(g, dy), backward, rtol=1e-4)
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_every_order_of_the_modes_gives_the_same_second_derivatives(impl):
+    x, kernel, g = draw((1, 3, 4, 2, 3))
+
+    def loss(op, args):
+        return (g * jnp.sin(op(*args))).sum()
+
+    def hessian(outer, inner, op):
+        return jax.tree.leaves(jax.jit(outer(inner(partial(loss, op))))((x, kernel)))
+
+    expected = hessian(jax.jacfwd, jax.jacrev, oracle)
+    for outer in (jax.jacfwd, jax.jacrev):
+        for inner in (jax.jacfwd, jax.jacrev):
+            assert_close(hessian(outer, inner, ours(impl)), expected)
 
 
 @pytest.mark.parametrize("impl", ALL)
@@ -132,8 +123,10 @@ def test_vmap_over_images_and_filters(impl):
     expected = [value_and_gradients(oracle)(*args) for args in zip(xs, kernels, gs, strict=True)]
     actual = jax.jit(jax.vmap(value_and_gradients(ours(impl))))(xs, kernels, gs)
     assert_close(actual, [jnp.stack(a) for a in zip(*expected, strict=True)])
-    shared = jax.vmap(ours(impl), (0, None))(xs, kernels[0])
-    assert_close([shared[1]], [oracle(xs[1], kernels[0])])
+    images = jax.vmap(ours(impl), (1, None), 2)(jnp.moveaxis(xs, 0, 1), kernels[0])
+    filters = jax.vmap(ours(impl), (None, 2))(xs[0], jnp.moveaxis(kernels, 0, 2))
+    assert_close([images[:, :, 1], filters[1]], [oracle(xs[1], kernels[0]), oracle(xs[0], kernels[1])])
+    assert jax.vmap(ours(impl), (0, None))(xs[:, :0], kernels[0]).shape == (3, 0, 5, 4, 3)
 
 
 @pytest.mark.parametrize("impl", ALL)
@@ -271,68 +264,3 @@ def test_inside_shard_map_a_shared_filter_has_the_same_gradient(impl):
     specs = {"in_specs": (split, whole, split, whole), "out_specs": (split, split, whole, whole)}
     shared = jax.jit(jax.shard_map(run, mesh=mesh, **specs))(x, kernel, g, weights)
     assert_close(jax.tree.leaves(shared), jax.tree.leaves(alone))
-
-
-@pytest.mark.parametrize(
-    ("size", "dtype"),
-    [
-        ((2, 8, 8, 16, 3), jnp.float32),  # even maps
-        ((5, 7, 7, 32, 7), jnp.bfloat16),  # whole rows; two programs, the second with one of four
-        ((1, 16, 64, 16, 5), jnp.float32),  # two and four parts of a row; rows for two programs of the weight gradient
-        ((2, 3, 13, 48, 7), jnp.float32),  # fewer rows than the filter reaches
-    ],
-    ids=str,
-)
-def test_the_gpu_kernels_equal_the_oracle_in_interpret_mode(size, dtype):
-    x, kernel, g = draw(size, dtype)
-    window = kernel.shape[:2]
-    assert kernels.supports(x.shape, window)
-    found = kernels.forward(x, kernel, interpret=True), kernels.weight_grad(x, g, window, interpret=True)
-    y, _, taps = value_and_gradients(oracle)(*(a.astype(jnp.float32) for a in (x, kernel, g)))
-    assert_close(found, (y.astype(dtype), taps), 1e-5 if dtype == jnp.float32 else 4e-3)
-
-
-@pytest.mark.parametrize(
-    ("shape", "k"),
-    [
-        ((8, 14, 14, 24), 11),  # no sixteens of channels
-        ((8, 14, 31, 16), 11),  # rows that have no parts
-        ((8, 14, 14, 16), 23),  # a row of taps longer than the registers hold
-        ((70_000, 7, 7, 128), 3),  # more programs than a grid has
-        ((1 << 17, 14, 14, 128), 3),  # indices of more than 32 bits
-        ((0, 14, 14, 16), 11),
-    ],
-    ids=str,
-)
-def test_the_gpu_kernels_leave_what_does_not_fit_to_lax(shape, k):
-    assert not kernels.supports(shape, (k, k))
-
-
-@pytest.mark.parametrize("mesh", [False, True])
-def test_only_a_program_that_a_gpu_runs_itself_has_the_kernels(monkeypatch, mesh):
-    monkeypatch.setattr(depthwise, "_has_kernels", lambda shape, window: True)
-    monkeypatch.setattr(kernels, "forward", lambda x, kernel: jax.lax.erf_inv(x))
-    monkeypatch.setattr(kernels, "weight_grad", lambda x, g, window: jnp.cbrt(g[0, : window[0], : window[1]]))
-    args = draw((8, 12, 12, 16, 11))
-    run = value_and_gradients(ours(None))
-
-    def count(text):
-        return text.count("erf_inv"), text.count("cbrt")
-
-    def lowered(platform, **shardings):
-        return count(jax.jit(run, **shardings).trace(*args).lower(lowering_platforms=(platform,)).as_text())
-
-    assert min(lowered("cuda")) > 0
-    assert lowered("cpu") == lowered("tpu") == lowered("rocm") == (0, 0)
-    assert count(jax.export.export(jax.jit(run), platforms=("cuda",))(*args).mlir_module()) == (0, 0)
-    devices = Mesh(np.array(jax.devices()), ("data",))
-    batch, everywhere = (NamedSharding(devices, spec) for spec in (PartitionSpec("data"), PartitionSpec()))
-    in_context = jax.sharding.use_abstract_mesh(devices.abstract_mesh)
-    with in_context if mesh else pytest.warns(UserWarning, match="by cuDNN.*: the program is for several devices"):
-        assert (min(lowered("cuda", in_shardings=(batch, everywhere, batch))) > 0) == mesh
-
-
-def test_a_gpu_that_cannot_take_the_kernels_is_said():
-    x, kernel, _ = draw((1, 4, 4, 16, 5))
-    with pytest.warns(UserWarning, match="by cuDNN.*: this GPU, this version of JAX or maps"):
-        jax.jit(depthwise_conv).trace(x, kernel).lower(lowering_platforms=("cuda",))  # no GPU at all is none that can

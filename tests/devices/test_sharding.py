@@ -1,6 +1,7 @@
 """The mesh and the rule by which a state is split."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks.data_parallel import collectives
 from benchmarks.measure import Step
-from fcvit_jax import depthwise
+from fcvit_jax.depthwise import depthwise_conv
 from fcvit_jax.devices.sharding import bytes_per_device, global_batch, make_mesh, state_shardings
 from fcvit_jax.errors import UserError
+from fcvit_jax.networks import layers
 from fcvit_jax.networks.fcvit import VARIANTS
 
 
@@ -58,11 +60,11 @@ def narrow(monkeypatch):
 
 
 @pytest.mark.usefixtures("shared_programs")
-@pytest.mark.parametrize("choice", ["_cpu_impl", "_tpu_impl"])
-def test_what_a_step_sends(choice, narrow, monkeypatch):
+@pytest.mark.parametrize("impl", [None, "toeplitz"])  # as on CPUs and as on TPUs
+def test_what_a_step_sends(impl, narrow, monkeypatch):
     """One reduction of the gradients; with `fsdp` tensors of the state as well, but nothing much larger."""
-    monkeypatch.setattr(depthwise, "_cpu_impl", getattr(depthwise, choice))
-    jax.clear_caches()  # of what was traced by the other choice
+    monkeypatch.setattr(layers, "depthwise_conv", partial(depthwise_conv, impl=impl))
+    jax.clear_caches()  # of what was traced with the other implementation
     sent = {}
     for fsdp in (1, 4):
         step = Step(narrow, 16, 64, "float32", make_mesh(data=4 // fsdp, fsdp=fsdp), group_size=4)

@@ -1,0 +1,153 @@
+"""The only file of the package that uses semi-public or unstable APIs of JAX, but for the kernels of `kernels`.
+
+| API | used for | JAX |
+|---|---|---|
+| `jax.extend.core.Primitive` | operations of our own | 0.10 to 0.12 |
+| `jax.interpreters.ad.defbilinear` | derivatives in both modes | 0.10 to 0.12 |
+| `jax.interpreters.batching.primitive_batchers` | `jax.vmap` | 0.10 to 0.12 |
+| `jax.interpreters.mlir.lower_fun`, `register_lowering` | programs for every platform | 0.10 to 0.12 |
+| `jax.core.ShapedArray`, `manual_axis_type` | shapes, and types inside `jax.shard_map` | from 0.10 (`vma` before) |
+| `module_context.axis_context`, `.lowering_parameters.for_export` | when to use the kernels | 0.10 to 0.12 |
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import PartitionSpec as P
+
+from fcvit_jax.depthwise.loops import lax_conv, lax_taps
+from fcvit_jax.depthwise.spread import per_device, summed_over_devices
+
+
+def match_manual_axes(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Inside `jax.shard_map`, marks both arrays as varying over the union of their manual axes.
+
+    An operation of ours needs inputs of equal types there. The transpose of the mark sums a gradient over the devices
+    that shared the input.
+    """
+    own, other = (jax.typeof(array).manual_axis_type.varying for array in (x, y))
+    return lax.pcast(x, tuple(other - own), to="varying"), lax.pcast(y, tuple(own - other), to="varying")
+
+
+def array_type(x: ShapedArray, shape: tuple[int, ...], dtype: Any) -> ShapedArray:
+    """The type of an array that is computed from x: inside `jax.shard_map` it varies over the same axes."""
+    sharding = x.sharding.update(spec=P(*[None] * len(shape)))
+    return ShapedArray(shape, dtype, sharding=sharding, manual_axis_type=x.manual_axis_type)
+
+
+def bilinear(
+    name: str, compute: Callable, result: Callable, to_first: Callable, to_second: Callable, batch: Callable
+) -> Callable[..., jax.Array]:
+    """Makes an operation of JAX from a function that is linear in each of two arrays.
+
+    `jax.custom_vjp` would allow reverse mode alone, and `jax.custom_derivatives.linear_call` no `jax.vmap`. All
+    functions take the static parameters of the operation as keywords, which must be hashable.
+
+    Args:
+      name: of the operation, in jaxprs.
+      compute: (x, y) to the array, by operations of JAX, which are not differentiated; already jitted.
+      result: types of x and y to the type of the result, as `array_type` makes it.
+      to_first: (g, x, y) to the gradient of x; x has only `aval`.
+      to_second: (g, x, y) to the gradient of y; y has only `aval`.
+      batch: (x, y, x_axis, y_axis) to the result for arrays that have a mapped axis more, and that axis in the result;
+        an axis is None where an array has none.
+
+    Returns:
+      A function (x, y, **parameters) to the array. Gradients of every order work in both modes if `to_first`,
+      `to_second` and `batch` are made of operations that can be differentiated.
+    """
+    primitive = Primitive(name)
+    primitive.def_impl(compute)
+    primitive.def_abstract_eval(result)
+    mlir.register_lowering(primitive, mlir.lower_fun(compute, multiple_results=False))
+    ad.defbilinear(primitive, to_first, to_second)
+
+    def batched(args, axes, **parameters):
+        return batch(*args, *axes, **parameters)
+
+    batching.primitive_batchers[primitive] = batched
+    return lambda x, y, **parameters: primitive.bind(*match_manual_axes(x, y), **parameters)
+
+
+# The choice needs a primitive: only its lowering knows the device and whether the program is exported. It is called
+# only while a bilinear primitive is lowered, so it needs no rules for derivatives and `jax.vmap`.
+_pallas_p = Primitive("depthwise_pallas")
+
+
+@_pallas_p.def_abstract_eval
+def _pallas_type(x, other, *, window):
+    """`other` is the kernel, or the incoming gradient if `window` says which taps its sum is for."""
+    return array_type(x, (*window, x.shape[3]), jnp.float32) if window else x
+
+
+@_pallas_p.def_impl  # for `jax.disable_jit`
+def _pallas_by_lax(x, other, *, window):
+    return lax_taps(x, other, window) if window else lax_conv(x, other)
+
+
+def _gpus_run_kernels() -> bool:
+    """Whether there are CUDA GPUs that all are modern enough, and Pallas makes its kernels for them."""
+    try:
+        gpus = jax.local_devices(backend="cuda")
+    except RuntimeError:  # no GPU: the program is only compiled for one
+        return False
+    default = jax.config.jax_default_device or jax.local_devices()[0]  # whose kernels Pallas makes
+    return default in (*gpus, "gpu", "cuda") and all(float(gpu.compute_capability) >= 8 for gpu in gpus)
+
+
+def _has_kernels(shape: tuple[int, ...], window: tuple[int, int]) -> bool:
+    """Whether the kernels can be used with these GPUs, this version of JAX and maps of this shape."""
+    try:
+        from fcvit_jax.depthwise import kernels  # here, since JAX will remove the Triton backend of Pallas
+    except ImportError:
+        return False
+    static = all(isinstance(size, int) for size in shape)
+    return static and kernels.supports(shape, window) and _gpus_run_kernels()
+
+
+def _is_whole(context: Any) -> bool:
+    """Whether XLA has nothing to partition between devices in a program with this axis context."""
+    if hasattr(context, "num_devices"):
+        return context.num_devices == 1
+    manual = context.manual_axes | set(context.mesh.manual_axes)
+    return all(size == 1 for axis, size in context.mesh.shape.items() if axis not in manual)
+
+
+def _pallas_lowering(ctx, x, other, *, window):
+    module, (maps, second) = ctx.module_context, ctx.avals_in
+    # XLA cannot partition a kernel between devices, and an exported program must work with later versions of JAX.
+    whole, exported = _is_whole(module.axis_context), module.lowering_parameters.for_export
+    if whole and not exported and _has_kernels(maps.shape, window or second.shape[:2]):
+        from fcvit_jax.depthwise.kernels import forward, weight_grad
+
+        run = partial(weight_grad, window=window) if window else forward
+    else:
+        run = partial(_pallas_by_lax, window=window)
+        if not exported:
+            spread = "the program is for several devices, without their mesh in context (jax.set_mesh)"
+            reason = "this GPU, this version of JAX or maps of such sizes do not go with them" if whole else spread
+            warnings.warn(f"Depthwise convolutions by cuDNN, much slower than the kernels: {reason}", stacklevel=2)
+    return mlir.lower_fun(run, multiple_results=False)(ctx, x, other)
+
+
+mlir.register_lowering(_pallas_p, _pallas_lowering, platform="cuda")
+mlir.register_lowering(_pallas_p, mlir.lower_fun(_pallas_by_lax, multiple_results=False))
+
+
+@jax.jit
+def pallas_forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Uses `kernels` on a CUDA GPU, and on other devices the same operation as `lax_forward`."""
+    return per_device(partial(_pallas_p.bind, window=None), x, kernel)
+
+
+@partial(jax.jit, static_argnames="window")
+def pallas_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax.Array:
+    return summed_over_devices(partial(_pallas_p.bind, window=window), x, g)

@@ -1,0 +1,37 @@
+"""Runs a convolution on every device of the mesh in context, each with its own images."""
+
+import math
+from collections.abc import Callable
+
+import jax
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+
+def _batch_axes(x: jax.Array) -> tuple[str, ...]:
+    """The axes of the mesh in context over which a batch can be split evenly; none without a mesh or on one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in mesh.auto_axes if mesh.shape[axis] > 1)
+    return axes if axes and x.shape[0] % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
+
+
+def per_device(conv: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolves on each device its own images. Falls back to a single computation if the batch cannot be split evenly.
+
+    x is (N, H, W, C), kernel (h, w, C).
+    """
+    if not (axes := _batch_axes(x)):
+        return conv(x, kernel)
+    own = {"in_specs": (P(axes), P()), "out_specs": P(axes), "axis_names": set(axes), "check_vma": False}
+    return jax.shard_map(conv, **own)(x, kernel)
+
+
+def summed_over_devices(taps: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, g: jax.Array) -> jax.Array:
+    """Computes the weight gradient on each device from its own images, then sums over devices.
+
+    Falls back to a single computation if the batch cannot be split evenly. x and g are (N, H, W, C).
+    """
+    if not (axes := _batch_axes(x)):
+        return taps(x, g)
+    own = {"in_specs": P(axes), "out_specs": P(), "axis_names": set(axes), "check_vma": False}
+    return jax.shard_map(lambda x, g: lax.psum(taps(x, g), axes), **own)(x, g)
