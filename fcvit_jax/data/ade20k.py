@@ -247,8 +247,8 @@ def _pair(path: str, split: str, num_classes: int, zero_is_class: bool, exif: bo
     turned = [name for name, header in zip(image_names, headers, strict=True) if header.orientation != 1]
     if turned and not exif:
         notes.append(
-            f"{image_folder}: the EXIF orientation of {count(turned, 'image')} is not applied, since the masks have the"
-            f" size of the images as they are stored (data.exif=True would): {first(turned)}"
+            f"{image_folder}: the EXIF orientation of {count(len(turned), 'image')} is not applied, since"
+            f" the masks have the size of the images as they are stored (data.exif=True would): {first(turned)}"
         )
     return Pairs(
         images=[os.path.join(image_folder, name) for name in image_names],
@@ -267,7 +267,7 @@ def _check_headers(
     if problems:
         problem = next(iter(problems.values()))
         alike = [name for name, other in problems.items() if other == problem]
-        raise UserError(f"{folder}: {count(alike, 'mask')} cannot be used: {first(alike)}. Each is {problem}.")
+        raise UserError(f"{folder}: {count(len(alike), 'mask')} cannot be used: {first(alike)}. Each is {problem}.")
 
     def differ(size: Callable[[Header], tuple[int, int]]) -> list[str]:
         pairs = zip(names, masks, image_headers, strict=True)
@@ -281,7 +281,7 @@ def _check_headers(
     if wrong:
         other = not differ(lambda header: _size(header, not exif))
         hint = f" They would fit with data.exif={not exif}: images turned by EXIF, or not." if other else ""
-        raise UserError(f"{folder}: {count(wrong, 'mask')} of another size than the image: {first(wrong)}.{hint}")
+        raise UserError(f"{folder}: {count(len(wrong), 'mask')} of another size than the image: {first(wrong)}.{hint}")
 
 
 def _size(header: Header, exif: bool) -> tuple[int, int]:

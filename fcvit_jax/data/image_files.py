@@ -92,7 +92,7 @@ def read_headers(folder: str, names: Sequence[str]) -> list[Header]:
     broken = {name: header for name, header in zip(names, headers, strict=True) if isinstance(header, str)}
     if broken:
         reason = next(iter(broken.values()))
-        raise UserError(f"{folder}: {count(broken, 'file')} cannot be read as images: {first(broken)} ({reason})")
+        raise UserError(f"{folder}: {count(len(broken), 'file')} cannot be read as images: {first(broken)} ({reason})")
     return headers
 
 
@@ -144,6 +144,6 @@ def first(names: Collection[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def count(items: Collection, noun: str) -> str:
-    """A number with its noun: "1 file", "3 files"."""
-    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
+def count(number: int, noun: str, nouns: str | None = None) -> str:
+    """A number with its noun: "1 file", "3 files"; nouns: where more than one is not just an s more."""
+    return f"{number} {noun if number == 1 else nouns or f'{noun}s'}"

@@ -32,9 +32,11 @@ def match(
     without_image = [name for stem, name in by_mask.items() if stem not in by_image]
     problems = []
     if without_mask:
-        problems.append(f"{count(without_mask, 'image')} of {image_folder} without a mask: {first(without_mask)}")
+        problems.append(f"{count(len(without_mask), 'image')} of {image_folder} without a mask: {first(without_mask)}")
     if without_image:
-        problems.append(f"{count(without_image, 'mask')} of {mask_folder} without an image: {first(without_image)}")
+        problems.append(
+            f"{count(len(without_image), 'mask')} of {mask_folder} without an image: {first(without_image)}"
+        )
     if problems:
         raise UserError(
             f"{'; '.join(problems)}. A mask is named as its image, or has one ending more that all masks have."
