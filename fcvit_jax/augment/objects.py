@@ -1,6 +1,6 @@
 """An image together with the boxes and masks of its objects: resized and flipped as the original's detection does.
 
-Boxes are float32 (n, 4): x1, y1, x2, y2 in pixels; masks are bool (n, height, width). See spec/detection.md, 14.
+Boxes are float32 (n, 4): x1, y1, x2, y2 in pixels; masks are bool (n, height, width).
 """
 
 import numpy as np

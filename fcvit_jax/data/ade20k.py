@@ -1,8 +1,8 @@
 """Images with masks of class indices, in folders as ADE20K's: images/SPLIT/NAME.jpg and annotations/SPLIT/NAME.png.
 
-The class names stand in `objectInfo*.txt`, as in ADE20K, or in `classes.txt`, one a line. The files' rules are those of
-spec/segmentation.md, section 8: 0 in a mask is "other" and ignored, class c is c + 1. Where 0 is a class of its own,
-`zero_is_class` says so. 255 is always ignored.
+The class names stand in `objectInfo*.txt`, as in ADE20K, or in `classes.txt`, one a line. By ADE20K's rule 0 in a mask
+is "other" and ignored, and class c is c + 1. Where 0 is a class of its own, `zero_is_class` says so. 255 is always
+ignored.
 """
 
 import dataclasses

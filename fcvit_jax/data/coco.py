@@ -1,6 +1,6 @@
 """Images with annotated objects, in folders as COCO's: SPLIT/*.jpg and annotations/instances_SPLIT.json.
 
-What training takes and leaves out is the original's choice (spec/detection.md, section 14).
+What training takes and leaves out is what the original's framework, MMDetection 2.19, takes and leaves out.
 """
 
 import dataclasses

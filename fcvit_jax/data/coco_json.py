@@ -4,6 +4,7 @@ Files of people's own differ from COCO's in many small ways. What can be underst
 and counted, in notes for the user; what would be wrong without a sign is refused in one line.
 """
 
+import array
 import collections
 import dataclasses
 import json
@@ -208,48 +209,62 @@ def read_objects(
     """
     index_of = {key: index for index, key in enumerate(images.ids)}
     left_out = collections.Counter()
-    rows = []
+    annotations = []
+    indices, labels, numbers = array.array("q"), array.array("i"), array.array("d")
     for annotation in content["annotations"]:
         index, label = _lookup(index_of, annotation.get("image_id")), _lookup(classes, annotation.get("category_id"))
         if index is None or label is None:
             left_out[f"whose {'image' if index is None else 'category'} is not listed"] += 1
             continue
         try:
-            box = annotation.get("bbox") or segments.bounds(annotation.get("segmentation"))
-            if box is None:
-                left_out["with neither a box nor an outline"] += 1
-                continue
-            x, y, width, height = map(float, box)
-            if not math.isfinite(x + y + width + height):
-                raise ValueError(f"its bbox is {box}")
-            area = annotation.get("area")
-            area = float("nan") if area is None else float(area)
-            crowd, ignore = (bool(int(annotation.get(key) or 0)) for key in ("iscrowd", "ignore"))
+            row = _numbers(annotation)
         except (TypeError, ValueError) as error:
             raise UserError(_describe(file, annotation, error)) from error
-        if not (width > 0 and height > 0):
+        if row is None:
+            left_out["with neither a box nor an outline"] += 1
+            continue
+        if row[2] <= 0 or row[3] <= 0:
             left_out["of zero width or height"] += 1
-        rows.append((index, annotation, (x, y, width, height), label, area, crowd, not ignore))
+        annotations.append(annotation)
+        indices.append(index)
+        labels.append(label)
+        numbers.extend(row)
     if left_out:
         reasons = [f"{count(number, 'annotation')} {why}" for why, number in left_out.items()]
         notes.append(f"{file}: left out {', '.join(reasons)}")
-    if not rows:
+    if not annotations:
         raise UserError(f"{file} has no annotation of an image and a category that it lists")
-    rows.sort(key=lambda row: row[0])  # stable: the order of the file within an image
-    indices, annotations, boxes, labels, areas, crowd, train = zip(*rows, strict=True)
-    return list(annotations), Objects(
-        starts=np.searchsorted(indices, np.arange(len(images.ids) + 1)),
-        boxes=np.array(boxes, float),
-        classes=np.array(labels, np.int32),
-        areas=np.array(areas, float),
-        crowd=np.array(crowd, bool),
-        train=np.array(train, bool),
+    order = np.argsort(indices, kind="stable")  # the order of the file within an image
+    numbers = np.array(numbers).reshape(-1, 7)[order]
+    return [annotations[which] for which in order], Objects(
+        starts=np.searchsorted(np.array(indices)[order], np.arange(len(images.ids) + 1)),
+        boxes=numbers[:, :4].copy(),
+        classes=np.array(labels, np.int32)[order],
+        areas=numbers[:, 4].copy(),
+        crowd=numbers[:, 5] != 0,
+        train=numbers[:, 6] == 0,
         segments=None,
     )
 
 
 def _lookup(mapping: Mapping[Id, int], key: Any) -> int | None:
-    return mapping.get(key) if isinstance(key, Id) else None
+    try:
+        return mapping.get(key)
+    except TypeError:  # a list, for example
+        return None
+
+
+def _numbers(annotation: Mapping[str, Any]) -> tuple[float, ...] | None:
+    """Box (four numbers), area (NaN: not given), crowd and ignore of an annotation; None if it has no box."""
+    box = annotation.get("bbox") or segments.bounds(annotation.get("segmentation"))
+    if box is None:
+        return None
+    x, y, width, height = map(float, box)
+    if not math.isfinite(x + y + width + height):
+        raise ValueError(f"its bbox is {box}")
+    area = annotation.get("area")
+    area = math.nan if area is None else float(area)
+    return x, y, width, height, area, int(annotation.get("iscrowd") or 0), int(annotation.get("ignore") or 0)
 
 
 def read_segments(

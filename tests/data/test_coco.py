@@ -96,6 +96,14 @@ def test_what_is_read(folder):
     assert not opened.eval.truth(1).crowd.any() and opened.eval.truth(1).classes.tolist() == [1, 2]
 
 
+def test_images_are_in_the_order_of_their_ids(folder):
+    """So that equal scores of several images count in pycocotools' order."""
+    expected = boxes(folder.open().eval)
+    folder.val["images"].reverse()
+    evaluation = folder.open().eval
+    assert evaluation.image_ids == [10, 20, 30] and boxes(evaluation) == expected
+
+
 def test_the_truth_has_an_average_precision_of_1_and_results_its_ids(folder):
     evaluation = folder.open().eval
     truths = [evaluation.truth(index) for index in range(3)]
@@ -119,7 +127,7 @@ def test_training_file_may_be_absent(folder):
 
 
 def test_what_training_leaves_out(folder):
-    """The original's choice: section 14 of the specification."""
+    """What MMDetection leaves out."""
     folder.train["annotations"] += [
         annotation(5, 20, 3, [2, 2, 9, 9], ignore=1),
         annotation(6, 20, 3, [80, 0, 10, 10]),

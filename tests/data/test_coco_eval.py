@@ -109,6 +109,14 @@ def test_a_single_object_counts_whatever_its_place():
     assert evaluate([truth], [worse], 1, masks=True).summary["ap"] == pytest.approx(1)  # the mask is as good as before
 
 
+def test_of_an_image_the_best_100_300_and_1000_detections_count():
+    grid = [[x, y, x + 3, y + 3] for x in range(0, 80, 4) for y in range(0, 60, 3)]
+    truth, found = one([0] * 400, grid)
+    summary = evaluate([truth], [found], 1, masks=False).summary
+    assert [summary[name] for name in ("ar100", "ar300", "ar1000")] == pytest.approx([0.25, 0.75, 1])
+    assert summary["ap"] == pytest.approx(26 / 101)  # recalls 0, 0.01, ..., 0.25
+
+
 def test_crowds_are_neither_right_nor_wrong():
     boxes = [[1, 2, 30, 40], [40, 10, 80, 60]]
     truth, found = one([0, 0], boxes, crowd=[False, True], scores=[0.5, 0.9])
