@@ -12,6 +12,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
+from fcvit_jax.data import segments
+from fcvit_jax.data.coco_eval import Truth
+
 SIZE = 96  # height and width of a scene in pixels
 CLASS_NAMES = tuple("0123456789")
 NUM_SCENES = {"train": 2000, "validation": 400}
@@ -61,6 +64,18 @@ class Scenes:
 
     def describe(self, index: int) -> str:
         return f"scene {index} of digit_scenes {self.split}"
+
+    def truth(self, index: int) -> Truth:
+        """The objects of the fixed scene `index`, for COCO's evaluation."""
+        scene = make_scene(self.split, index)
+        low, high = scene.boxes[:, :2], scene.boxes[:, 2:]
+        return Truth(
+            boxes=np.concatenate([low, high - low], axis=1),
+            classes=scene.classes,
+            areas=scene.masks.sum((1, 2)),
+            crowd=np.zeros(len(scene.classes), bool),
+            rles=segments.encode(scene.masks),
+        )
 
 
 def make_scene(split: str, index: int, rng: np.random.Generator | None = None) -> Scene:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import sklearn.datasets
 
-from fcvit_jax.data import scenes
+from fcvit_jax.data import scenes, segments
+from fcvit_jax.data.coco_eval import Detections, evaluate
 from fcvit_jax.data.scenes import Scenes, make_scene
 
 # Digits and first box of the first two scenes of validation.
@@ -113,3 +114,13 @@ def test_source():
     records = list(source.read([3, 9]))
     assert same(make_scene(*records[1]), make_scene("validation", 9))
     assert "9" in source.describe(9) and "validation" in source.describe(9)
+
+
+def test_the_truth_is_that_of_the_fixed_scenes():
+    source = Scenes("validation")
+    truths = [source.truth(index) for index in range(20)]
+    fixed = [make_scene("validation", index) for index in range(20)]
+    found = [Detections(s.boxes, np.ones(len(s.boxes)), s.classes, segments.encode(s.masks)) for s in fixed]
+    for masks in (False, True):
+        assert evaluate(truths, found, 10, masks=masks).summary["ap"] == pytest.approx(1)
+    assert truths[3].areas.tolist() == fixed[3].masks.sum((1, 2)).tolist()
