@@ -1,0 +1,149 @@
+"""Image files of a data set: which there are, what their headers say, and their pixels, turned by EXIF or not."""
+
+import io
+import os
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from fcvit_jax.augment import images
+from fcvit_jax.errors import UserError
+
+THREADS = 16  # for headers, whose reading waits for the disk or the network
+# What undoes each EXIF orientation; 1, or none, is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Header(NamedTuple):
+    """What an image file says of itself.
+
+    Attributes:
+      width, height: in pixels, as stored.
+      orientation: of EXIF, 1 to 8.
+      mode, format: Pillow's, such as "RGB" and "JPEG".
+    """
+
+    width: int
+    height: int
+    orientation: int
+    mode: str
+    format: str
+
+    @property
+    def turned(self) -> tuple[int, int]:
+        """Width and height once the EXIF orientation is applied."""
+        return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
+
+
+def list_images(folder: str, suffixes: tuple[str, ...] = images.IMAGE_SUFFIXES) -> list[str]:
+    """Lists the image files in a folder and its subfolders, by name, with "/" between folders; not hidden ones.
+
+    Args:
+      folder: where to look; links are followed.
+      suffixes: endings of image files, in small letters.
+
+    Raises:
+      UserError: the folder cannot be read, or has no image.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder} is not there, or no folder")
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = os.path.relpath(parent, folder).replace(os.sep, "/")
+        for name in files:
+            if name.lower().endswith(suffixes) and not name.startswith("."):
+                found.append(name if inside == "." else f"{inside}/{name}")
+    if not found:
+        raise UserError(f"{folder} has no image ({', '.join(suffixes)})")
+    return sorted(found)
+
+
+def read_headers(folder: str, names: Sequence[str]) -> list[Header]:
+    """Reads the headers of image files, some 10,000 a second from a local disk.
+
+    Args:
+      folder, names: the files are `folder/name`.
+
+    Raises:
+      UserError: files cannot be read or are no images; names up to five, with the reason for the first.
+    """
+
+    def read(name: str) -> Header | str:
+        try:
+            with open(os.path.join(folder, name), "rb") as file, Image.open(file) as image:
+                return Header(*image.size, _orientation(image), image.mode, image.format)
+        except images.BROKEN as error:
+            return getattr(error, "strerror", None) or str(error)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        headers = list(pool.map(read, names))
+    broken = {name: header for name, header in zip(names, headers, strict=True) if isinstance(header, str)}
+    if broken:
+        reason = next(iter(broken.values()))
+        raise UserError(f"{folder}: {count(len(broken), 'file')} cannot be read as images: {first(broken)} ({reason})")
+    return headers
+
+
+def read_file(path: str) -> bytes:
+    """Reads a whole file.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def decode(encoded: bytes, exif: bool = False) -> np.ndarray:
+    """Decodes an image file to RGB pixels.
+
+    Args:
+      encoded: an image file in any format Pillow reads.
+      exif: whether to turn and flip the image as its EXIF orientation says.
+
+    Returns:
+      uint8 (height, width, 3), read-only.
+
+    Raises:
+      UserError: as `fcvit_jax.augment.images.decode`.
+    """
+    image = images.decode(encoded)
+    if exif:
+        with Image.open(io.BytesIO(encoded)) as header:
+            orientation = _orientation(header)
+        if orientation in TURNS:
+            image = image.transpose(TURNS[orientation])
+    return np.asarray(image)
+
+
+def _orientation(image: Image.Image) -> int:
+    if "exif" not in image.info:  # getexif would decode the whole of a PNG to look for it
+        return 1
+    orientation = image.getexif().get(0x0112, 1)
+    return orientation if orientation in TURNS else 1
+
+
+def first(names: Collection[str]) -> str:
+    """Up to five names for a message, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def count(number: int, noun: str, nouns: str | None = None) -> str:
+    """A number with its noun: "1 file", "3 files"; nouns: where more than one is not just an s more."""
+    return f"{number} {noun if number == 1 else nouns or f'{noun}s'}"
