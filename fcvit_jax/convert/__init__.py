@@ -3,18 +3,12 @@
 As a tool, `python -m fcvit_jax.convert SOURCE DEST [--ema]`; see `convert`.
 """
 
-import argparse
-import contextlib
 import dataclasses
 import io
 import json
-import os
-import re
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,13 +17,13 @@ from flax import traverse_util
 from fcvit_jax.convert.fcvit import (
     from_original,
     infer_model,
-    is_ours,
     is_pyramid,
     original_names,
     original_shape,
     to_original,
 )
-from fcvit_jax.errors import UserError, exit_on_error, log
+from fcvit_jax.convert.files import METADATA, as_numpy, import_torch, is_ours, read, read_metadata, write_whole
+from fcvit_jax.errors import UserError, log
 from fcvit_jax.networks.fcvit import (
     VARIANTS,
     Backbone,
@@ -39,8 +33,7 @@ from fcvit_jax.networks.fcvit import (
     create_model,
 )
 
-# Where a .npz keeps what it says of itself, as JSON.
-METADATA = "__metadata__"
+__all__ = ["METADATA", "convert", "from_torch", "load_pretrained", "read_metadata", "to_torch"]
 
 
 def _abstract(model: FCViT | Backbone) -> dict[str, jax.ShapeDtypeStruct]:
@@ -59,13 +52,6 @@ def _check(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[in
     ]
     if problems:
         raise UserError("\n  ".join([f"The weights do not fit the model ({len(problems)} tensors):", *problems]))
-
-
-def _as_numpy(x: Any) -> np.ndarray:
-    if hasattr(x, "detach"):  # PyTorch's; NumPy has no bfloat16 of its own
-        x = x.detach().cpu()
-        x = x.float() if x.is_floating_point() else x
-    return np.asarray(x)
 
 
 def from_torch(state_dict: Mapping[str, np.ndarray], model: FCViT | Backbone) -> dict[str, Any]:
@@ -96,7 +82,7 @@ def from_torch(state_dict: Mapping[str, np.ndarray], model: FCViT | Backbone) ->
             del found[name]
     _check(found, expected)
     flat = {
-        path: np.array(from_original(_as_numpy(state_dict[names[path]]), path), x.dtype, order="C")
+        path: np.array(from_original(as_numpy(state_dict[names[path]]), path), x.dtype, order="C")
         for path, x in abstract.items()
     }
     return traverse_util.unflatten_dict(flat, sep="/")
@@ -183,7 +169,7 @@ def load_pretrained(path: str | Path, model: FCViT | Backbone, *, ema: bool | No
       UserError: the file cannot be read, holds another network, or has tensors outside the head that do not fit; then
         it lists them all.
     """
-    weights, _ = _read(Path(path), ema)
+    weights, _ = read(Path(path), ema)
     if isinstance(model, Backbone) and is_pyramid(weights):
         return _fit(path, weights, model)
     kernel, axis = ("params/head/kernel", -1) if is_ours(weights) else ("head.weight", 0)
@@ -226,7 +212,7 @@ def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None) ->
       UserError: the source cannot be read or holds another network, or the destination cannot be written.
     """
     dest = Path(dest).expanduser()
-    weights, metadata = _read(Path(source), ema)
+    weights, metadata = read(Path(source), ema)
     if "model" in metadata:
         create = create_backbone if is_pyramid(weights) else create_model
         try:
@@ -240,14 +226,14 @@ def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None) ->
     metadata = {"model": _arguments(model)} | metadata
     name = dest.name.lower()
     if name.endswith((".pt", ".pth", ".pth.tar")):
-        torch = _torch()
+        torch = import_torch()
         state_dict = {key: torch.from_numpy(x) for key, x in to_torch(variables, model).items()}
         content = io.BytesIO()  # torch hides the system's error where it cannot write
         torch.save({"state_dict": state_dict} if name.endswith(".tar") else state_dict, content)
-        _write(dest, lambda file: file.write(content.getbuffer()))
+        write_whole(dest, lambda file: file.write(content.getbuffer()))
     elif name.endswith(".npz"):
         arrays = traverse_util.flatten_dict(variables, sep="/")
-        _write(dest, lambda file: np.savez(file, **arrays, **{METADATA: json.dumps(metadata)}))
+        write_whole(dest, lambda file: np.savez(file, **arrays, **{METADATA: json.dumps(metadata)}))
     elif dest.suffix.lower() in (".safetensors", ".ckpt", ".bin", ".tar", ".gz", ".zip", ".h5"):
         raise UserError(f"{dest}: the ending must be .pth, .pt, .pth.tar or .npz, or none for a folder.")
     else:
@@ -268,125 +254,3 @@ def _arguments(model: FCViT | Backbone) -> dict[str, Any]:
     usual = create_model(variant) if isinstance(model, FCViT) else create_backbone(variant)
     changed = {name: x for name, x in fields.items() if x != getattr(usual, name)}
     return {"name": variant} | changed
-
-
-def _write(dest: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Writes a file whole or not at all."""
-    unfinished = dest.with_name(f".{dest.name}.{os.getpid()}")
-    try:
-        dest.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "wb") as file:
-            write(file)
-        os.replace(unfinished, dest)
-    except OSError as error:
-        raise UserError(f"Could not write {dest}: {error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Reads what a file that `load_pretrained` takes says of itself: "model", "class_names", ...; {} if nothing.
-
-    Raises:
-      UserError: it cannot be read.
-    """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        from fcvit_jax.run import saved
-
-        return saved.load_metadata(path)
-    if path.suffix.lower() != ".npz":
-        return {}
-    with _open_npz(path) as file:
-        return json.loads(str(file[METADATA])) if METADATA in file else {}
-
-
-def _read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Weights, by the original's names or by our paths, and what the file says of itself."""
-    path = path.expanduser()
-    if path.is_dir():
-        from fcvit_jax.run import saved
-
-        return traverse_util.flatten_dict(saved.load_variables(path, ema=ema), sep="/"), read_metadata(path)
-    if not path.is_file():
-        raise UserError(f"There is no file or folder {path}.")
-    if path.suffix.lower() != ".npz":
-        return _read_torch(path, ema), {}
-    if ema:
-        raise UserError(f"{path} is a .npz: it holds one set of weights, no moving averages.")
-    with _open_npz(path) as file:
-        weights = {name: file[name] for name in file if name != METADATA}
-    return weights, read_metadata(path)
-
-
-@contextlib.contextmanager
-def _open_npz(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
-    """Opens a .npz, whose arrays are read when they are taken out; what goes wrong inside becomes a UserError."""
-    try:
-        with np.load(path) as file:
-            yield file
-    except OSError as error:
-        raise UserError(f"Could not read {path}: {error.strerror}.") from error
-    # Not with what NumPy says, which may advise to run code.
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"Could not read {path}: it is damaged, or no .npz.") from error
-
-
-def _torch():
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError("Files of the original (.pth) need PyTorch: pip install torch") from error
-    return torch
-
-
-def _read_torch(path: Path, ema: bool | None) -> dict[str, np.ndarray]:
-    """The state dict of a file of the original, which may hold it bare or with timm's other entries around it."""
-    torch = _torch()
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise UserError(f"Could not read {path}: {error.strerror}.") from error
-    try:
-        # timm's files hold their command line, which can do no harm; nothing else may be built, let alone run.
-        with file, torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the unpickler stumbles over; what it says advises to run such code
-        if code := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(f"Refused to read {path}: it wants to run code when read ({code[1]}).") from error
-        raise UserError(f"Could not read {path}: it is damaged, or no file of PyTorch's.") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict.")
-    keys = ("state_dict_ema",) if ema else ("state_dict", "model", "state_dict_ema")
-    key = next((key for key in keys if isinstance(content.get(key), Mapping)), None)
-    if ema and key is None:
-        raise UserError(f"{path} holds no exponential moving averages (state_dict_ema).")
-    if key == "state_dict_ema" and not ema:
-        if ema is False:
-            raise UserError(f"{path} holds exponential moving averages alone (state_dict_ema), no plain weights.")
-        log.warning("%s holds exponential moving averages alone: they are used.", path)
-    state_dict = content if key is None else content[key]
-    arrays = {}
-    for name, x in state_dict.items():
-        if not isinstance(x, torch.Tensor):
-            raise UserError(f"{path}: {name} is a {type(x).__name__}, not a tensor.")
-        arrays[name.removeprefix("module.")] = _as_numpy(x)
-    return arrays
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m fcvit_jax.convert",
-        description=convert.__doc__.splitlines()[0],
-        epilog="example: python -m fcvit_jax.convert fcvit_b12.pth.tar converted.npz",
-    )
-    parser.add_argument("source", help=".pth, .pth.tar, .npz, or the folder of a run or an Orbax checkpoint")
-    parser.add_argument("dest", help=".pth, .pt, .pth.tar, .npz, or a new folder for an Orbax checkpoint")
-    parser.add_argument(
-        "--ema", action="store_true", default=None, help="read the averages; the default for a run that kept them"
-    )
-    args = parser.parse_args(argv)
-    with exit_on_error():
-        convert(args.source, args.dest, ema=args.ema)
-    dest = Path(args.dest).expanduser()
-    print(f"wrote the {'folder' if dest.is_dir() else 'file'} {dest}")

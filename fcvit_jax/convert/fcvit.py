@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from fcvit_jax.convert.files import is_ours
 from fcvit_jax.errors import UserError
 from fcvit_jax.networks.fcvit import Backbone, FCViT
 
@@ -158,11 +159,6 @@ def infer_model(shapes: Mapping[str, tuple[int, ...]]) -> FCViT | Backbone:
     if is_pyramid(shapes):
         return Backbone(**fields)
     return FCViT(num_classes=vote(r"head\.") or 0, **fields)
-
-
-def is_ours(names: Iterable[str]) -> bool:
-    """Whether these are our paths, not the original's names."""
-    return any(name.startswith("params/") for name in names)
 
 
 def is_pyramid(names: Iterable[str]) -> bool:
