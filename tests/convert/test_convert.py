@@ -257,7 +257,7 @@ def test_bad_files_are_user_errors(tmp_path, monkeypatch):
         ("good.pth", "dest.safetensors", False, "dest.safetensors: the ending must be"),
         ("packed.npz", "dest.pth", False, "damaged, or no .npz\\.$"),
         ("metadata.npz", "dest.pth", False, "damaged, or no .npz\\.$"),
-        ("later.npz", "dest.pth", False, "later.npz does not say which FCViT it holds: .*new_option"),
+        ("later.npz", "dest.pth", False, "later.npz does not say which network it holds: .*new_option"),
     ):
         with pytest.raises(UserError, match=message):
             convert.convert(source, dest, ema=ema)
