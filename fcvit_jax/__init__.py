@@ -7,6 +7,7 @@ from fcvit_jax.errors import show_log
 from fcvit_jax.networks import create_model
 from fcvit_jax.networks.fcvit import VARIANTS, FCViT, create_backbone
 from fcvit_jax.networks.normalize import normalize
+from fcvit_jax.networks.semantic_fpn import create_segmenter
 
 __version__ = "0.2.0"
 
@@ -15,6 +16,7 @@ __all__ = [
     "FCViT",
     "create_backbone",
     "create_model",
+    "create_segmenter",
     "load_pretrained",
     "normalize",
     "show_log",

@@ -9,7 +9,8 @@ import torch
 from flax import traverse_util
 from hypothesis import Phase, given, settings
 
-from fcvit_jax.convert.fcvit import from_original, original_names, to_original
+from fcvit_jax.convert.fcvit import layout, original_names
+from fcvit_jax.convert.layouts import to_ours, to_theirs
 
 
 def nhwc(x):
@@ -86,7 +87,7 @@ def assert_module_equals(ours, theirs, place, shape, seed, *args):
     whole = {key: key.replace("/", f"/{path}/" if path else "/", 1) for key in flat}
     names = original_names({whole[key]: x.shape for key, x in flat.items()})
     names = {key: names[whole[key]].removeprefix(name and f"{name}.") for key in flat}
-    variables = {key: from_original(weights[names[key]], whole[key]) for key in flat}
+    variables = {key: to_ours(weights[names[key]], layout(whole[key])) for key in flat}
     assert {names[key] for key in flat} == {key for key in weights if "num_batches_tracked" not in key}
 
     @jax.jit
@@ -111,7 +112,7 @@ def assert_module_equals(ours, theirs, place, shape, seed, *args):
     expected = {name: x.grad.numpy() for name, x in theirs.named_parameters()}
     largest = max(np.abs(x).max() for x in expected.values())
     for key, grad in traverse_util.flatten_dict({"params": grads}, sep="/").items():
-        grad, right = to_original(np.asarray(grad), whole[key]), expected[names[key]]
+        grad, right = to_theirs(np.asarray(grad), layout(whole[key])), expected[names[key]]
         # Some sums cancel: they are as exact as their terms are large.
         np.testing.assert_allclose(grad, right, rtol=0, atol=1e-5 * np.abs(right).max() + 2e-6 * largest, err_msg=key)
     return sown, theirs_x

@@ -50,6 +50,22 @@ def test_without_cooldown_the_last_rate_stays():
     assert schedule(1000) == schedule(39) == pytest.approx(0.05 * (1 + math.cos(0.75 * math.pi)))
 
 
+def test_the_rate_of_segmentation_equals_the_originals_and_keeps_its_digits_to_the_end():
+    with np.load(DATA / "segmentation_schedule_and_geometry.npz") as file:
+        steps, golden = file["lr_iteration"], file["lr"]
+    schedule = optim.make_poly_schedule()
+    np.testing.assert_allclose(jax.jit(schedule)(jnp.asarray(steps)), golden, rtol=1e-6)
+    np.testing.assert_allclose(schedule(39_999), 2e-4 * (1 / 40_000) ** 0.9, rtol=1e-6)
+    assert schedule(40_000) == schedule(50_000) == 0
+    np.testing.assert_allclose(optim.make_poly_schedule(1.0, 8, power=2.0)(2), 0.5625)
+
+
+@pytest.mark.parametrize("options", [{"base_lr": -1.0}, {"steps": 0}, {"power": -0.5}])
+def test_a_nonsensical_rate_of_segmentation_is_refused_by_name(options):
+    with pytest.raises(UserError, match=f"optim.{next(iter(options))}="):
+        optim.make_poly_schedule(**options)
+
+
 def test_ten_steps_of_adamw_equal_the_originals():
     golden = np.load(DATA / "adamw.npz")
     names = [*golden["decay_names"], *golden["no_decay_names"]]

@@ -4,8 +4,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-import numpy as np
-
+from fcvit_jax.convert.files import is_ours
+from fcvit_jax.convert.layouts import their_shape
 from fcvit_jax.errors import UserError
 from fcvit_jax.networks.fcvit import Backbone, FCViT
 
@@ -50,20 +50,6 @@ LAYOUTS = (
 )
 
 
-def to_original(x: np.ndarray, path: str) -> np.ndarray:
-    """Lays out a tensor of ours, given its path, as the original does."""
-    ours, theirs = _layout(path).split("->")
-    x = np.transpose(x, [ours.index(axis) for axis in theirs if axis != "1"])
-    return np.expand_dims(x, [i for i, axis in enumerate(theirs) if axis == "1"])
-
-
-def from_original(x: np.ndarray, path: str) -> np.ndarray:
-    """The inverse of `to_original`; `path` is that of our tensor."""
-    ours, theirs = _layout(path).split("->")
-    x = np.squeeze(x, tuple(i for i, axis in enumerate(theirs) if axis == "1"))
-    return np.transpose(x, [theirs.replace("1", "").index(axis) for axis in ours])
-
-
 def original_names(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """The original's name of every one of our paths, given their shapes (from which two options are read off)."""
     bottleneck = any("token_mixer/reduce" in path for path in shapes)
@@ -86,13 +72,9 @@ def original_names(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     return found
 
 
-def _layout(path: str) -> str:
+def layout(path: str) -> str:
+    """How a tensor, given our path, lies in memory here and there; see `layouts`."""
     return next(layout for pattern, layout in LAYOUTS if re.search(pattern, path))
-
-
-def original_shape(shape: tuple[int, ...], path: str) -> tuple[int, ...]:
-    """The shape that the original gives a tensor of ours, given its path."""
-    return to_original(np.broadcast_to(0, shape), path).shape
 
 
 def infer_model(shapes: Mapping[str, tuple[int, ...]]) -> FCViT | Backbone:
@@ -108,8 +90,8 @@ def infer_model(shapes: Mapping[str, tuple[int, ...]]) -> FCViT | Backbone:
       UserError: these are no weights of an FCViT.
     """
     if is_ours(shapes):
-        kept = {path: shape for path, shape in shapes.items() if len(shape) == _layout(path).index("->")}
-        shapes = {name: original_shape(kept[path], path) for path, name in original_names(kept).items()}
+        kept = {path: shape for path, shape in shapes.items() if len(shape) == layout(path).index("->")}
+        shapes = {name: their_shape(kept[path], layout(path)) for path, name in original_names(kept).items()}
 
     def find(pattern: str, axis: int = 0) -> list[int]:
         """The length of an axis in every tensor whose name starts with the pattern."""
@@ -138,8 +120,9 @@ def infer_model(shapes: Mapping[str, tuple[int, ...]]) -> FCViT | Backbone:
         "mlp_kernel_size": vote(r"network\.\d+\.\d+\.channel_mixer\.dwconv\.weight", -1),
         "spatial_attention": bool(find(rf"{mixer}\.spatial_att")),
         "channel_attention": bool(find(r"network\.\d+\.\d+\.channel_mixer\.channel_att")),
-        "layer_scale_init": 1e-5 if find(r"network\.\d+\.\d+\.layer_scale") else None,
     }
+    if not find(r"network\.\d+\.\d+\.layer_scale"):
+        fields["layer_scale_init"] = None
     reductions = (8, *range(2, max(dims) + 1))
     if fields["use_context"]:
         fields["competition"] = bool(find(rf"{mixer}\.gc\d\.fc1\."))
@@ -158,11 +141,6 @@ def infer_model(shapes: Mapping[str, tuple[int, ...]]) -> FCViT | Backbone:
     if is_pyramid(shapes):
         return Backbone(**fields)
     return FCViT(num_classes=vote(r"head\.") or 0, **fields)
-
-
-def is_ours(names: Iterable[str]) -> bool:
-    """Whether these are our paths, not the original's names."""
-    return any(name.startswith("params/") for name in names)
 
 
 def is_pyramid(names: Iterable[str]) -> bool:

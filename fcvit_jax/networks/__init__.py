@@ -6,9 +6,9 @@ from typing import Any
 from flax import linen as nn
 
 from fcvit_jax.networks import fcvit
-from fcvit_jax.networks.fcvit import create_model, init_variables
+from fcvit_jax.networks.fcvit import create_model, init_variables, with_fields
 
-__all__ = ["create_model", "init_variables", "model_fields", "settings", "traced_once"]
+__all__ = ["create_model", "init_variables", "model_fields", "settings", "traced_once", "with_fields"]
 
 
 def settings(name: str) -> dict[str, Any]:
@@ -33,4 +33,4 @@ def model_fields(name: str) -> set[str]:
 
 def traced_once(model: nn.Module) -> nn.Module:
     """The same network, whose equal blocks are traced once: steps of training and evaluation compile faster."""
-    return model.clone(share_blocks=True)
+    return with_fields(model, share_blocks=True)

@@ -6,6 +6,7 @@ import logging
 import os
 import resource
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,6 +17,8 @@ from flax import traverse_util
 
 from fcvit_jax import convert, optim
 from fcvit_jax.configs import finetune
+from fcvit_jax.convert import files
+from fcvit_jax.convert.__main__ import main
 from fcvit_jax.convert.fcvit import infer_model
 from fcvit_jax.errors import UserError
 from fcvit_jax.networks.fcvit import Backbone, FCViT, abstract_variables, create_model
@@ -127,7 +130,7 @@ def test_metadata_makes_the_model_again(tmp_path):
     convert.convert(tmp_path / "a.pth", tmp_path / "a.npz")
     convert.convert(tmp_path / "a.npz", tmp_path / "b.npz")
     for name in ("a.npz", "b.npz"):
-        _, metadata = convert._read(tmp_path / name, ema=False)
+        _, metadata = files.read(tmp_path / name, ema=False)
         assert create_model(**metadata["model"]) == model
 
 
@@ -182,7 +185,7 @@ def test_our_files_are_checked_too(tmp_path):
 
 def said(caplog):
     """What was logged, by us: Orbax has a warning of its own."""
-    return [record.getMessage() for record in caplog.records if record.module == "convert"]
+    return [record.getMessage() for record in caplog.records if Path(record.pathname).parent.name == "convert"]
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.npz", "orbax"])
@@ -302,14 +305,14 @@ def test_half_precision_becomes_float32(tmp_path):
 def test_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     torch.save(tensors(original()), tmp_path / "a.pth")
-    convert.main(["~/a.pth", "~/b.npz"])
+    main(["~/a.pth", "~/b.npz"])
     assert (tmp_path / "b.npz").is_file()
     assert capsys.readouterr().out == f"wrote the file {tmp_path / 'b.npz'}\n"
     with pytest.raises(SystemExit, match="^error: .* no moving averages"):
-        convert.main([str(tmp_path / "b.npz"), str(tmp_path / "c.pth"), "--ema"])
+        main([str(tmp_path / "b.npz"), str(tmp_path / "c.pth"), "--ema"])
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(SystemExit, match="pip install torch"):
-        convert.main([str(tmp_path / "a.pth"), str(tmp_path / "c.npz")])
+        main([str(tmp_path / "a.pth"), str(tmp_path / "c.npz")])
 
 
 def test_the_config_for_finetuning_fits_the_code():

@@ -18,6 +18,7 @@ from flax import linen as nn
 from flax import nnx, traverse_util
 
 from fcvit_jax import convert, optim, train
+from fcvit_jax.convert.weights import abstract_weights
 from fcvit_jax.devices.sharding import make_mesh
 from fcvit_jax.errors import UserError
 from fcvit_jax.networks import fcvit
@@ -400,7 +401,7 @@ TINY = FCViT((1,), (8,), (1,), num_classes=3, kernel_sizes=(3,), layer_scale_ini
 @functools.cache
 def tiny(network=TINY):
     """Random weights of a network, and images."""
-    shapes = convert._abstract(network)
+    shapes = abstract_weights(network)
     rng = np.random.default_rng(0)
     flat = {path: rng.uniform(0.1, 1, x.shape).astype(np.float32) for path, x in shapes.items()}
     return traverse_util.unflatten_dict(flat, sep="/"), rng.normal(0, 1, (2, 32, 40, 3)).astype(np.float32)
@@ -442,7 +443,7 @@ def test_remat_changes_nothing_but_memory():
 
         results.append(jax.jit(jax.grad(loss))(variables["params"]))
         programs.append(str(jax.make_jaxpr(jax.grad(loss))(variables["params"])))
-        assert jax.tree.structure(convert._abstract(network)) == jax.tree.structure(convert._abstract(TINY))
+        assert jax.tree.structure(abstract_weights(network)) == jax.tree.structure(abstract_weights(TINY))
     largest = max(np.abs(x).max() for x in jax.tree.leaves(results[0]))
     for x, y in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * largest)

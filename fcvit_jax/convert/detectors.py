@@ -1,0 +1,80 @@
+"""How MMSegmentation names and lays out the tensors of a segmenter, and which segmenter a set of tensors belongs to."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from fcvit_jax.convert import fcvit
+from fcvit_jax.convert.files import is_ours
+from fcvit_jax.convert.layouts import their_shape
+from fcvit_jax.errors import UserError
+from fcvit_jax.networks.semantic_fpn import SemanticFPN
+
+# What to replace in our path, one row after the other, to get the name of a tensor outside the backbone.
+NAMES = (
+    (r"^neck/lateral_(\d)/", r"neck.lateral_convs.\1.conv."),
+    (r"^neck/output_(\d)/", r"neck.fpn_convs.\1.conv."),
+    # Theirs counts the doublings among the steps.
+    *((rf"^head/level_(\d)_step_{j}/", rf"decode_head.scale_heads.\1.{2 * j}.") for j in range(3)),
+    (r"^head/classifier/", "decode_head.conv_seg."),
+    (r"\bnorm/", "bn."),
+    (r"(kernel|scale)$", "weight"),
+    (r"(mean|var)$", r"running_\1"),
+    (r"/", "."),
+)
+# The first row found in our path counts; what none is found in belongs to the backbone.
+LAYOUTS = (
+    (r"/(conv|output_\d)/kernel", "HWIO->OIHW"),
+    (r"/(lateral_\d|classifier)/kernel", "IO->OI11"),
+    (r"", "C->C"),
+)
+BACKBONE = re.compile(r"(?<=/)backbone/")
+
+
+def original_names(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """MMSegmentation's name of every one of our paths, given their shapes."""
+    backbone = {path: BACKBONE.sub("", path) for path in shapes if BACKBONE.search(path)}
+    names = fcvit.original_names({inner: shapes[path] for path, inner in backbone.items()})
+    found = {}
+    for path in shapes:
+        if path in backbone:
+            found[path] = f"backbone.{names[backbone[path]]}"
+            continue
+        name = path.partition("/")[2]
+        for pattern, replacement in NAMES:
+            name = re.sub(pattern, replacement, name)
+        found[path] = name
+    return found
+
+
+def layout(path: str) -> str:
+    """How a tensor, given our path, lies in memory here and there; see `layouts`."""
+    if BACKBONE.search(path):
+        return fcvit.layout(BACKBONE.sub("", path))
+    return next(layout for pattern, layout in LAYOUTS if re.search(pattern, path))
+
+
+def infer_model(shapes: Mapping[str, tuple[int, ...]]) -> SemanticFPN:
+    """Finds the segmenter that weights belong to, as `fcvit.infer_model` finds the backbone.
+
+    Args:
+      shapes: by MMSegmentation's names or by our paths ("params/backbone/stem/conv/kernel", ...).
+
+    Raises:
+      UserError: these are no weights of a segmenter over an FCViT.
+    """
+    if is_ours(shapes):
+        kept = {path: shape for path, shape in shapes.items() if len(shape) == layout(path).index("->")}
+        shapes = {name: their_shape(kept[path], layout(path)) for path, name in original_names(kept).items()}
+    prefix = "backbone."
+    backbone = fcvit.infer_model({name[len(prefix) :]: x for name, x in shapes.items() if name.startswith(prefix)})
+    try:
+        num_classes, head_channels = shapes["decode_head.conv_seg.weight"][:2]
+        neck_channels = shapes["neck.fpn_convs.0.conv.weight"][0]
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError("These are no weights of a segmenter: its neck or its classifier is not among them.") from error
+    return SemanticFPN(backbone, num_classes, neck_channels, head_channels)
+
+
+def is_segmenter(names: Iterable[str]) -> bool:
+    """Whether tensors of these names, ours or MMSegmentation's, are a segmenter's."""
+    return any(re.match(r"params/head/(level|classifier)|decode_head\.", name) for name in names)

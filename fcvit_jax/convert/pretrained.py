@@ -1,0 +1,135 @@
+"""A network's weights out of any file that has some for it; what the file lacks starts afresh."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fcvit_jax.convert.files import is_ours, read
+from fcvit_jax.convert.weights import KINDS, Network, fields_of, fit, infer, kind_of
+from fcvit_jax.errors import UserError, log
+from fcvit_jax.networks.fcvit import Backbone, FCViT
+from fcvit_jax.networks.semantic_fpn import SemanticFPN, init_decoder
+
+
+def load_pretrained(
+    path: str | Path, model: Network, *, ema: bool | None = None, partial: bool = True
+) -> dict[str, Any]:
+    """Reads weights for a model from a file of ours or of the original.
+
+    What the file does not hold starts afresh, always the same, and a warning says so: the classifying layer, if the
+    file has another number of classes (or no head); the norms of a pyramid that is given a classifier's weights; neck
+    and head of a segmenter that is given a classifier's or a pyramid's.
+
+    Example::
+
+        model = create_model("fcvit_s12", num_classes=10)
+        variables = load_pretrained("fcvit_b12.pth.tar", model)
+        variables = load_pretrained("fcvit_b12.pth.tar", create_backbone("fcvit_s12"))
+        variables = load_pretrained("fcvit_b12.pth.tar", create_segmenter("fcvit_s12"))
+
+    Args:
+      path: a .pth or .pth.tar of the original, a .npz of ours, or the folder of a run or of one Orbax checkpoint.
+      model: what the weights are for.
+      ema: True: the exponential moving averages; False: the plain weights; None: for a run of ours, what evaluation
+        uses (the averages, if it kept them); for a file of the original, the plain weights, if it holds them.
+      partial: False: nothing may start afresh, as for an evaluation.
+
+    Returns:
+      {"params": ..., "batch_stats": ...} of NumPy arrays in the model's dtypes.
+
+    Raises:
+      UserError: the file cannot be read, holds another network, has tensors that do not fit (then it lists them all),
+        or does not hold the whole model, and `partial` is False.
+    """
+    weights, _ = read(Path(path), ema)
+    held, kinds = kind_of(weights), list(KINDS)
+    if kinds.index(held) > kinds.index(type(model)):
+        raise UserError(f"{path} holds {KINDS[held]}: {KINDS[type(model)]} is needed here.")
+    load = {FCViT: _load_classifier, Backbone: _load_pyramid, SemanticFPN: _load_segmenter}[type(model)]
+    variables, lack, afresh = load(path, weights, model)
+    if lack and not partial:
+        raise UserError(f"{path} {lack}: it does not hold the whole model, {KINDS[type(model)]}.")
+    if lack:
+        log.warning("%s %s: %s.", path, lack, afresh)
+    return variables
+
+
+Loaded = tuple[dict[str, Any], str, str]  # variables; what the file lacks, as a predicate, or ""; what comes of that
+
+
+def _load_classifier(path: str | Path, weights: Mapping[str, np.ndarray], model: FCViT) -> Loaded:
+    classes = _count_classes(weights, "params/head/kernel", "head.weight")
+    variables = _fit(path, weights, model.clone(num_classes=classes))
+    if classes == model.num_classes:
+        return variables, "", ""
+    variables["params"].pop("head", None)
+    if model.num_classes:
+        shape = (model.dims[-1], model.num_classes)
+        variables["params"]["head"] = {
+            "kernel": np.random.default_rng(0).normal(0, 0.02, shape).astype(model.param_dtype),
+            "bias": np.zeros(shape[1:], model.param_dtype),
+        }
+    afresh = "the head starts afresh" if model.num_classes else "the head is left out"
+    return variables, f"has {classes} classes, the model {model.num_classes}", afresh
+
+
+def _load_pyramid(path: str | Path, weights: Mapping[str, np.ndarray], model: Backbone) -> Loaded:
+    if kind_of(weights) is Backbone:
+        return _fit(path, weights, model), "", ""
+    classes = _count_classes(weights, "params/head/kernel", "head.weight")
+    variables = _fit(path, weights, FCViT(num_classes=classes, **fields_of(model)))
+    params = {name: x for name, x in variables["params"].items() if name not in ("norm", "head")}
+    for i, dim in enumerate(model.dims):
+        params[f"norm_{i}"] = {"scale": np.ones(dim, model.param_dtype), "bias": np.zeros(dim, model.param_dtype)}
+    return variables | {"params": params}, "holds a classifier", "the norms of the pyramid start afresh"
+
+
+def _load_segmenter(path: str | Path, weights: Mapping[str, np.ndarray], model: SemanticFPN) -> Loaded:
+    if kind_of(weights) is SemanticFPN:
+        classes = _count_classes(weights, "params/head/classifier/kernel", "decode_head.conv_seg.weight")
+        variables = _fit(path, weights, model.clone(num_classes=classes))
+        if classes == model.num_classes:
+            return variables, "", ""
+        variables["params"]["head"]["classifier"] = _fresh_decoder(model)["params"]["head"]["classifier"]
+        lack = f"has {classes} classes, the model {model.num_classes}"
+        return variables, lack, "the classifier starts afresh"
+    backbone, lack, _ = _load_pyramid(path, weights, model.backbone)
+    variables = {name: {"backbone": backbone[name], **tree} for name, tree in _fresh_decoder(model).items()}
+    norms = "the norms of the pyramid, " if lack else ""
+    return variables, lack or "holds a feature pyramid", f"{norms}the neck and the head start afresh"
+
+
+def _fit(path: str | Path, weights: Mapping[str, np.ndarray], model: Network) -> dict[str, Any]:
+    """As `fit`, but a network of another size gets one line, not one a tensor."""
+    try:
+        return fit(weights, model)
+    except UserError as error:
+        if 0 in _backbone(model).depths:  # infer_model does not know such
+            raise
+        found = _backbone(infer(weights))
+        theirs, ours = ((tuple(m.depths), tuple(m.dims)) for m in (found, _backbone(model)))
+        if theirs == ours:
+            raise
+        raise UserError(
+            f"{path} holds another network than the model: depths {theirs[0]} and dims {theirs[1]}, "
+            f"the model has {ours[0]} and {ours[1]}."
+        ) from error
+
+
+def _backbone(model: Network) -> FCViT | Backbone:
+    return model.backbone if isinstance(model, SemanticFPN) else model
+
+
+def _count_classes(weights: Mapping[str, np.ndarray], ours: str, theirs: str) -> int:
+    """The outputs of the classifying layer, whose kernel is given by our path and their name; 0 if it is not there."""
+    kernel, axis = (ours, -1) if is_ours(weights) else (theirs, 0)
+    return weights[kernel].shape[axis] if kernel in weights and weights[kernel].ndim > 1 else 0
+
+
+def _fresh_decoder(model: SemanticFPN) -> dict[str, Any]:
+    """Variables of neck and head as training from scratch would start with, always the same."""
+    return jax.device_get(jax.jit(functools.partial(init_decoder, model))(jax.random.key(0)))

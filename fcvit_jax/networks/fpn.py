@@ -1,0 +1,83 @@
+"""The feature pyramid network: the neck between a backbone and a head that wants equal channels at every stride."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.initializers import normal
+
+from fcvit_jax.errors import UserError
+from fcvit_jax.networks.layers import Conv1x1
+
+
+def upsample_nearest(x: jax.Array, height: int, width: int) -> jax.Array:
+    """Doubles a map by repeating each position, and cuts it to a height and a width.
+
+    For x of half the size, rounded up, position j of the result is position floor(j * n_in / n_out) of x, as in
+    PyTorch's "nearest"; `jax.image.resize` takes other positions where the size is odd.
+
+    Args:
+      x: (N, ceil(height / 2), ceil(width / 2), C).
+      height, width: of the result, in pixels.
+
+    Returns:
+      (N, height, width, C).
+
+    Raises:
+      UserError: x has another size.
+    """
+    if x.shape[1:3] != (-(-height // 2), -(-width // 2)):
+        raise UserError(
+            f"FPN: a map of {height}x{width} must be followed by one of half its size, rounded up, not by one of "
+            f"{x.shape[1]}x{x.shape[2]}."
+        )
+    return x.repeat(2, axis=1).repeat(2, axis=2)[:, :height, :width]
+
+
+class FPN(nn.Module):
+    """A feature pyramid network (Lin et al., 2017): deep features are added to shallow ones from the top down.
+
+    Each map goes through a 1x1 convolution; from the deepest on, each result is doubled in size and added to the next;
+    every sum goes through a 3x3 convolution. There are no norms and no activations.
+
+    Example::
+
+        neck = FPN(256)
+        variables = neck.init(jax.random.key(0), maps)            # maps: four, as a `Backbone` gives them
+        q1, q2, q3, q4 = neck.apply(variables, maps)              # 256 channels each, the sizes of the maps
+
+    Attributes:
+      channels: of every result.
+      dtype: compute dtype.
+      param_dtype: dtype of the parameters.
+    """
+
+    channels: int = 256
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, maps: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        """The maps with equal channels.
+
+        Args:
+          maps: (N, H_i, W_i, C_i) float, from the largest to the smallest; each half the size of the one before it,
+            rounded up.
+
+        Returns:
+          As many arrays, (N, H_i, W_i, channels) of `dtype`.
+
+        Raises:
+          UserError: the sizes of the maps are others.
+        """
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        sums = [Conv1x1(self.channels, name=f"lateral_{i}", **dtypes)(x) for i, x in enumerate(maps)]
+        for i in reversed(range(1, len(sums))):
+            sums[i - 1] += upsample_nearest(sums[i], *sums[i - 1].shape[1:3])
+        std = (2 / (9 * self.channels)) ** 0.5
+        return tuple(
+            nn.Conv(self.channels, (3, 3), padding=1, kernel_init=normal(std), name=f"output_{i}", **dtypes)(x)
+            for i, x in enumerate(sums)
+        )
