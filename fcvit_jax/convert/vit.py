@@ -8,11 +8,10 @@ import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-from absl import logging
 
 from fcvit_jax.convert.files import as_numpy, is_ours
 from fcvit_jax.convert.layouts import their_shape
-from fcvit_jax.errors import UserError
+from fcvit_jax.errors import UserError, log
 from fcvit_jax.networks.vit import ViT, resize_positions
 
 # What to replace in our path, one row after the other, to get timm's name of a tensor.
@@ -103,7 +102,7 @@ def timm_names(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
                 joined = np.concatenate([as_numpy(found.pop(name)) for name in parts])
                 found[query.replace("query", "qkv")] = joined
     if unused := [name for name in found if UNUSED.match(name)]:
-        logging.warning("Left out, since only pretraining uses them: %s.", ", ".join(unused))
+        log.warning("Left out, since only pretraining uses them: %s.", ", ".join(unused))
     found = {name: x for name, x in found.items() if name not in unused}
     _check_positions({name: x.shape for name, x in found.items()})
     return found
@@ -129,6 +128,8 @@ def _side(patches: int) -> int | None:
 
 def infer_model(shapes: Mapping[str, tuple[int, ...]], heads: int | None = None) -> ViT:
     """Finds the network that weights belong to.
+
+    The mean and the standard deviation of its pixels, which no shape tells either, are ImageNet's, as DeiT has them.
 
     Args:
       shapes: by timm's names (see `timm_names`) or by our paths ("params/block_0/qkv/kernel", ...).
@@ -174,7 +175,7 @@ def fit_positions(weights: Mapping[str, np.ndarray], model: ViT) -> dict[str, np
     for name, x in weights.items():
         stored = _side(x.shape[-2] - model.prefix) if name in ("pos_embed", "params/pos_embed") else side
         if stored != side:
-            logging.warning("Positions of %d x %d patches are resized to %d x %d.", stored, stored, side, side)
+            log.warning("Positions of %d x %d patches are resized to %d x %d.", stored, stored, side, side)
             rows = resize_positions(as_numpy(x).reshape(x.shape[-2:]), model.prefix, (side, side))
             resized[name] = np.asarray(rows).reshape(*x.shape[:-2], *rows.shape)
     return {**weights, **resized}

@@ -18,7 +18,7 @@ def check_images(images: jax.Array) -> None:
     channels_first = images.shape[1:2] == (3,) != images.shape[3:]
     if images.ndim != 4 or channels_first or not jnp.issubdtype(images.dtype, jnp.floating):
         raise UserError(
-            f"Images must be (N, H, W, 3) floats, as fcvit_jax.mixing.normalize makes of uint8, not "
+            f"Images must be (N, H, W, 3) floats, as fcvit_jax.normalize makes of uint8, not "
             f"{images.dtype} {images.shape}."
         )
 

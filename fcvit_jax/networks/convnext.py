@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from fcvit_jax.errors import UserError, check_range
 from fcvit_jax.networks.blocks import drop_path_factors
 from fcvit_jax.networks.checks import check_counts, check_dtypes, check_images
 from fcvit_jax.networks.layers import Conv1x1, DepthwiseConv, layer_norm
+from fcvit_jax.networks.normalize import MEAN, STD
 
 VARIANTS = {
     "convnext_tiny": {"depths": (3, 3, 9, 3), "dims": (96, 192, 384, 768)},
@@ -21,18 +22,11 @@ VARIANTS = {
     "convnext_base": {"depths": (3, 3, 27, 3), "dims": (128, 256, 512, 1024)},
 }
 
-_IMAGENET = {
-    "image_size": 224,
-    "crop_pct": 0.875,
-    "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225),
-}
-
 # How the weights published for ImageNet-1k were trained and want their images.
 SETTINGS = {
-    "convnext_tiny": _IMAGENET | {"drop_path_rate": 0.1},
-    "convnext_small": _IMAGENET | {"drop_path_rate": 0.4},
-    "convnext_base": _IMAGENET | {"drop_path_rate": 0.5},
+    "convnext_tiny": {"image_size": 224, "crop_pct": 0.875, "drop_path_rate": 0.1},
+    "convnext_small": {"image_size": 224, "crop_pct": 0.875, "drop_path_rate": 0.4},
+    "convnext_base": {"image_size": 224, "crop_pct": 0.875, "drop_path_rate": 0.5},
 }
 
 
@@ -75,6 +69,14 @@ class _Stages(nn.Module):
     share_blocks: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+
+    mean: ClassVar[Sequence[float]] = MEAN  # of the pixels that it takes, as in `normalize`
+    std: ClassVar[Sequence[float]] = STD
+
+    @property
+    def feature_info(self) -> tuple[dict[str, int], ...]:
+        """The "channels" and the "stride" in pixels of every map that `features` returns."""
+        return tuple({"channels": dim, "stride": 4 * 2**s} for s, dim in enumerate(self.dims))
 
     @nn.compact
     def features(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, ...]:

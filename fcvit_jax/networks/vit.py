@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from fcvit_jax.errors import UserError, check_range
 from fcvit_jax.networks.blocks import drop_path_factors
 from fcvit_jax.networks.checks import check_counts, check_dtypes, check_images
 from fcvit_jax.networks.layers import gelu, layer_norm
+from fcvit_jax.networks.normalize import MEAN, STD
 
 _TINY = {"dim": 192, "depth": 12, "heads": 3}
 _SMALL = {"dim": 384, "depth": 12, "heads": 6}
@@ -21,16 +23,17 @@ _BASE = {"dim": 768, "depth": 12, "heads": 12}
 _LARGE = {"dim": 1024, "depth": 24, "heads": 16}
 _LARGER_IMAGES = {"image_size": 384}
 _DISTILLED = {"distilled": True}
+_HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
-# What differs from the defaults of `ViT` by timm's name of the network.
+# What differs from the defaults of `ViT`, by timm's name of the network.
 VARIANTS = {
-    "vit_tiny_patch16_224": _TINY,
-    "vit_small_patch16_224": _SMALL,
-    "vit_base_patch16_224": _BASE,
-    "vit_large_patch16_224": _LARGE,
-    "vit_base_patch16_384": _BASE | _LARGER_IMAGES,
-    "vit_small_patch32_224": _SMALL | {"patch_size": 32},
-    "vit_base_patch32_224": _BASE | {"patch_size": 32},
+    "vit_tiny_patch16_224": _TINY | _HALF,
+    "vit_small_patch16_224": _SMALL | _HALF,
+    "vit_base_patch16_224": _BASE | _HALF,
+    "vit_large_patch16_224": _LARGE | _HALF,
+    "vit_base_patch16_384": _BASE | _HALF | _LARGER_IMAGES,
+    "vit_small_patch32_224": _SMALL | _HALF | {"patch_size": 32},
+    "vit_base_patch32_224": _BASE | _HALF | {"patch_size": 32},
     "vit_small_patch14_dinov2": _SMALL | {"patch_size": 14, "image_size": 518, "layer_scale_init": 1e-5},
     "deit_tiny_patch16_224": _TINY,
     "deit_small_patch16_224": _SMALL,
@@ -42,30 +45,27 @@ VARIANTS = {
     "deit_base_distilled_patch16_384": _BASE | _DISTILLED | _LARGER_IMAGES,
 }
 
-_HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-_AT_224 = {"image_size": 224, "crop_pct": 0.9}
+_VIT = {"image_size": 224, "crop_pct": 0.9, "drop_path_rate": 0.0}
+_DEIT = {"image_size": 224, "crop_pct": 0.9, "drop_path_rate": 0.1}
 _AT_384 = {"image_size": 384, "crop_pct": 1.0}
-_VIT = {"drop_path_rate": 0.0} | _HALF
-_DEIT = {"drop_path_rate": 0.1} | _IMAGENET
 
 # How the published weights were trained and want their images.
 SETTINGS = {
-    "vit_tiny_patch16_224": _VIT | _AT_224,
-    "vit_small_patch16_224": _VIT | _AT_224,
-    "vit_base_patch16_224": _VIT | _AT_224,
-    "vit_large_patch16_224": _VIT | _AT_224,
+    "vit_tiny_patch16_224": _VIT,
+    "vit_small_patch16_224": _VIT,
+    "vit_base_patch16_224": _VIT,
+    "vit_large_patch16_224": _VIT,
     "vit_base_patch16_384": _VIT | _AT_384,
-    "vit_small_patch32_224": _VIT | _AT_224,
-    "vit_base_patch32_224": _VIT | _AT_224,
-    "vit_small_patch14_dinov2": {"image_size": 518, "crop_pct": 1.0, "drop_path_rate": 0.0} | _IMAGENET,
-    "deit_tiny_patch16_224": _DEIT | _AT_224,
-    "deit_small_patch16_224": _DEIT | _AT_224,
-    "deit_base_patch16_224": _DEIT | _AT_224,
+    "vit_small_patch32_224": _VIT,
+    "vit_base_patch32_224": _VIT,
+    "vit_small_patch14_dinov2": {"image_size": 518, "crop_pct": 1.0, "drop_path_rate": 0.0},
+    "deit_tiny_patch16_224": _DEIT,
+    "deit_small_patch16_224": _DEIT,
+    "deit_base_patch16_224": _DEIT,
     "deit_base_patch16_384": _DEIT | _AT_384,
-    "deit_tiny_distilled_patch16_224": _DEIT | _AT_224,
-    "deit_small_distilled_patch16_224": _DEIT | _AT_224,
-    "deit_base_distilled_patch16_224": _DEIT | _AT_224,
+    "deit_tiny_distilled_patch16_224": _DEIT,
+    "deit_small_distilled_patch16_224": _DEIT,
+    "deit_base_distilled_patch16_224": _DEIT,
     "deit_base_distilled_patch16_384": _DEIT | _AT_384,
 }
 
@@ -166,6 +166,7 @@ class ViT(nn.Module):
       layer_scale_init: start of the layer scales; None: no layer scales.
       num_classes: outputs; 0: the class token comes out instead (distilled: the mean of both tokens).
       drop_path_rate: of the last block; rises linearly from 0 at the first.
+      mean, std: of the pixels that it takes, as in `fcvit_jax.normalize`.
       remat: recompute each block in the backward pass: less memory, more time, the same numbers but for rounding.
       share_blocks: trace the blocks once, as they are equal: compiles faster, names all by the first in profiles, and
         draws other weights from the same key.
@@ -183,6 +184,8 @@ class ViT(nn.Module):
     layer_scale_init: float | None = None
     num_classes: int = 1000
     drop_path_rate: float = 0.0
+    mean: Sequence[float] = MEAN
+    std: Sequence[float] = STD
     remat: bool = False
     share_blocks: bool = False
     dtype: Any = jnp.float32
@@ -287,6 +290,8 @@ def create_vit(name: str, num_classes: int = 1000, **fields) -> ViT:
     """
     if name not in VARIANTS:
         raise UserError(f"Unknown model {name!r}: choose from {', '.join(VARIANTS)}.")
+    # JSON and command lines give lists, with which a module could not be hashed.
+    fields = {key: tuple(x) if isinstance(x, list) else x for key, x in fields.items()}
     model = ViT(**VARIANTS[name] | {"num_classes": num_classes, **fields})
     counts = ("dim", "depth", "heads", "patch_size", "image_size", "mlp_ratio")
     check_counts(1, **{key: getattr(model, key) for key in counts})

@@ -61,9 +61,9 @@ def test_conversion_is_exact_and_shapes_tell_the_network(model, theirs, family):
 
 
 def test_variants_are_recognised():
-    base = {**VIT, "dim": 768, "depth": 12, "patch_size": 32, "image_size": 224, "num_classes": 1000}
+    base = {**VIT, "dim": 768, "depth": 12, "patch_size": 16, "image_size": 224, "num_classes": 1000}
     assert vit.infer_model(shapes(torch_vit.ViT(**base, distilled=False).state_dict())) == create_vit(
-        "vit_base_patch32_224"
+        "deit_base_patch16_224"
     )
     tiny = torch_convnext.ConvNeXt((3, 3, 9, 3), (96, 192, 384, 768), 1000)
     assert convnext.infer_model(shapes(tiny.state_dict())) == create_convnext("convnext_tiny")
@@ -126,7 +126,7 @@ def test_dinov2_and_pretraining_leave_tensors_out_and_say_so(caplog):
     for name in [name for name in theirs if "qkv" in name]:
         for part, x in zip(("query", "key", "value"), np.split(theirs.pop(name), 3), strict=True):
             theirs[name.replace("attn.qkv", f"attention.attention.{part}")] = x
-    with caplog.at_level("WARNING"):
+    with caplog.at_level("WARNING", "fcvit_jax"):
         assert_same(vit.timm_names(theirs), weights)
         assert "mask_token" in caplog.text
         assert_same(vit.timm_names(weights | {"pre_logits.fc.weight": np.zeros(3)}), weights)
@@ -168,7 +168,7 @@ def test_positions_are_resized_to_the_models_grid(caplog):
     theirs = torch_vit.ViT(**VIT)
     theirs.load_state_dict({name: torch.from_numpy(x) for name, x in weights.items()})
     expected = theirs.positions((5, 5)).detach().numpy()
-    with caplog.at_level("WARNING"):
+    with caplog.at_level("WARNING", "fcvit_jax"):
         assert_close(vit.fit_positions(weights, larger)["pos_embed"], expected, "positions")
         assert_close(vit.fit_positions(flat, larger)["params/pos_embed"], expected[0], "positions")
         assert caplog.text.count("3 x 3 patches are resized to 5 x 5") == 2

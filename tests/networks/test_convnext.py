@@ -57,6 +57,7 @@ def test_features_and_pooled_features(small):
 
     maps, pooled = run(variables, images)
     assert [x.shape for x in maps] == [(2, 16, 10, 8), (2, 8, 5, 16), (2, 4, 2, 24), (2, 2, 1, 32)]
+    assert [x["channels"] for x in model.feature_info] == [x.shape[-1] for x in maps]
     mean = np.asarray(maps[-1]).mean((1, 2))
     mean -= mean.mean(-1, keepdims=True)
     norm = variables["params"]["norm"]

@@ -111,8 +111,10 @@ def test_variants_have_the_published_numbers_of_parameters():
 def test_settings_follow_the_networks():
     assert SETTINGS.keys() == VARIANTS.keys()
     for name, values in SETTINGS.items():
-        assert values["image_size"] == create_vit(name).image_size
-        assert values["mean"][0] == (0.5 if name.startswith("vit") and "dinov2" not in name else 0.485)
+        model = create_vit(name)
+        assert values["image_size"] == model.image_size
+        half = name.startswith("vit") and "dinov2" not in name
+        assert (model.mean[0], model.std[0]) == ((0.5, 0.5) if half else (0.485, 0.229))
 
 
 def test_attention_is_formed_apart_only_where_asked_for():
