@@ -74,3 +74,22 @@ def assert_network_equals(model, theirs, family, shape, seed):
         # A key's bias adds the same to a query's logits of all tokens: its gradient is zero but for rounding.
         error = np.abs(grad - right).max() / max(np.abs(right).max(), 1e-3 * largest)
         assert error <= 2e-5, f"gradient of {name}: {error:.2e} of the largest value apart"
+
+
+def assert_fresh_weights(variables, model, stds, constants=()):
+    """Compares initial weights with the shapes of a model, and how far they spread with `stds`, by endings of paths.
+
+    What has no such ending is constant: as in `constants`, 1 for the scales of norms, else 0.
+    """
+    constants = {**dict(constants), "/scale": 1, "": 0}
+    flat = traverse_util.flatten_dict(variables, sep="/")
+    assert {path: x.shape for path, x in flat.items()} == {path: x.shape for path, x in abstract(model).items()}
+    kernels = [path for path in flat if path.endswith("kernel")]
+    assert len({np.asarray(flat[path]).tobytes() for path in kernels}) == len(kernels)  # no two are the same draw
+    for path, x in flat.items():
+        std = next((std for ending, std in stds.items() if path.endswith(ending)), None)
+        if std is None:
+            constant = next(value for ending, value in constants.items() if path.endswith(ending))
+            np.testing.assert_array_equal(x, np.full(x.shape, constant, x.dtype), err_msg=path)
+        else:
+            assert abs(np.std(x) / std - 1) < 4 * x.size**-0.5, f"{path}: {np.std(x):.4f}, should be {std}"

@@ -1,7 +1,7 @@
 """ConvNeXt (arXiv 2201.03545): the convolutional network that FCViT is compared with."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -162,6 +162,27 @@ class ConvNeXt(_Stages):
             return x
         head = functools.partial(nn.Dense, kernel_init=normal(0.02), dtype=jnp.float32, param_dtype=self.param_dtype)
         return head(self.num_classes, name="head")(x)
+
+
+def init_variables(model: ConvNeXt, key: jax.Array, jit: Callable = lambda function, *args: jax.jit(function)) -> dict:
+    """Draws the initial weights; arguments and reasons as in `fcvit.init_variables`.
+
+    Returns:
+      {"params": ...}.
+    """
+    draw = jit(functools.partial(_init_first_blocks, model), key)
+    draws = [draw(key)["params"], *(draw(jax.random.fold_in(key, i))["params"] for i in range(1, max(model.depths)))]
+    params = {name: x for name, x in draws[0].items() if not name.startswith("stages")}
+    for s, depth in enumerate(model.depths):
+        for i in range(depth):
+            params[f"stages_{s}_block_{i}"] = draws[i][f"stages_{s}_block_0"]
+    return {"params": params}
+
+
+def _init_first_blocks(model: ConvNeXt, key: jax.Array) -> dict[str, Any]:
+    """As `model.init`, but with no more than one block in each stage."""
+    model = model.clone(depths=tuple(min(depth, 1) for depth in model.depths))
+    return model.init(key, jnp.zeros((1, 32, 32, 3)))
 
 
 def create_convnext(name: str, num_classes: int = 1000, **fields) -> ConvNeXt:

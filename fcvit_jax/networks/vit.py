@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -270,6 +270,22 @@ class ViT(nn.Module):
         for block, factors in zip(self.block, drop_path, strict=True):
             x = block(x, factors)
         return self.norm(x)
+
+
+def init_variables(model: ViT, key: jax.Array, jit: Callable = lambda function, *args: jax.jit(function)) -> dict:
+    """Draws the initial weights; arguments and reasons as in `fcvit.init_variables`.
+
+    Returns:
+      {"params": ...}.
+    """
+    draw = jit(functools.partial(_init_first_block, model), key)
+    draws = [draw(key)["params"], *(draw(jax.random.fold_in(key, i))["params"] for i in range(1, model.depth))]
+    return {"params": draws[0] | {f"block_{i}": params["block_0"] for i, params in enumerate(draws)}}
+
+
+def _init_first_block(model: ViT, key: jax.Array) -> dict[str, Any]:
+    """As `model.init`, but with one block."""
+    return model.clone(depth=1).init(key, jnp.zeros((1, model.patch_size, model.patch_size, 3)))
 
 
 def create_vit(name: str, num_classes: int = 1000, **fields) -> ViT:

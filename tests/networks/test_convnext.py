@@ -8,11 +8,11 @@ import pytest
 import torch_convnext
 from equality import assert_close
 from hypothesis import Phase, given, settings
-from timm_equality import abstract, assert_network_equals, variables_of, weights_of
+from timm_equality import abstract, assert_fresh_weights, assert_network_equals, variables_of, weights_of
 
 from fcvit_jax.convert import convnext as names
 from fcvit_jax.errors import UserError
-from fcvit_jax.networks.convnext import SETTINGS, VARIANTS, ConvNeXt, create_convnext
+from fcvit_jax.networks.convnext import SETTINGS, VARIANTS, ConvNeXt, create_convnext, init_variables
 
 SMALL = {"depths": (1, 2, 1, 1), "dims": (8, 16, 24, 32), "num_classes": 5}
 
@@ -121,3 +121,9 @@ def test_images_that_do_not_fit_are_refused(small, shape):
     model, variables, _ = small
     with pytest.raises(UserError, match=r"\d"):
         model.apply(variables, jnp.zeros(shape))
+
+
+def test_initial_weights_are_the_authors_and_differ_from_block_to_block():
+    model = ConvNeXt(**SMALL)
+    variables = init_variables(model, jax.random.key(0))
+    assert_fresh_weights(variables, model, {"kernel": 0.02}, {"layer_scale": 1e-6})

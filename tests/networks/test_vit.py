@@ -12,11 +12,11 @@ import pytest
 import torch_vit
 from equality import assert_close, nhwc
 from hypothesis import Phase, given, settings
-from timm_equality import abstract, assert_network_equals, variables_of
+from timm_equality import abstract, assert_fresh_weights, assert_network_equals, variables_of
 
 from fcvit_jax.convert import vit as names
 from fcvit_jax.errors import UserError
-from fcvit_jax.networks.vit import SETTINGS, VARIANTS, Block, ViT, create_vit, resize_positions
+from fcvit_jax.networks.vit import SETTINGS, VARIANTS, Block, ViT, create_vit, init_variables, resize_positions
 
 DATA = Path(__file__).parent.parent / "data" / "attention"
 SMALL = {"dim": 48, "depth": 3, "heads": 3, "patch_size": 8, "image_size": 32, "num_classes": 10}
@@ -209,3 +209,11 @@ def test_images_that_do_not_fit_are_refused(shape):
     _, model, variables = golden("vit_plain")
     with pytest.raises(UserError, match=r"\d"):
         model.apply(variables, jnp.zeros(shape))
+
+
+def test_initial_weights_are_those_of_deit_and_differ_from_block_to_block():
+    model = ViT(**SMALL, distilled=True)
+    variables = init_variables(model, jax.random.key(0))
+    # PyTorch's convolutions draw evenly from within 1 / sqrt(fan-in).
+    patch = (3 * 8 * 8 * 3) ** -0.5
+    assert_fresh_weights(variables, model, {"patch_embed/kernel": patch, "kernel": 0.02, "token": 0.02, "embed": 0.02})
