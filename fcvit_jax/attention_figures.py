@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,6 +24,24 @@ _SCALE_LABEL = "attention (each map from\nits least to its largest)"
 def literal(text: str) -> str:
     """Text for matplotlib, which sets what is between two $ as a formula, and refuses bytes that are no UTF-8."""
     return text.replace("$", r"\$").encode(errors="replace").decode()
+
+
+def check_format(path: Path) -> None:
+    """Raises a UserError if a picture's ending is none that can be written."""
+    formats = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise UserError(f"{path}: its ending must be one of .{', .'.join(formats)}.")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a picture, and the folders over it if there are none; a UserError says why it cannot be written."""
+    path = path.expanduser()
+    check_format(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from error
 
 
 def query_maps(

@@ -1,6 +1,7 @@
 """The measures of attention equal stored ones, and direct computation over all pairs."""
 
 import itertools
+import json
 from pathlib import Path
 
 import jax
@@ -8,13 +9,18 @@ import numpy as np
 import pytest
 from equality import nhwc
 from flax import linen as nn
+from PIL import Image
+from test_predict import exit_of, save_images, save_tiny
 from timm_equality import variables_of
 
 from fcvit_jax import attention
 from fcvit_jax.convert import vit as convert_vit
 from fcvit_jax.errors import UserError
 from fcvit_jax.networks.fcvit import FCViT, abstract_variables
+from fcvit_jax.networks.normalize import normalize
 from fcvit_jax.networks.vit import ViT
+from fcvit_jax.predict import read_image
+from fcvit_jax.run import saved
 
 DATA = Path(__file__).parent / "data" / "attention"
 NAMES = {
@@ -152,3 +158,34 @@ def test_summary_is_over_images_and_the_table_shows_it():
     head, line = attention.table(summary, names=("entropy", "gini", "nmi")).splitlines()
     assert head.split() == ["block", "entropy", "nmi"]
     assert line.split() == ["block_0", "0.400", "±", "0.294", "0.500", "±", "0.000"]
+
+
+def test_the_tool_measures_every_image_once_whatever_the_batches(tmp_path, capsys):
+    checkpoint, images = save_tiny(tmp_path / "tiny"), save_images(tmp_path / "images", 3)
+    run = ["--checkpoint", str(checkpoint), "--images", str(tmp_path / "images")]
+    attention.main([*run, "--batch-size", "2", "--json", "--figure", str(tmp_path / "new/depth.png")])
+    (line,) = capsys.readouterr().out.splitlines()
+    printed = json.loads(line)
+    assert (printed["checkpoint"], printed["images"]) == (str(checkpoint), 3)
+    assert Image.open(tmp_path / "new/depth.png").size[0] > 500
+
+    loaded = saved.load(checkpoint)
+    pixels = np.stack([read_image(path, loaded) for path in images])
+    found = attention.block_measures(loaded.model, loaded.variables, normalize(pixels))
+    assert printed["blocks"].keys() == found.keys() and len(found) == 4
+    for block, values in found.items():
+        for name, x in values.items():
+            shown = printed["blocks"][block][name]
+            np.testing.assert_allclose([shown["mean"], shown["std"]], [np.mean(x), np.std(x)], atol=1e-5)
+            assert np.std(x) > 1e-4
+
+    attention.main([*run, "--limit", "1"])
+    text = capsys.readouterr().out
+    assert "1 images" in text
+    assert [line.split()[0] for line in text.splitlines() if line.startswith("stages")] == list(found)
+
+
+@pytest.mark.parametrize("argv", [["--limit", "0"], ["--batch-size", "0"], ["--figure", "depth.txt"]])
+def test_mistakes_in_the_tools_arguments_are_told_before_any_work(tmp_path, argv):
+    message = exit_of(attention.main, "--checkpoint", tmp_path, "--images", tmp_path, *argv)
+    assert argv[0] in message or argv[1] in message
