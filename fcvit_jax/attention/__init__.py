@@ -18,21 +18,15 @@ heads and queries:
 A map is constant whose deviation from its mean is at most 1e-6 of its norm; correlations leave such maps out.
 """
 
-import argparse
 import functools
-import json
-import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from fcvit_jax.errors import UserError, exit_on_error
-from fcvit_jax.networks.normalize import normalize
+from fcvit_jax.errors import UserError
 
 # Those that say most, for tables; entropy and correlation beside the cosine, which is near 1 for any even attention.
 TABLE = ("query_cosine", "query_correlation", "head_correlation", "entropy", "top_mass", "prefix_mass")
@@ -95,38 +89,63 @@ def _as_given(found: Mapping[str, jax.Array], whole: bool) -> dict[str, Any]:
     return {name: np.asarray(x) if whole else float(x[0]) for name, x in found.items()}
 
 
-@functools.partial(jax.jit, static_argnums=1)
 def _measures(attention: jax.Array, prefix: int) -> dict[str, jax.Array]:
     """`measures` of (N, heads, T, T)."""
+    rows, patches = _views(attention, prefix)
+    return _measures_of_views(rows, patches, _sorted(rows), _sorted(patches))
+
+
+def _map_measures(maps: jax.Array) -> dict[str, jax.Array]:
+    """`map_measures` of (N, heads, positions)."""
+    shares = _shares(maps)
+    return _measures_of_shares(maps, shares, _sorted(shares))
+
+
+def _sorted(x: jax.Array) -> jax.Array | np.ndarray:
+    """The last axis in ascending order; on CPUs by NumPy, which is a hundred times as fast there as XLA."""
+    return np.sort(x, axis=-1) if {device.platform for device in x.devices()} == {"cpu"} else jnp.sort(x, axis=-1)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _views(attention: jax.Array, prefix: int) -> tuple[jax.Array, jax.Array]:
+    """The patches' maps over all tokens, (N, heads, patches, T), and over the patches alone, each of sum 1."""
     rows = attention[..., prefix:, :]
     patches = rows[..., prefix:]
-    patches = patches / patches.sum(-1, keepdims=True)
+    return rows, patches / patches.sum(-1, keepdims=True)
+
+
+@jax.jit
+def _measures_of_views(
+    rows: jax.Array, patches: jax.Array, sorted_rows: jax.Array, sorted_patches: jax.Array
+) -> dict[str, jax.Array]:
     units, varies = _standardised(patches)
     mean_units, mean_varies = _standardised(patches.mean(2))
-    n, heads, count, _ = patches.shape
+    all_count = jnp.ones(patches.shape[:3])
     found = {
-        "query_cosine": _mean_product(_normalised(patches), jnp.ones((n, heads, count))),
-        "query_cosine_all": _mean_product(_normalised(rows), jnp.ones((n, heads, count))),
+        "query_cosine": _mean_product(_normalised(patches), all_count),
+        "query_cosine_all": _mean_product(_normalised(rows), all_count),
         "query_correlation": _mean_product(units, varies),
         "nmi": _nmi(patches),
         "head_correlation": _mean_product(mean_units, mean_varies)[:, None],
         "head_correlation_per_query": _mean_product(units.swapaxes(1, 2), varies.swapaxes(1, 2)),
-        **_sparsity(patches),
-        **{f"{name}_all": x for name, x in _sparsity(rows).items()},
-        "prefix_mass": rows[..., :prefix].sum(-1).mean(-1),
+        **_sparsity(patches, sorted_patches),
+        **{f"{name}_all": x for name, x in _sparsity(rows, sorted_rows).items()},
+        "prefix_mass": rows[..., : -patches.shape[-1]].sum(-1).mean(-1),
     }
     return {name: jnp.nanmean(x, axis=1) for name, x in found.items()}
 
 
 @jax.jit
-def _map_measures(maps: jax.Array) -> dict[str, jax.Array]:
-    """`map_measures` of (N, heads, positions)."""
-    units, varies = _standardised(maps)
-    shifted = maps - maps.min(-1, keepdims=True)
-    shares = jnp.where(varies[..., None] > 0, shifted, 1)
-    shares = shares / shares.sum(-1, keepdims=True)
-    sparsity = {name: x.mean(1) for name, x in _sparsity(shares[:, :, None]).items()}
-    return {"head_correlation": _mean_product(units, varies), **sparsity}
+def _shares(maps: jax.Array) -> jax.Array:
+    """Signed maps (N, heads, positions), shifted to a least value of 0, then of sum 1; even where they are constant."""
+    _, varies = _standardised(maps)
+    shifted = jnp.where(varies[..., None] > 0, maps - maps.min(-1, keepdims=True), 1)
+    return shifted / shifted.sum(-1, keepdims=True)
+
+
+@jax.jit
+def _measures_of_shares(maps: jax.Array, shares: jax.Array, sorted_shares: jax.Array) -> dict[str, jax.Array]:
+    return {"head_correlation": _mean_product(*_standardised(maps)), **_sparsity(shares, sorted_shares)}
 
 
 def _normalised(maps: jax.Array) -> jax.Array:
@@ -169,10 +188,9 @@ def _nmi(maps: jax.Array) -> jax.Array:
     return jnp.where(keys > _CONSTANT, information / jnp.sqrt(np.log(maps.shape[-2]) * jnp.abs(keys)), 0)
 
 
-def _sparsity(shares: jax.Array) -> dict[str, jax.Array]:
+def _sparsity(shares: jax.Array, ascending: jax.Array) -> dict[str, jax.Array]:
     """Entropy, mass of the largest tenth and Gini's coefficient, means over maps: (..., maps, n) -> (...,) each."""
     n = shares.shape[-1]
-    ascending = jnp.sort(shares, axis=-1)
     weights = jnp.asarray((2 * np.arange(1, n + 1) - n - 1) / n, jnp.float32)
     found = {
         "entropy": _entropy(shares) / np.log(n),
@@ -257,85 +275,3 @@ def table(summary: Mapping[str, Mapping[str, Mapping[str, float]]], names: Seque
         cells = (f"{values[name]['mean']:.3f} ± {values[name]['std']:.3f}" for name in names)
         lines.append(f"{block:<{width}}  " + "  ".join(f"{cell:>17}" for cell in cells))
     return "\n".join(lines)
-
-
-def measure_images(checkpoint: Path, paths: Sequence[Path], batch_size: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Measures a checkpoint's network on images that are read as evaluation reads them.
-
-    Args:
-      checkpoint: as in `run.saved.load`.
-      paths: of the images.
-      batch_size: images at a time.
-
-    Returns:
-      As `summarise`.
-
-    Raises:
-      UserError: the checkpoint or an image cannot be read, or the network has nothing to measure.
-    """
-    from fcvit_jax.predict import read_image  # the measures alone need neither Orbax nor Pillow
-    from fcvit_jax.run.saved import load
-
-    saved = load(checkpoint)
-    model, variables = saved.model, jax.device_put(saved.variables)
-    size = min(batch_size, len(paths))
-    batches = []
-    for start in tqdm(range(0, len(paths), size), str(checkpoint), leave=False, unit="batch", disable=None):
-        images = [read_image(path, saved) for path in paths[start : start + size]]
-        # Filled up to one size, so that one program serves all batches.
-        batch = np.stack(images + images[:1] * (size - len(images)))
-        found = jax.device_get(block_measures(model, variables, normalize(batch, model.mean, model.std)))
-        batches.append({block: {name: x[: len(images)] for name, x in y.items()} for block, y in found.items()})
-    return summarise(batches)
-
-
-def _report(args: argparse.Namespace) -> None:
-    from fcvit_jax.predict import find_images
-
-    if args.batch_size < 1 or args.limit < 1:
-        raise UserError("--batch-size and --limit must be at least 1.")
-    if args.figure:
-        from fcvit_jax.attention_figures import check_format, draw_depth, save
-
-        check_format(args.figure)  # before minutes of work
-    paths = find_images(args.images)
-    # Evenly from all of them: a folder's images follow each other by class.
-    paths = [paths[i * len(paths) // args.limit] for i in range(args.limit)] if args.limit < len(paths) else paths
-    summaries = {}
-    for checkpoint in args.checkpoint:
-        summary = summaries[str(checkpoint)] = measure_images(checkpoint, paths, args.batch_size)
-        if args.json:
-            finite = jax.tree.map(lambda x: None if math.isnan(x) else x, summary)  # JSON has no NaN
-            print(json.dumps({"checkpoint": str(checkpoint), "images": len(paths), "blocks": finite}), flush=True)
-        else:
-            print(
-                f"{checkpoint}: mean and standard deviation over {len(paths)} images\n\n{table(summary)}\n", flush=True
-            )
-    if args.figure:
-        save(draw_depth(summaries), args.figure)
-        if not args.json:
-            print(f"wrote {args.figure}")
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m fcvit_jax.attention",
-        description="Measure, block by block, how much a network's attention depends on the query and on the head, and "
-        "how sparse it is: a table, one JSON object for each checkpoint, a figure over depth.",
-        epilog="example: python -m fcvit_jax.attention --checkpoint vit_b deit_b --figure depth.png --images photos/",
-    )
-    parser.add_argument("--checkpoint", required=True, nargs="+", type=Path, help="one or more folders, as for predict")
-    parser.add_argument("--images", required=True, nargs="+", type=Path, metavar="IMAGE|FOLDER")
-    parser.add_argument("--limit", type=int, default=1000, metavar="N", help="at most so many images (default: 1000)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
-    parser.add_argument("--json", action="store_true", help="print all measures as JSON instead of tables")
-    parser.add_argument(
-        "--figure", type=Path, metavar="FILE", help="draw the measures over depth: .png, .pdf, .svg, ..."
-    )
-    args = parser.parse_args(argv)
-    with exit_on_error():
-        _report(args)
-
-
-if __name__ == "__main__":
-    main()

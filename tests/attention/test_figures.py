@@ -5,7 +5,7 @@ import pytest
 from matplotlib.patches import Rectangle
 from test_visualize import assert_nothing_is_cut_off
 
-from fcvit_jax.attention_figures import draw_depth, draw_heads, draw_queries, query_maps
+from fcvit_jax.attention.figures import draw_depth, draw_heads, draw_queries, query_maps
 from fcvit_jax.errors import UserError
 
 RNG = np.random.default_rng(0)

@@ -14,6 +14,7 @@ from test_predict import exit_of, save_images, save_tiny
 from timm_equality import variables_of
 
 from fcvit_jax import attention
+from fcvit_jax.attention.__main__ import main
 from fcvit_jax.convert import vit as convert_vit
 from fcvit_jax.errors import UserError
 from fcvit_jax.networks.fcvit import FCViT, abstract_variables
@@ -22,7 +23,7 @@ from fcvit_jax.networks.vit import ViT
 from fcvit_jax.predict import read_image
 from fcvit_jax.run import saved
 
-DATA = Path(__file__).parent / "data" / "attention"
+DATA = Path(__file__).parent.parent / "data" / "attention"
 NAMES = {
     *("query_cosine", "query_cosine_all", "query_correlation", "nmi"),
     *("head_correlation", "head_correlation_per_query", "prefix_mass"),
@@ -163,7 +164,7 @@ def test_summary_is_over_images_and_the_table_shows_it():
 def test_the_tool_measures_every_image_once_whatever_the_batches(tmp_path, capsys):
     checkpoint, images = save_tiny(tmp_path / "tiny"), save_images(tmp_path / "images", 3)
     run = ["--checkpoint", str(checkpoint), "--images", str(tmp_path / "images")]
-    attention.main([*run, "--batch-size", "2", "--json", "--figure", str(tmp_path / "new/depth.png")])
+    main([*run, "--batch-size", "2", "--json", "--figure", str(tmp_path / "new/depth.png")])
     (line,) = capsys.readouterr().out.splitlines()
     printed = json.loads(line)
     assert (printed["checkpoint"], printed["images"]) == (str(checkpoint), 3)
@@ -179,7 +180,7 @@ def test_the_tool_measures_every_image_once_whatever_the_batches(tmp_path, capsy
             np.testing.assert_allclose([shown["mean"], shown["std"]], [np.mean(x), np.std(x)], atol=1e-5)
             assert np.std(x) > 1e-4
 
-    attention.main([*run, "--limit", "1"])
+    main([*run, "--limit", "1"])
     text = capsys.readouterr().out
     assert "1 images" in text
     assert [line.split()[0] for line in text.splitlines() if line.startswith("stages")] == list(found)
@@ -187,5 +188,5 @@ def test_the_tool_measures_every_image_once_whatever_the_batches(tmp_path, capsy
 
 @pytest.mark.parametrize("argv", [["--limit", "0"], ["--batch-size", "0"], ["--figure", "depth.txt"]])
 def test_mistakes_in_the_tools_arguments_are_told_before_any_work(tmp_path, argv):
-    message = exit_of(attention.main, "--checkpoint", tmp_path, "--images", tmp_path, *argv)
+    message = exit_of(main, "--checkpoint", tmp_path, "--images", tmp_path, *argv)
     assert argv[0] in message or argv[1] in message
