@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from flax import traverse_util
+from safetensors import SafetensorError, safe_open
 
 from fcvit_jax.errors import UserError, log
 
@@ -29,10 +30,17 @@ def read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str,
         return traverse_util.flatten_dict(saved.load_variables(path, ema=ema), sep="/"), read_metadata(path)
     if not path.is_file():
         raise UserError(f"There is no file or folder {path}.")
-    if path.suffix.lower() != ".npz":
+    ending = path.suffix.lower()
+    if ending not in (".npz", ".safetensors"):
         return _read_torch(path, ema), {}
     if ema:
-        raise UserError(f"{path} is a .npz: it holds one set of weights, no moving averages.")
+        raise UserError(f"{path} is a {ending}: it holds one set of weights, no moving averages.")
+    if ending == ".safetensors":
+        with _open_safetensors(path) as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+        # NumPy alone does not know bfloat16, and float32 holds all its values.
+        weights = {name: x.astype(np.float32) if x.dtype.name == "bfloat16" else x for name, x in weights.items()}
+        return weights, read_metadata(path)
     with _open_npz(path) as file:
         weights = {name: file[name] for name in file if name != METADATA}
     return weights, read_metadata(path)
@@ -49,6 +57,9 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         from fcvit_jax.run import saved
 
         return saved.load_metadata(path)
+    if path.suffix.lower() == ".safetensors":
+        with _open_safetensors(path) as file:
+            return json.loads((file.metadata() or {}).get("about", "{}"))
     if path.suffix.lower() != ".npz":
         return {}
     with _open_npz(path) as file:
@@ -80,6 +91,18 @@ def _open_npz(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
     # Not with what NumPy says, which may advise to run code.
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"Could not read {path}: it is damaged, or no .npz.") from error
+
+
+@contextlib.contextmanager
+def _open_safetensors(path: Path) -> Iterator[safe_open]:
+    """Opens a .safetensors, whose tensors are read when they are taken out; what goes wrong becomes a UserError."""
+    try:
+        with safe_open(path, "np") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"Could not read {path}: {error.strerror or error}.") from error
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"Could not read {path}: it is damaged, or no .safetensors.") from error
 
 
 def _read_torch(path: Path, ema: bool | None) -> dict[str, np.ndarray]:

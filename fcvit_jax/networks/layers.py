@@ -58,19 +58,22 @@ class Conv1x1(nn.Module):
     Attributes:
       features: channels of the result.
       with_gelu: apply GELU to the result.
+      kernel_std: standard deviation of the initial kernel; None: sqrt(2 / features).
       dtype: compute dtype.
       param_dtype: dtype of the parameters.
     """
 
     features: int
     with_gelu: bool = False
+    kernel_std: float | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = x.shape[-1], self.features
-        kernel = self.param("kernel", normal((2 / self.features) ** 0.5), shape, self.param_dtype)
+        std = (2 / self.features) ** 0.5 if self.kernel_std is None else self.kernel_std
+        kernel = self.param("kernel", normal(std), shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = _product(x, kernel)
@@ -80,6 +83,11 @@ class Conv1x1(nn.Module):
 def group_norm(**kwargs) -> nn.GroupNorm:
     """GroupNorm with one group: statistics over H, W and C together, affine per channel."""
     return nn.GroupNorm(num_groups=1, epsilon=1e-5, use_fast_variance=False, **kwargs)
+
+
+def layer_norm(**kwargs) -> nn.LayerNorm:
+    """LayerNorm over channels, with the epsilon of ViT and ConvNeXt."""
+    return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, **kwargs)
 
 
 class BatchNorm(nn.Module):
@@ -128,20 +136,23 @@ class DepthwiseConv(nn.Module):
     Attributes:
       kernel_size: k, odd.
       with_gelu: apply GELU to the result.
+      kernel_std: standard deviation of the initial kernel; None: sqrt(2) / k.
       dtype: compute dtype.
       param_dtype: dtype of the parameters.
     """
 
     kernel_size: int
     with_gelu: bool = False
+    kernel_std: float | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         k, channels = self.kernel_size, x.shape[-1]
-        # Not `variance_scaling(2, "fan_out")`: it would count all channels as outputs of one filter.
-        kernel = self.param("kernel", normal(2**0.5 / k), (k, k, channels), self.param_dtype)
+        # Not `variance_scaling(2, "fan_out")`, which takes all channels for outputs of one filter.
+        std = 2**0.5 / k if self.kernel_std is None else self.kernel_std
+        kernel = self.param("kernel", normal(std), (k, k, channels), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = depthwise_conv(x, kernel)

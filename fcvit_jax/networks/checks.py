@@ -1,0 +1,54 @@
+"""Checks of what users give to the networks: images and fields."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from fcvit_jax.errors import UserError, check_range
+
+
+def check_images(images: jax.Array) -> None:
+    """Checks that images are (N, H, W, 3) floats.
+
+    Raises:
+      UserError: they are no such array, or have their channels first.
+    """
+    channels_first = images.shape[1:2] == (3,) != images.shape[3:]
+    if images.ndim != 4 or channels_first or not jnp.issubdtype(images.dtype, jnp.floating):
+        raise UserError(
+            f"Images must be (N, H, W, 3) floats, as fcvit_jax.normalize makes of uint8, not "
+            f"{images.dtype} {images.shape}."
+        )
+
+
+def check_counts(low: int, **counts: Any) -> None:
+    """Checks fields that are whole numbers.
+
+    Args:
+      low: the least that they may be.
+      **counts: the numbers by the names of the fields.
+
+    Raises:
+      UserError: naming the first that is no whole number or less than `low`.
+    """
+    for name, count in counts.items():
+        if not isinstance(count, int):
+            raise UserError(f"model.{name}={count!r} must be a whole number.")
+        check_range("model", low, **{name: count})
+
+
+def check_dtypes(model: nn.Module) -> None:
+    """Checks the fields `dtype` and `param_dtype`.
+
+    Raises:
+      UserError: one is neither float32 nor bfloat16.
+    """
+    for name in ("dtype", "param_dtype"):
+        try:
+            supported = jnp.dtype(getattr(model, name)) in (jnp.float32, jnp.bfloat16)
+        except TypeError:  # no dtype at all
+            supported = False
+        if not supported:
+            raise UserError(f"model.{name}={getattr(model, name)!r} is not supported: choose float32 or bfloat16.")
