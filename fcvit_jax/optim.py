@@ -109,6 +109,7 @@ def make_optimizer(
     steps_per_epoch: int = 1251,
     epochs: int = 300,
     batch_size: int = 1024,
+    steps: int | None = None,
     *,
     lr: float = 1e-3,
     lr_batch_size: int | None = 1024,
@@ -138,6 +139,7 @@ def make_optimizer(
       steps_per_epoch: updates in an epoch.
       epochs: epochs until the cosine ends; the run is `cooldown_epochs` longer.
       batch_size: images in an update, over all devices.
+      steps: updates of the whole run, on which this schedule does not depend: a run may stop early.
       lr: learning rate at the top of the schedule, for `lr_batch_size` images.
       lr_batch_size: the rate used is lr * batch_size / lr_batch_size; None or 0: lr itself.
       weight_decay: an update removes this share of a weight, times the rate.
@@ -153,6 +155,7 @@ def make_optimizer(
     Raises:
       UserError: a value is out of its range; `init` raises it if `head_lr_multiplier` is set and there is no "head".
     """
+    del steps
     check_range("optim", 0, lr=lr, weight_decay=weight_decay, head_lr_multiplier=head_lr_multiplier)
     check_range("optim", 1e-30, eps=eps)  # with 0, a parameter without gradient becomes 0 / 0
     check_range("optim", 0, lr_batch_size=lr_batch_size or 0, clip_norm=clip_norm or 0)

@@ -4,25 +4,48 @@ import argparse
 import glob
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 
-from fcvit_jax.augment import IMAGE_SUFFIXES, is_image_file
+from fcvit_jax import tasks
 from fcvit_jax.errors import UserError, exit_on_error, log
-from fcvit_jax.run.saved import Saved, load
+from fcvit_jax.run import saved
 
 CHECKPOINT_HELP = "a run's folder, its checkpoints or best folder (the newest step is taken), or one step's folder"
 
 
-def read_image(path: Path, saved: Saved) -> np.ndarray:
+def load(checkpoint: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+    """Loads what evaluation uses of a checkpoint: the moving averages where the run kept them.
+
+    Example::
+
+        model, variables, metadata = load("runs/digits")
+        logits = model.apply(variables, images)                     # images (N, H, W, 3) float, normalised
+
+    Args:
+      checkpoint: as in `saved.find_step`.
+
+    Returns:
+      The network, its variables as NumPy arrays, and the metadata, such as "class_names", "image_size" and "crop_pct"
+      of a classifier; a warning tells which of these were not in the checkpoint.
+
+    Raises:
+      UserError: there is no checkpoint, it cannot be read, or it holds another network than it says.
+    """
+    return saved.load(checkpoint)[1:]
+
+
+def read_image(path: Path, metadata: Mapping[str, Any]) -> np.ndarray:
     """Reads an image as evaluation does.
 
     Args:
       path: of the file.
-      saved: from `run.saved.load`.
+      metadata: of a checkpoint, from `load`.
 
     Returns:
       For a classifier, (image_size, image_size, 3) uint8.
@@ -31,15 +54,22 @@ def read_image(path: Path, saved: Saved) -> np.ndarray:
       UserError: it cannot be read; names it.
     """
     try:
-        return saved.task.read_image(path.read_bytes(), saved.metadata)
+        return tasks.load(saved.task_of(metadata)).read_image(path.read_bytes(), metadata)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
+def probabilities(model: nn.Module, variables: Mapping[str, Any], images: np.ndarray) -> jax.Array:
+    """The probability of every class; see `tasks.classification.probabilities`."""
+    return tasks.load("classification").probabilities(model, variables, images)
+
+
 def find_images(paths: Iterable[Path]) -> list[Path]:
     """The paths, each folder replaced by the images beneath it; a UserError where it holds none."""
+    from fcvit_jax.augment import IMAGE_SUFFIXES, is_image_file  # Pillow is not needed for --help
+
     found = []
     for path in paths:
         if path.is_dir():
@@ -59,21 +89,19 @@ def _predict(args: argparse.Namespace) -> int:
     if args.top < 1 or args.batch_size < 1:
         raise UserError("--top and --batch-size must be at least 1.")
     paths = find_images(args.images)
-    saved = load(args.checkpoint)
-    if not saved.model.num_classes:
+    task, model, variables, metadata = saved.load(args.checkpoint)
+    if not model.num_classes:
         raise UserError(f"{args.checkpoint} has no head: there are no classes to predict.")
-    widths = [
-        max(map(len, texts)) for texts in (["image", *map(str, paths)], ["class", *saved.metadata["class_names"]])
-    ]
+    widths = [max(map(len, texts)) for texts in (["image", *map(str, paths)], ["class", *metadata["class_names"]])]
     if not args.json:
         print(f"{'image':{widths[0]}}  {'class':{widths[1]}}  probability")
-    variables, failed = jax.device_put(saved.variables), False
+    variables, failed = jax.device_put(variables), False
     size = min(args.batch_size, len(paths))
     for start in range(0, len(paths), size):
         read, images = [], []
         for path in paths[start : start + size]:
             try:
-                images.append(read_image(path, saved))
+                images.append(read_image(path, metadata))
                 read.append(path)
             except UserError as error:
                 log.error("%s", error)
@@ -82,7 +110,7 @@ def _predict(args: argparse.Namespace) -> int:
             continue
         # Filled up to one size, so that one program serves all batches.
         batch = np.stack(images + images[:1] * (size - len(images)))
-        found = saved.task.predict(saved.model, variables, batch, saved.metadata, args.top)
+        found = task.predict(model, variables, batch, metadata, args.top)
         for path, predictions in zip(read, found, strict=False):
             if args.json:
                 print(json.dumps({"image": str(path), "predictions": predictions}), flush=True)

@@ -18,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fcvit_jax import optim, tasks
+from fcvit_jax import tasks
 from fcvit_jax.data import loader
 from fcvit_jax.data.loader import Data
 from fcvit_jax.devices.hosts import errors_on_all_processes
@@ -174,9 +174,10 @@ def _open_run(config: ConfigDict, workdir: str | Path) -> Run:
         data = task.open_dataset(**config.data)
         mesh = make_mesh(**config.mesh)
         model = task.create_model(**config.model)
-        tx, schedule = _made(
-            optim.make_optimizer, data.steps_per_epoch, config.train.epochs, data.batch_size, **config.optim
-        )
+        epochs, steps = config.train.epochs, config.train.steps
+        total = task.num_epochs(config) * data.steps_per_epoch if steps is None else steps
+        sizes = data.steps_per_epoch, epochs, data.batch_size, total
+        tx, schedule = _made(task.make_optimizer, *sizes, **config.optim)
         prepare = _made(task.make_prepare, model, **config.mixing)
         run_config.check_sizes(config, data, mesh, model)
         shapes = loader.batch_shapes(data)
@@ -185,8 +186,6 @@ def _open_run(config: ConfigDict, workdir: str | Path) -> Run:
         workdir = local_path(workdir)
         run_config.check_workdir(config, workdir)
         abstract = abstract_state(task.init_variables, model, tx, mesh, ema=config.train.ema_decay is not None)
-        epochs = config.train.epochs + config.optim.cooldown_epochs
-        total = epochs * data.steps_per_epoch if config.train.steps is None else config.train.steps
     run_config.check_processes(config, data)
     return Run(config, workdir, task, data, mesh, model, tx, schedule, prepare, shapes, abstract, total)
 

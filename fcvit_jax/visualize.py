@@ -20,8 +20,7 @@ from matplotlib.figure import Figure
 from fcvit_jax import tasks
 from fcvit_jax.errors import UserError, exit_on_error
 from fcvit_jax.networks.normalize import normalize
-from fcvit_jax.predict import CHECKPOINT_HELP, find_images, read_image
-from fcvit_jax.run.saved import load
+from fcvit_jax.predict import CHECKPOINT_HELP, find_images, load, read_image
 
 # Okabe and Ito's colours, which stay apart for every kind of colour vision; without yellow, too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -64,7 +63,7 @@ def _natural_order(path: Sequence[str]) -> list:
 @functools.partial(jax.jit, static_argnames="model")
 def _intermediates(model: nn.Module, variables: Mapping[str, Any], images: jax.Array) -> dict[str, Any]:
     images = normalize(images, model.mean, model.std)
-    return model.apply(variables, images, mutable="intermediates")[1]["intermediates"]
+    return model.apply(variables, images, mutable="intermediates")[1].get("intermediates", {})
 
 
 def head_correlation(maps: np.ndarray) -> float:
@@ -200,12 +199,12 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], metric: str |
 
 
 def _similarity(args: argparse.Namespace) -> Figure:
-    saved = load(args.checkpoint)
+    model, variables, metadata = load(args.checkpoint)
     paths = find_images(args.images)
     if len(paths) > _MAX_IMAGES:
         raise UserError(f"{len(paths)} images do not fit a picture: choose at most {_MAX_IMAGES}.")
-    images = [read_image(path, saved) for path in paths]
-    block, maps = similarity_maps(saved.model, saved.variables, np.stack(images), args.block)
+    images = [read_image(path, metadata) for path in paths]
+    block, maps = similarity_maps(model, variables, np.stack(images), args.block)
     correlations = [head_correlation(image_maps) for image_maps in maps]
     for path, value in zip(paths, correlations, strict=True):
         print(f"{path}: correlation between heads {value:.3f}")

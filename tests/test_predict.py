@@ -122,7 +122,7 @@ def test_the_averages_are_taken_where_the_run_kept_them(tmp_path):
     checkpointer = Checkpointer(tmp_path)
     opt_state = optax.sgd(0.1).init(plain["params"])
     as_jax = jax.tree.map(jax.numpy.asarray, {"plain": plain, "averages": averages})
-    state = TrainState(step=jax.numpy.int32(7), **as_jax["plain"], opt_state=opt_state, ema=as_jax["averages"])
+    state = TrainState(step=jax.numpy.int32(7), variables=as_jax["plain"], opt_state=opt_state, ema=as_jax["averages"])
     checkpointer.save(state, METADATA)
     checkpointer.wait()
     checkpointer.close()
@@ -172,7 +172,7 @@ def test_wrong_checkpoints_end_in_one_clear_line(tool, tmp_path, monkeypatch):
         "empty": "No checkpoint in",
         "weights.pth": "is a file",
         "other": "weights of another network",
-        "nameless": "does not say which FCViT",
+        "nameless": "does not say which network",
         "pyramid": "holds a feature pyramid",
     }
     for name, message in messages.items():
@@ -180,7 +180,7 @@ def test_wrong_checkpoints_end_in_one_clear_line(tool, tmp_path, monkeypatch):
         assert code.startswith("error: ") and name in code and message in code and "\n" not in code
 
 
-ARGUMENTS = {tool: "--checkpoint" for tool in TOOLS} | {convert: "source"}
+ARGUMENTS = {tool: "--checkpoint" for tool in TOOLS}
 
 
 @pytest.mark.parametrize("tool", ARGUMENTS, ids=lambda tool: tool.__name__)

@@ -3,8 +3,6 @@
 import re
 
 import jax
-import jax.numpy as jnp
-import pytest
 from test_predict import TINY, exit_of, save_tiny
 
 from fcvit_jax import summary
@@ -32,33 +30,8 @@ def test_multiply_adds_of_the_options_by_hand():
     context = c * 4 + 2 * c + positions * c  # to twice c // 8 channels and back, and the similarity
     token_mixer = context + positions * (9 * c + c * 16 + 16 * c) + positions * (9 * c + c * 2 + 2 * c)
     channel_mixer = positions * (c * 2 * c + 9 * 2 * c + 2 * c * c) + c * (3 + 5)
-    assert parts["stage 1"].multiply_adds == token_mixer + channel_mixer
+    assert parts["stages 0"].multiply_adds == token_mixer + channel_mixer
     assert parts["stem"].multiply_adds == positions * 49 * 3 * c
-
-
-def residual_bytes(model, images):
-    """What JAX keeps between the passes of the whole network."""
-    x = jax.ShapeDtypeStruct((images, 96, 96, 3), jnp.float32)
-    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
-    variables = jax.eval_shape(lambda x: model.init(rngs, x), x)
-
-    def kept(variables, x):
-        def loss(params):
-            variables_ = variables | {"params": params}
-            return model.apply(variables_, x, train=True, mutable=["batch_stats"], rngs=rngs)[0]
-
-        return jax.vjp(loss, variables["params"])[1]
-
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(kept, variables, x)))
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"dtype": "bfloat16", "dropout_rate": 0.1, "drop_path_rate": 0.5}, {"remat": True}]
-)
-def test_activations_are_what_a_further_image_adds_to_the_residuals(options):
-    model = create_model(**TINY | options | {"bn_group_size": None, "depths": [2, 0, 0, 1]})
-    expected = residual_bytes(model, 2) - residual_bytes(model, 1)
-    assert summarize(model, 96)["total"].activations == pytest.approx(expected, rel=0.04)
 
 
 def test_a_checkpoint_is_summarised_without_being_run(tmp_path, capsys, monkeypatch):
@@ -77,7 +50,7 @@ def test_a_checkpoint_is_summarised_without_being_run(tmp_path, capsys, monkeypa
     out = capsys.readouterr().out
     assert "3 classes, float32, one image of 70 x 70" in out
     rows = {row[0]: row[1] for line in out.splitlines() if len(row := re.split("  +", line)) > 2}
-    assert rows["stage 1"] == "18 x 18 x 16" and rows["stage 4"] == "3 x 3 x 32" and rows["head"] == "3"
+    assert rows["stages 0"] == "18 x 18 x 16" and rows["stages 3"] == "3 x 3 x 32" and rows["head"] == "3"
 
 
 def test_small_images_are_refused():

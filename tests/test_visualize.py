@@ -122,10 +122,10 @@ def test_curves(tmp_path):
     curves = [[line.get_xydata().tolist() for line in axis.lines if len(line.get_xydata())] for axis in figure.axes]
     assert curves[0] == [[[1, 2], [2, 1]], [[1.5, 1.5]], [[1, 1], [2, 0.5]], [[1.5, 0.75]]]
     assert curves[1] == [[[1, 0.1], [2, 0.2]]] * 2 and curves[2] == [[[1.5, 50]], [[1.5, 25]]]
-    assert [axis.get_title() for axis in figure.axes] == ["Loss", "Learning rate", "Top-1"]
+    assert [axis.get_title() for axis in figure.axes] == ["Loss", "Learning rate", "top1"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        f"{tmp_path / 'a'}: best top-1 50.00 %",
-        rf"{tmp_path}/_b\$x\$: best top-1 25.00 %",
+        f"{tmp_path / 'a'}: best top1 50.00 %",
+        rf"{tmp_path}/_b\$x\$: best top1 25.00 %",
     ]
     visualize.main(["curves", str(tmp_path / "a"), "--output", str(tmp_path / "curves.png")])
     assert (tmp_path / "curves.png").stat().st_size > 10_000

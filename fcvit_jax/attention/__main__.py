@@ -32,12 +32,12 @@ def measure_images(checkpoint: Path, paths: Sequence[Path], batch_size: int) -> 
     Raises:
       UserError: the checkpoint or an image cannot be read, or the network has nothing to measure.
     """
-    saved = load(checkpoint)
-    model, variables = saved.model, jax.device_put(saved.variables)
+    _, model, variables, metadata = load(checkpoint)
+    variables = jax.device_put(variables)
     size = min(batch_size, len(paths))
     batches = []
     for start in tqdm(range(0, len(paths), size), str(checkpoint), leave=False, unit="batch", disable=None):
-        images = [read_image(path, saved) for path in paths[start : start + size]]
+        images = [read_image(path, metadata) for path in paths[start : start + size]]
         # Filled up to one size, so that one program serves all batches.
         batch = np.stack(images + images[:1] * (size - len(images)))
         found = jax.device_get(block_measures(model, variables, normalize(batch, model.mean, model.std)))

@@ -17,7 +17,6 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fcvit_jax import optim
 from fcvit_jax.data.loader import Data
 from fcvit_jax.devices.hosts import check_same
 from fcvit_jax.devices.sharding import make_mesh
@@ -116,7 +115,7 @@ def check_config(config: ConfigDict, task: ModuleType) -> None:
         "model": {"name", *fields},
         "data": _keywords(task.open_dataset),
         "mixing": _keywords(task.make_prepare),
-        "optim": _keywords(optim.make_optimizer),
+        "optim": _keywords(task.make_optimizer),
         "mesh": _keywords(make_mesh),
         "checkpoint": _keywords(Checkpointer),
         "train": {field.name for field in dataclasses.fields(TrainOptions)},

@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fcvit_jax import optim
 from fcvit_jax.data.loader import Data
 from fcvit_jax.devices.sharding import bytes_per_device
 from fcvit_jax.errors import UserError, log
@@ -251,9 +250,9 @@ def describe_run(
     """The first line of a run: what runs where, for how many steps, and at which learning rate."""
     processes, parameters = jax.process_count(), sum(x.size for x in jax.tree.leaves(abstract.variables["params"]))
     group = group_size(model) or data.batch_size // config.train.accumulate
-    lr, lr_batch_size = config.optim.lr, config.optim.lr_batch_size
-    base = optim.scale_lr(lr, lr_batch_size, data.batch_size)
-    scaled = f" (optim.lr {lr:.3g} x batch {data.batch_size} / {lr_batch_size})" if lr_batch_size else ""
+    scaled = ""
+    if "lr_batch_size" in config.optim and config.optim.lr_batch_size:
+        scaled = f" (optim.lr {config.optim.lr:.3g} x batch {data.batch_size} / {config.optim.lr_batch_size})"
     highest = float(schedule(np.append(np.arange(0, total, data.steps_per_epoch), total - 1)).max())
     return ", ".join(
         [
@@ -265,7 +264,7 @@ def describe_run(
             f"batch {data.batch_size}, BatchNorm groups of {group}",
             f"{data.num_train:,} training and {data.num_eval:,} validation images",
             f"{total:,} steps, {data.steps_per_epoch:,} an epoch",
-            f"learning rate {base:.3g}{scaled}, at most {highest:.3g} in this run",
+            f"learning rate{scaled} at most {highest:.3g} in this run",
         ]
     )
 

@@ -174,7 +174,12 @@ def load(checkpoint: str | Path) -> Saved:
     metadata = load_metadata(step)
     variables = load_variables(step)
     task, model = tasks.load(task_of(metadata)), create_model(step, metadata)
+    from fcvit_jax.convert.weights import KINDS, kind_of  # it imports this module
+
     expected = jax.eval_shape(lambda key: task.init_variables(model, key), jax.random.key(0))
     if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, expected):
-        raise UserError(f"{step} holds the weights of another network than the {metadata['model']} that it names.")
+        held = KINDS[kind_of(f"params/{name}/" for name in variables["params"])]
+        raise UserError(
+            f"{step} holds {held}, with weights of another network than the {metadata['model']} that it names."
+        )
     return Saved(task, model, variables, task.complete_metadata(step, model, metadata))

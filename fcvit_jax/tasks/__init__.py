@@ -10,6 +10,8 @@ What a task has::
     init_variables(model, key, jit) -> {"params": ..., ...}                     # drawn on the devices
     load_pretrained(path, model, data) -> {"params": ..., ...}                      # config.init_from
     make_prepare(model, *, ...) -> prepare(key, batch) -> batch                     # config.mixing; on the device
+    make_optimizer(steps_per_epoch, epochs, batch_size, steps, *, ...) -> (optimiser, schedule)      # config.optim
+    num_epochs(config) -> int                                                       # of a run without train.steps
     loss(model, variables, batch, key) -> (loss, (updates, scalars))                # on the device, one part of a batch
     eval_step(model, variables, batch) -> sums or outputs                           # on the device; without masked rows
     finish(outputs, data) -> {metric: number, "count": examples}                    # on the host, over all batches

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from ml_collections import ConfigDict
 
-from fcvit_jax import augment, convert, networks
+from fcvit_jax import augment, convert, networks, optim
 from fcvit_jax.augment import mixing
 from fcvit_jax.data import sources
 from fcvit_jax.data.loader import Data, Example, check_loading
@@ -25,6 +26,7 @@ from fcvit_jax.run.config import class_changes
 
 BEST = "top1"
 create_model, model_fields, init_variables = networks.create_model, networks.model_fields, networks.init_variables
+make_optimizer = optim.make_optimizer
 
 
 def open_dataset(
@@ -220,6 +222,11 @@ def make_prepare(
         return {"image": images, "target": targets}
 
     return prepare
+
+
+def num_epochs(config: ConfigDict) -> int:
+    """The epochs of a whole run: those of the cosine and the cool-down."""
+    return config.train.epochs + config.optim.cooldown_epochs
 
 
 def loss(

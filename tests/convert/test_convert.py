@@ -23,6 +23,7 @@ from fcvit_jax.convert.fcvit import infer_model
 from fcvit_jax.errors import UserError
 from fcvit_jax.networks.fcvit import Backbone, FCViT, abstract_variables, create_model
 from fcvit_jax.run.config import check_config
+from fcvit_jax.tasks import classification
 
 SIZES = {"depths": (1, 2), "dims": (16, 32), "mlp_ratios": (2, 1)}
 OPTIONS = [
@@ -317,7 +318,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
 
 def test_the_config_for_finetuning_fits_the_code():
     config = finetune.get_config()
-    check_config(config)
+    check_config(config, classification)
     model = create_model(**config.model)
     tx, _ = optim.make_optimizer(10, config.train.epochs, config.data.batch_size, **config.optim)
     params = abstract_variables(model)["params"]

@@ -17,7 +17,7 @@ from equality import assert_close, assert_module_equals, formula_weights, nhwc
 from flax import linen as nn
 from flax import nnx, traverse_util
 
-from fcvit_jax import convert, optim, train
+from fcvit_jax import convert, networks, optim
 from fcvit_jax.convert.weights import abstract_weights
 from fcvit_jax.devices.sharding import make_mesh
 from fcvit_jax.errors import UserError
@@ -25,6 +25,8 @@ from fcvit_jax.networks import fcvit
 from fcvit_jax.networks.blocks import Block
 from fcvit_jax.networks.fcvit import VARIANTS, Backbone, FCViT, abstract_variables, create_backbone, create_model
 from fcvit_jax.run.state import abstract_state, create_state
+from fcvit_jax.run.step import train_step
+from fcvit_jax.tasks import classification
 
 DATA = Path(__file__).parent.parent / "data"
 # What differs from the defaults in each file; spec of the files: the option's name in the original.
@@ -179,18 +181,20 @@ def test_full_size_equals_the_originals(name):
 
 
 def test_ten_optimizer_steps_equal_the_originals_and_averages_follow():
-    """Through our own training step and AdamW; images come as they are, so `mix` smooths the labels alone."""
+    """Through our own training step and AdamW; images come as they are, so `prepare` smooths the labels alone."""
     arrays, meta, state_dict = golden("trajectory")
     network, variables = small("trajectory")
     constant = {"lr": meta["lr"], "min_lr": meta["lr"], "lr_batch_size": None, "warmup_epochs": 0}
     tx, schedule = optim.make_optimizer(meta["steps"], 1, meta["batch"], weight_decay=meta["wd"], **constant)
     mesh, averages = make_mesh(data=1), variables
-    state = create_state(variables, tx, abstract_state(network, tx, mesh, ema=True))
+    state = create_state(variables, tx, abstract_state(networks.init_variables, network, tx, mesh, ema=True))
 
-    def mix(key, images, labels):
-        return images, 0.9 * jax.nn.one_hot(labels, meta["num_classes"]) + 0.1 / meta["num_classes"]
+    def prepare(key, batch):
+        targets = 0.9 * jax.nn.one_hot(batch["label"], meta["num_classes"]) + 0.1 / meta["num_classes"]
+        return {"image": batch["image"], "target": targets}
 
-    fixed = {"model": network, "tx": tx, "schedule": schedule, "mix": mix, "mesh": mesh, "ema_decay": 0.7}
+    fixed = {"model": network, "tx": tx, "schedule": schedule, "prepare": prepare, "loss": classification.loss}
+    fixed |= {"mesh": mesh, "ema_decay": 0.7}
     losses, size = [], (3, meta["hw"], meta["hw"])
     for step in range(meta["steps"]):
         rng = np.random.default_rng([meta["seed"], 900, step])
@@ -200,7 +204,7 @@ def test_ten_optimizer_steps_equal_the_originals_and_averages_follow():
             if label < 3:
                 image[label] += 1
         batch = {"image": nhwc(images), "label": labels.astype(np.int32)}
-        state, metrics = train.train_step(state, batch, jax.random.key(0), **fixed)
+        state, metrics = train_step(state, batch, jax.random.key(0), **fixed)
         losses.append(float(metrics["loss"]))
         plain = jax.device_get(state.variables)
         averages = jax.tree.map(lambda average, x: 0.7 * average + 0.3 * x, averages, plain)
