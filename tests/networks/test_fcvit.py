@@ -24,8 +24,8 @@ from fcvit_jax.errors import UserError
 from fcvit_jax.networks import fcvit
 from fcvit_jax.networks.blocks import Block
 from fcvit_jax.networks.fcvit import VARIANTS, Backbone, FCViT, abstract_variables, create_backbone, create_model
+from fcvit_jax.run import step as run_step
 from fcvit_jax.run.state import abstract_state, create_state
-from fcvit_jax.run.step import train_step
 from fcvit_jax.tasks import classification
 
 DATA = Path(__file__).parent.parent / "data"
@@ -204,7 +204,7 @@ def test_ten_optimizer_steps_equal_the_originals_and_averages_follow():
             if label < 3:
                 image[label] += 1
         batch = {"image": nhwc(images), "label": labels.astype(np.int32)}
-        state, metrics = train_step(state, batch, jax.random.key(0), **fixed)
+        state, metrics = run_step.train_step(state, batch, jax.random.key(0), **fixed)
         losses.append(float(metrics["loss"]))
         plain = jax.device_get(state.variables)
         averages = jax.tree.map(lambda average, x: 0.7 * average + 0.3 * x, averages, plain)
