@@ -13,14 +13,15 @@ from flax import traverse_util
 
 from fcvit_jax.convert.files import METADATA, import_torch, read, read_metadata, write_whole
 from fcvit_jax.convert.pretrained import load_pretrained
-from fcvit_jax.convert.weights import CREATE, Network, fields_of, fit, from_torch, infer, kind_of, to_torch
-from fcvit_jax.errors import UserError
-from fcvit_jax.networks.fcvit import VARIANTS, with_fields
+from fcvit_jax.convert.weights import CREATE, VARIANTS, Network, fields_of, fit, from_torch, infer, kind_of, to_torch
+from fcvit_jax.errors import UserError, log
+from fcvit_jax.networks.fcvit import with_fields
+from fcvit_jax.networks.vit import ViT
 
 __all__ = ["METADATA", "convert", "from_torch", "load_pretrained", "read_metadata", "to_torch"]
 
 
-def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None) -> None:
+def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None, name: str | None = None) -> None:
     """Converts a file of weights; the network is the one that the file names, or is inferred from the shapes.
 
     Nothing is written on an error.
@@ -32,6 +33,7 @@ def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None) ->
         latter two carry metadata: "model", the arguments of the function that makes the network, and any that the
         source has.
       ema: as in `load_pretrained`.
+      name: of the variant, for what no shape tells: ViT and DeiT differ in the mean of their images alone.
 
     Raises:
       UserError: the source cannot be read or holds another network, or the destination cannot be written.
@@ -45,17 +47,23 @@ def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None) ->
             raise UserError(f"{source} does not say which network it holds: {error}") from error
     else:
         model = infer(weights)
+        if name is not None:
+            model = CREATE[type(model)](name, num_classes=model.num_classes)
+        elif isinstance(model, ViT):
+            log.warning(
+                "%s does not say the mean of its images: those of DeiT are taken; --name=vit_... chooses.", source
+            )
     # In float32, in which a run evaluates its averages, whatever the dtype of its parameters.
     variables = fit(weights, with_fields(model, param_dtype=np.float32))
     metadata = {"model": _arguments(model)} | metadata
-    name = dest.name.lower()
-    if name.endswith((".pt", ".pth", ".pth.tar")):
+    ending = dest.name.lower()
+    if ending.endswith((".pt", ".pth", ".pth.tar")):
         torch = import_torch()
         state_dict = {key: torch.from_numpy(x) for key, x in to_torch(variables, model).items()}
         content = io.BytesIO()  # torch hides the system's error where it cannot write
-        torch.save({"state_dict": state_dict} if name.endswith(".tar") else state_dict, content)
+        torch.save({"state_dict": state_dict} if ending.endswith(".tar") else state_dict, content)
         write_whole(dest, lambda file: file.write(content.getbuffer()))
-    elif name.endswith(".npz"):
+    elif ending.endswith(".npz"):
         arrays = traverse_util.flatten_dict(variables, sep="/")
         write_whole(dest, lambda file: np.savez(file, **arrays, **{METADATA: json.dumps(metadata)}))
     elif dest.suffix.lower() in (".safetensors", ".ckpt", ".bin", ".tar", ".gz", ".zip", ".h5"):
@@ -67,8 +75,12 @@ def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None) ->
 
 
 def _arguments(model: Network) -> dict[str, Any]:
-    """The arguments of `create_model`, `create_backbone` or `create_segmenter` for the model, as JSON can hold them."""
+    """The arguments of the function that makes the model, as JSON can hold them: the nearest variant and the rest."""
     fields = fields_of(model)
-    variant = next((name for name, sizes in VARIANTS.items() if sizes.items() <= fields.items()), "fcvit_tiny")
-    usual = fields_of(CREATE[type(model)](variant))
-    return {"name": variant} | {name: x for name, x in fields.items() if x != usual[name]}
+
+    def changed(variant: str) -> dict[str, Any]:
+        usual = fields_of(CREATE[type(model)](variant))
+        return {name: x for name, x in fields.items() if x != usual[name]}
+
+    nearest = min(VARIANTS[type(model)], key=lambda variant: len(changed(variant)))
+    return {"name": nearest} | changed(nearest)

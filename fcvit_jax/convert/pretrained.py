@@ -8,11 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from fcvit_jax.convert import vit
 from fcvit_jax.convert.files import is_ours, read
-from fcvit_jax.convert.weights import KINDS, Network, fields_of, fit, infer, kind_of
+from fcvit_jax.convert.weights import KINDS, Network, fields_of, fit, infer, kind_of, with_timm_names
 from fcvit_jax.errors import UserError, log
-from fcvit_jax.networks.fcvit import Backbone, FCViT
+from fcvit_jax.networks.convnext import ConvNeXt
+from fcvit_jax.networks.fcvit import Backbone, FCViT, abstract_variables
 from fcvit_jax.networks.semantic_fpn import SemanticFPN, init_decoder
+from fcvit_jax.networks.vit import ViT
 
 
 def load_pretrained(
@@ -45,11 +48,11 @@ def load_pretrained(
       UserError: the file cannot be read, holds another network, has tensors that do not fit (then it lists them all),
         or does not hold the whole model, and `partial` is False.
     """
-    weights, _ = read(Path(path), ema)
-    held, kinds = kind_of(weights), list(KINDS)
-    if kinds.index(held) > kinds.index(type(model)):
+    weights = with_timm_names(read(Path(path), ema)[0])
+    held, load = kind_of(weights), _LOADERS.get(type(model), _load_classifier)
+    # What is none of the others counts as an FCViT's classifier, and what does not fit is listed.
+    if held not in (FCViT, *_STARTS.get(type(model), ()), type(model)):
         raise UserError(f"{path} holds {KINDS[held]}: {KINDS[type(model)]} is needed here.")
-    load = {FCViT: _load_classifier, Backbone: _load_pyramid, SemanticFPN: _load_segmenter}[type(model)]
     variables, lack, afresh = load(path, weights, model)
     if lack and not partial:
         raise UserError(f"{path} {lack}: it does not hold the whole model, {KINDS[type(model)]}.")
@@ -61,20 +64,22 @@ def load_pretrained(
 Loaded = tuple[dict[str, Any], str, str]  # variables; what the file lacks, as a predicate, or ""; what comes of that
 
 
-def _load_classifier(path: str | Path, weights: Mapping[str, np.ndarray], model: FCViT) -> Loaded:
-    classes = _count_classes(weights, "params/head/kernel", "head.weight")
+def _load_classifier(path: str | Path, weights: Mapping[str, np.ndarray], model: FCViT | ViT | ConvNeXt) -> Loaded:
+    theirs = "head.fc.weight" if isinstance(model, ConvNeXt) else "head.weight"
+    classes = _count_classes(weights, "params/head/kernel", theirs)
+    if isinstance(model, ViT):
+        weights = vit.fit_positions(weights, model)
     variables = _fit(path, weights, model.clone(num_classes=classes))
     if classes == model.num_classes:
         return variables, "", ""
-    variables["params"].pop("head", None)
-    if model.num_classes:
-        shape = (model.dims[-1], model.num_classes)
-        variables["params"]["head"] = {
-            "kernel": np.random.default_rng(0).normal(0, 0.02, shape).astype(model.param_dtype),
-            "bias": np.zeros(shape[1:], model.param_dtype),
-        }
+    params = {name: x for name, x in variables["params"].items() if name not in ("head", "head_dist")}
+    rng = np.random.default_rng(0)
+    for name, head in abstract_variables(model)["params"].items():
+        if name not in params:
+            kernel = rng.normal(0, 0.02, head["kernel"].shape).astype(model.param_dtype)
+            params[name] = {"kernel": kernel, "bias": np.zeros(head["bias"].shape, model.param_dtype)}
     afresh = "the head starts afresh" if model.num_classes else "the head is left out"
-    return variables, f"has {classes} classes, the model {model.num_classes}", afresh
+    return variables | {"params": params}, f"has {classes} classes, the model {model.num_classes}", afresh
 
 
 def _load_pyramid(path: str | Path, weights: Mapping[str, np.ndarray], model: Backbone) -> Loaded:
@@ -108,19 +113,28 @@ def _fit(path: str | Path, weights: Mapping[str, np.ndarray], model: Network) ->
     try:
         return fit(weights, model)
     except UserError as error:
-        if 0 in _backbone(model).depths:  # infer_model does not know such
+        if 0 in getattr(_backbone(model), "depths", ()):  # infer_model does not know such
             raise
-        found = _backbone(infer(weights))
-        theirs, ours = ((tuple(m.depths), tuple(m.dims)) for m in (found, _backbone(model)))
+        theirs, ours = _sizes(_inferred(weights, model)), _sizes(model)
         if theirs == ours:
             raise
-        raise UserError(
-            f"{path} holds another network than the model: depths {theirs[0]} and dims {theirs[1]}, "
-            f"the model has {ours[0]} and {ours[1]}."
-        ) from error
+        raise UserError(f"{path} holds another network than the model: {theirs}; the model has {ours}.") from error
 
 
-def _backbone(model: Network) -> FCViT | Backbone:
+def _inferred(weights: Mapping[str, np.ndarray], model: Network) -> Network:
+    """What `infer` finds; a ViT with the heads of the model, which weights do not tell."""
+    if isinstance(model, ViT) and kind_of(weights) is ViT:
+        return vit.infer_model({name: x.shape for name, x in weights.items()}, model.heads)
+    return infer(weights)
+
+
+def _sizes(model: Network) -> str:
+    model = _backbone(model)
+    names = ("depth", "dim", "patch_size", "distilled") if isinstance(model, ViT) else ("depths", "dims")
+    return ", ".join(f"{name} {getattr(model, name)}" for name in names)
+
+
+def _backbone(model: Network) -> Network:
     return model.backbone if isinstance(model, SemanticFPN) else model
 
 
@@ -133,3 +147,8 @@ def _count_classes(weights: Mapping[str, np.ndarray], ours: str, theirs: str) ->
 def _fresh_decoder(model: SemanticFPN) -> dict[str, Any]:
     """Variables of neck and head as training from scratch would start with, always the same."""
     return jax.device_get(jax.jit(functools.partial(init_decoder, model))(jax.random.key(0)))
+
+
+# What a network can start from besides weights of its own kind and a classifier's, and how it does.
+_STARTS = {SemanticFPN: (Backbone,)}
+_LOADERS = {Backbone: _load_pyramid, SemanticFPN: _load_segmenter}

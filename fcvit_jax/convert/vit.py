@@ -174,7 +174,7 @@ def fit_positions(weights: Mapping[str, np.ndarray], model: ViT) -> dict[str, np
     resized = {}
     for name, x in weights.items():
         stored = _side(x.shape[-2] - model.prefix) if name in ("pos_embed", "params/pos_embed") else side
-        if stored != side:
+        if stored not in (side, None):  # None: of another network, which is refused later
             log.warning("Positions of %d x %d patches are resized to %d x %d.", stored, stored, side, side)
             rows = resize_positions(as_numpy(x).reshape(x.shape[-2:]), model.prefix, (side, side))
             resized[name] = np.asarray(rows).reshape(*x.shape[:-2], *rows.shape)

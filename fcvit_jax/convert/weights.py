@@ -9,22 +9,42 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from fcvit_jax.convert import detectors, fcvit
+from fcvit_jax import networks
+from fcvit_jax.convert import convnext, detectors, fcvit, vit
 from fcvit_jax.convert.files import as_numpy, is_ours
 from fcvit_jax.convert.layouts import their_shape, to_ours, to_theirs
 from fcvit_jax.errors import UserError
+from fcvit_jax.networks.convnext import ConvNeXt, create_convnext
 from fcvit_jax.networks.fcvit import Backbone, FCViT, abstract_variables, create_backbone, create_model
 from fcvit_jax.networks.semantic_fpn import SemanticFPN, create_segmenter
+from fcvit_jax.networks.vit import ViT, create_vit
 
-Network = FCViT | Backbone | SemanticFPN
-# A network can start from the weights of those before it.
-KINDS = {FCViT: "a classifier", Backbone: "a feature pyramid", SemanticFPN: "a segmenter"}
-CREATE = {FCViT: create_model, Backbone: create_backbone, SemanticFPN: create_segmenter}
+Network = FCViT | Backbone | SemanticFPN | ViT | ConvNeXt
+KINDS = {
+    FCViT: "a classifier",
+    Backbone: "a feature pyramid",
+    SemanticFPN: "a segmenter",
+    ViT: "a Vision Transformer",
+    ConvNeXt: "a ConvNeXt",
+}
+CREATE = {
+    FCViT: create_model,
+    Backbone: create_backbone,
+    SemanticFPN: create_segmenter,
+    ViT: create_vit,
+    ConvNeXt: create_convnext,
+}
+VARIANTS = {
+    **dict.fromkeys((FCViT, Backbone, SemanticFPN), networks.fcvit.VARIANTS),
+    ViT: networks.vit.VARIANTS,
+    ConvNeXt: networks.convnext.VARIANTS,
+}
+# The modules that know how the original names and lays out the tensors.
+_NAMES = {FCViT: fcvit, Backbone: fcvit, SemanticFPN: detectors, ViT: vit, ConvNeXt: convnext}
 
 
 def _names(model: Network) -> ModuleType:
-    """The module that knows how the original names and lays out the tensors of a network."""
-    return detectors if isinstance(model, SemanticFPN) else fcvit
+    return _NAMES[type(model)]
 
 
 def kind_of(names: Iterable[str]) -> type[Network]:
@@ -32,13 +52,23 @@ def kind_of(names: Iterable[str]) -> type[Network]:
     names = list(names)
     if detectors.is_segmenter(names):
         return SemanticFPN
+    if vit.is_vit(names):
+        return ViT
+    if convnext.is_convnext(names):
+        return ConvNeXt
     return Backbone if fcvit.is_pyramid(names) else FCViT
+
+
+def with_timm_names(weights: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Weights of a ViT or a ConvNeXt, which are published under several names, by timm's; all others as they are."""
+    kind = kind_of(weights)
+    return weights if is_ours(weights) or kind not in (ViT, ConvNeXt) else _NAMES[kind].timm_names(weights)
 
 
 def infer(weights: Mapping[str, np.ndarray]) -> Network:
     """The network that weights by the original's names or by our paths belong to; see `infer_model` of the names."""
-    module = detectors if kind_of(weights) is SemanticFPN else fcvit
-    return module.infer_model({name: x.shape for name, x in weights.items()})
+    shapes = {name: x.shape for name, x in with_timm_names(weights).items()}
+    return _NAMES[kind_of(weights)].infer_model(shapes)
 
 
 def abstract_weights(model: Network) -> dict[str, jax.ShapeDtypeStruct]:
@@ -68,8 +98,8 @@ def from_torch(state_dict: Mapping[str, np.ndarray], model: Network) -> dict[str
         variables = from_torch(state_dict, create_model("fcvit_s12"))
 
     Args:
-      state_dict: NumPy or PyTorch tensors by the original's names, of any float dtype. `num_batches_tracked`, on which
-        nothing depends, is ignored.
+      state_dict: NumPy or PyTorch tensors by the original's names, of any float dtype; for ViTs and ConvNeXts by
+        any published names. `num_batches_tracked`, on which nothing depends, is ignored.
       model: what the variables are for.
 
     Returns:
@@ -78,6 +108,7 @@ def from_torch(state_dict: Mapping[str, np.ndarray], model: Network) -> dict[str
     Raises:
       UserError: tensors are missing, unexpected or misshaped; lists them all.
     """
+    state_dict = with_timm_names(state_dict)
     abstract, layout = abstract_weights(model), _names(model).layout
     names = _names(model).original_names({path: x.shape for path, x in abstract.items()})
     expected = {names[path]: their_shape(x.shape, layout(path)) for path, x in abstract.items()}

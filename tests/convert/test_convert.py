@@ -221,7 +221,9 @@ def test_pretrained_weights_load_from_every_format(tmp_path, name, caplog):
     assert "head" not in convert.load_pretrained(tmp_path / name, without)["params"]
     with pytest.raises(UserError, match="layer_scale"):
         convert.load_pretrained(tmp_path / name, FCViT(**SIZES, num_classes=7, layer_scale_init=None))
-    with pytest.raises(UserError, match=r"another network than the model: depths \(.*has \(3, 3, 5, 2\) and [^\n]*$"):
+    with pytest.raises(
+        UserError, match=r"another network than the model: depths \(.*has depths \(3, 3, 5, 2\), [^\n]*$"
+    ):
         convert.load_pretrained(tmp_path / name, create_model("fcvit_tiny"))
 
 

@@ -15,10 +15,12 @@ from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 from timm_equality import variables_of, weights_of
 
+from fcvit_jax import convert
 from fcvit_jax.convert import convnext, files, vit
 from fcvit_jax.convert.layouts import to_theirs
 from fcvit_jax.errors import UserError
 from fcvit_jax.networks.convnext import ConvNeXt, create_convnext
+from fcvit_jax.networks.fcvit import FCViT
 from fcvit_jax.networks.vit import ViT, create_vit
 
 DATA = Path(__file__).parent.parent / "data" / "attention"
@@ -189,3 +191,66 @@ def test_safetensors_are_read(tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(UserError, match="damaged"):
         files.read(path, None)
+
+
+@pytest.mark.parametrize(("model", "theirs", "family"), NETWORKS)
+def test_state_dicts_convert_and_files_of_them_round_trip(model, theirs, family, tmp_path):
+    weights = weights_of(theirs, 0)
+    variables = convert.from_torch({name: torch.from_numpy(x) for name, x in weights.items()}, model)
+    assert_same(convert.to_torch(variables, model), weights)
+    source, npz, pth = (tmp_path / name for name in ("model.safetensors", "model.npz", "model.pth"))
+    save_file(weights, source)
+    convert.convert(source, npz)
+    convert.convert(npz, pth)
+    assert_same({name: x.numpy() for name, x in torch.load(pth, weights_only=True).items()}, weights)
+    expected = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(variables)}
+    for path in (source, npz, pth):
+        found = convert.load_pretrained(path, model)
+        assert_same({jax.tree_util.keystr(place): x for place, x in jax.tree.leaves_with_path(found)}, expected)
+
+
+def test_the_metadata_name_the_nearest_variant_or_the_one_that_is_given(tmp_path, caplog):
+    source, dest = tmp_path / "model.safetensors", tmp_path / "model.npz"
+    sizes = {"dim": 192, "depth": 12, "heads": 3, "patch_size": 16, "image_size": 224, "num_classes": 2}
+    save_file(weights_of(torch_vit.ViT(**sizes), 0), source)
+    with caplog.at_level("WARNING", "fcvit_jax"):
+        convert.convert(source, dest)
+        assert "mean" in caplog.text
+    assert convert.read_metadata(dest)["model"] == {"name": "deit_tiny_patch16_224", "num_classes": 2}
+    convert.convert(source, dest, name="vit_tiny_patch16_224")
+    assert convert.read_metadata(dest)["model"] == {"name": "vit_tiny_patch16_224", "num_classes": 2}
+    with pytest.raises(UserError, match="fit the model"):
+        convert.convert(source, dest, name="vit_small_patch16_224")
+
+
+def test_pretrained_weights_get_new_heads_and_positions_and_nothing_else(caplog):
+    model = ViT(dim=24, depth=2, heads=3, patch_size=8, image_size=40, num_classes=7, distilled=True)
+    path = DATA / "hf_deit_distilled.safetensors"
+    with caplog.at_level("WARNING", "fcvit_jax"):
+        params = convert.load_pretrained(path, model)["params"]
+    assert "5 classes, the model 7" in caplog.text and "3 x 3 patches are resized to 5 x 5" in caplog.text
+    same = convert.load_pretrained(path, model.clone(num_classes=5, image_size=24))["params"]
+    assert params["head"]["kernel"].shape == params["head_dist"]["kernel"].shape == (24, 7)
+    assert params["pos_embed"].shape == (27, 24)
+    np.testing.assert_array_equal(params["pos_embed"][:2], same["pos_embed"][:2])
+    kept = [name for name in same if name not in ("head", "head_dist", "pos_embed")]
+    jax.tree.map(np.testing.assert_array_equal, [params[name] for name in kept], [same[name] for name in kept])
+
+
+def test_other_networks_are_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    weights = weights_of(torch_vit.ViT(**VIT), 0)
+    save_file(weights, path)
+    for model, message in (
+        (ViT(**{**VIT, "depth": 3}), r"another network.* depth 2.* depth 3[^\n]*$"),
+        (ConvNeXt(**CONVNEXT), "Vision Transformer: a ConvNeXt is needed"),
+        (FCViT(num_classes=3, depths=(1,), dims=(16,), mlp_ratios=(1,)), "Vision Transformer: a classifier is needed"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert.load_pretrained(path, model)
+    broken = {name: x for name, x in weights.items() if name != "norm.bias"} | {"extra": np.zeros(2, np.float32)}
+    save_file(broken | {"blocks.0.mlp.fc1.bias": np.zeros(3, np.float32)}, path)
+    with pytest.raises(UserError) as error:
+        convert.load_pretrained(path, ViT(**VIT))
+    for problem in ("missing: norm.bias (64,)", "unexpected: extra (2,)", "misshaped: blocks.0.mlp.fc1.bias (3,)"):
+        assert problem in str(error.value)
