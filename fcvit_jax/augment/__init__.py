@@ -1,4 +1,4 @@
-"""The recipe's changes to images: on the host, one image at a time, and on the device, a batch at a time."""
+"""How training and evaluation change images: one image at a time on the CPU, and whole batches on the device."""
 
 from fcvit_jax.augment.images import (
     IMAGE_SUFFIXES,
@@ -10,10 +10,11 @@ from fcvit_jax.augment.images import (
     is_image_file,
     train_transform,
 )
-from fcvit_jax.augment.randaugment import OPS, apply_op, draw_ops
+from fcvit_jax.augment.randaugment import INCREASING, OPS, apply_op, draw_ops
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "INCREASING",
     "OPS",
     "apply_op",
     "check_augmentation",

@@ -1,4 +1,4 @@
-"""RandAugment `rand-m9-mstd0.5-inc1`: which ops an image gets, and what they do to its pixels."""
+"""RandAugment `rand-m9-mstd0.5-inc1`: the draw of an image's ops, and what each op does to the pixels."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,11 +11,17 @@ RESAMPLE = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
 
 
 class Op(NamedTuple):
-    """A RandAugment op: the level gives an argument, the argument gives the pixels."""
+    """A RandAugment op.
+
+    Attributes:
+      argument: computes the op's argument from the level.
+      pixels: computes the new image from the image, the argument and the name of the resample filter.
+      signed: levels are in [-10, 10]; False: in [0, 10].
+    """
 
     argument: Callable[[float], Any]
-    pixels: Callable[[Image.Image, Any, str], Image.Image]  # of image, argument and resample
-    signed: bool = False  # takes levels in [-10, 10] rather than [0, 10]
+    pixels: Callable[[Image.Image, Any, str], Image.Image]
+    signed: bool = False
 
 
 def _up_to(limit: float) -> Callable[[float], float]:
@@ -27,7 +33,7 @@ def _factor(level: float) -> float:
 
 
 def _lookup(function: Callable[[int, int], int]) -> Callable:
-    """Pixels from a function of (value, argument)."""
+    """The `pixels` of an op that maps every value by itself: function(value, argument) is the new value."""
     return lambda image, argument, _: image.point([function(value, argument) for value in range(256)] * 3)
 
 
@@ -42,7 +48,7 @@ def _filter(resample: str) -> Image.Resampling:
 
 
 def _affine(matrix: Callable[[Image.Image, float], tuple[float, ...]]) -> Callable:
-    """Pixels from a function of (image, argument) that gives the map from output to input, origin at the top left."""
+    """The `pixels` of an op that moves pixels: matrix(image, argument) maps output to input, from the top left."""
     return lambda image, argument, resample: image.transform(
         image.size, Image.AFFINE, matrix(image, argument), _filter(resample), fillcolor=FILL
     )
@@ -52,13 +58,12 @@ def _rotate(image: Image.Image, degrees: float, resample: str) -> Image.Image:
     return image.rotate(degrees, _filter(resample), fillcolor=FILL)
 
 
-# timm's "increasing" set: a higher level changes the image more.
 OPS = {
     "AutoContrast": Op(lambda _: None, lambda image, *_: ImageOps.autocontrast(image)),
     "Equalize": Op(lambda _: None, lambda image, *_: ImageOps.equalize(image)),
     "Invert": Op(lambda _: None, lambda image, *_: ImageOps.invert(image)),
     "Rotate": Op(_up_to(30), _rotate, signed=True),
-    # The bits that are kept. 0 bits are black; ImageOps.posterize refuses them from Pillow 13 on.
+    # The argument is the number of bits that are kept. 0 bits give black; Pillow 13's ImageOps.posterize raises for 0.
     "PosterizeIncreasing": Op(
         lambda level: 4 - int(level / 10 * 4), _lookup(lambda value, bits: value >> (8 - bits) << (8 - bits))
     ),
@@ -79,14 +84,35 @@ OPS = {
     "TranslateYRel": Op(_up_to(0.45), _affine(lambda image, share: (1, 0, 0, 0, 1, share * image.height)), signed=True),
 }
 
+# The ops that the recipe draws from, timm's "increasing" set: a higher level changes the image more. The order is part
+# of what a seed draws. An op that is added to `OPS` alone changes no recipe.
+INCREASING = (
+    "AutoContrast",
+    "Equalize",
+    "Invert",
+    "Rotate",
+    "PosterizeIncreasing",
+    "SolarizeIncreasing",
+    "SolarizeAdd",
+    "ColorIncreasing",
+    "ContrastIncreasing",
+    "BrightnessIncreasing",
+    "SharpnessIncreasing",
+    "ShearX",
+    "ShearY",
+    "TranslateXRel",
+    "TranslateYRel",
+)
+
 
 def draw_ops(
     rng: np.random.Generator, num_ops: int = 2, magnitude: float = 9.0, magnitude_std: float = 0.5
 ) -> list[tuple[str, float, int, str]]:
     """Draws the RandAugment ops of one image.
 
-    Draws, in this order: the names, uniformly with replacement; then for each whether it is executed (probability 1/2)
-    and, if so, its level from N(magnitude, magnitude_std) clipped to [0, 10], its sign and its resample.
+    Draws first the names, uniformly from `INCREASING` with replacement. Then draws for each op whether it is executed
+    (probability 1/2) and, if so, its level from N(magnitude, magnitude_std) clipped to [0, 10], its sign and its
+    resample.
 
     Args:
       rng: the source of randomness.
@@ -96,17 +122,17 @@ def draw_ops(
     Returns:
       (name, level, sign, resample), as `apply_op` takes them, in the order of execution; 0 to num_ops of them.
     """
-    names = list(OPS)
     drawn = []
-    for index in rng.integers(len(names), size=num_ops):
+    for index in rng.integers(len(INCREASING), size=num_ops):
         if rng.random() < 0.5:
             level = min(max(rng.normal(magnitude, magnitude_std), 0.0), 10.0)
             sign = -1 if rng.random() < 0.5 else 1
-            drawn.append((names[index], level, sign, draw_resample(rng)))
+            drawn.append((INCREASING[index], level, sign, draw_resample(rng)))
     return drawn
 
 
 def draw_resample(rng: np.random.Generator) -> str:
+    """Draws a resample filter: "bilinear" or "bicubic", 1/2 each."""
     return "bilinear" if rng.random() < 0.5 else "bicubic"
 
 
