@@ -1,4 +1,4 @@
-"""The networks, as Flax modules, and what the tasks ask of any classifier among them."""
+"""The networks, as Flax modules, and functions that work for every classifier among them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,12 +16,12 @@ _CREATE = {fcvit: fcvit.create_model, vit: vit.create_vit, convnext: convnext.cr
 
 
 def _family(name: str) -> ModuleType:
-    """The module of a variant; unknown names are left to FCViT's, which also knows those of the original."""
+    """The module of a variant's network. It is FCViT's for any unknown name, since FCViT has the original's names."""
     return next((module for module in (vit, convnext) if name in module.VARIANTS), fcvit)
 
 
 def create_model(name: str, num_classes: int = 1000, **fields) -> nn.Module:
-    """Makes a classifier: FCViT, or what it is compared with, ViT, DeiT or ConvNeXt.
+    """Makes a classifier: FCViT, ViT, DeiT or ConvNeXt.
 
     Example::
 
@@ -56,7 +56,7 @@ def model_fields(name: str) -> set[str]:
     Raises:
       UserError: there is no such variant.
     """
-    # `traced_once` sets share_blocks; the other two are Flax's.
+    # share_blocks is set by `traced_once`; "parent" and "name" belong to Flax.
     names = {field.name for field in dataclasses.fields(create_model(name))}
     return names - {"parent", "name", "share_blocks"}
 
@@ -70,5 +70,5 @@ def init_variables(
 
 
 def traced_once(model: nn.Module) -> nn.Module:
-    """The same network, whose equal blocks are traced once: steps of training and evaluation compile faster."""
+    """Returns the network with `share_blocks` on: JAX traces equal blocks once, so that steps compile faster."""
     return with_fields(model, share_blocks=True)

@@ -1,5 +1,6 @@
 """Checks of what users give to the networks: images and fields."""
 
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -34,9 +35,26 @@ def check_counts(low: int, **counts: Any) -> None:
       UserError: naming the first that is no whole number or less than `low`.
     """
     for name, count in counts.items():
-        if not isinstance(count, int):
+        if not isinstance(count, Integral):
             raise UserError(f"model.{name}={count!r} must be a whole number.")
         check_range("model", low, **{name: count})
+
+
+def check_tuples(low: int, **tuples: Any) -> None:
+    """Checks fields that are tuples of whole numbers.
+
+    Args:
+      low: the least that a number may be.
+      **tuples: the tuples by the names of the fields.
+
+    Raises:
+      UserError: naming the first that is no tuple, is empty, or holds a number that `check_counts` refuses.
+    """
+    for name, counts in tuples.items():
+        if not isinstance(counts, tuple) or not counts:
+            raise UserError(f"model.{name}={counts!r} must be a tuple of whole numbers.")
+        for count in counts:
+            check_counts(low, **{name: count})
 
 
 def check_dtypes(model: nn.Module) -> None:

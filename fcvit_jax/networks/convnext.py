@@ -12,7 +12,7 @@ from flax.linen.initializers import normal
 
 from fcvit_jax.errors import UserError, check_range
 from fcvit_jax.networks.blocks import drop_path_factors
-from fcvit_jax.networks.checks import check_counts, check_dtypes, check_images
+from fcvit_jax.networks.checks import check_counts, check_dtypes, check_images, check_tuples
 from fcvit_jax.networks.layers import Conv1x1, DepthwiseConv, layer_norm
 from fcvit_jax.networks.normalize import MEAN, STD
 
@@ -205,12 +205,10 @@ def create_convnext(name: str, num_classes: int = 1000, **fields) -> ConvNeXt:
     # JSON and command lines give lists, with which a module could not be hashed.
     fields = {key: tuple(x) if isinstance(x, list) else x for key, x in fields.items()}
     model = ConvNeXt(**VARIANTS[name] | {"num_classes": num_classes, **fields})
-    for key, low in (("depths", 0), ("dims", 1)):
-        sizes = getattr(model, key)
-        if not isinstance(sizes, tuple) or len(sizes) != 4:
-            raise UserError(f"model.{key}={sizes!r} must be four numbers, one for each stage.")
-        for size in sizes:
-            check_counts(low, **{key: size})
+    check_tuples(0, depths=model.depths)
+    check_tuples(1, dims=model.dims)
+    if len(model.depths) != 4 or len(model.dims) != 4:
+        raise UserError(f"model.depths={model.depths} and model.dims={model.dims} must have an entry for each stage.")
     check_counts(0, num_classes=model.num_classes)
     check_range("model", 0, below=1, drop_path_rate=model.drop_path_rate)
     check_dtypes(model)

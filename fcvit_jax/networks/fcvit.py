@@ -1,4 +1,4 @@
-"""FCViT, the network: its variants and two ways to use it; docs/model.md says exactly what is computed."""
+"""FCViT: its variants, the classifier and the feature pyramid. docs/model.md defines exactly what is computed."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ from flax.linen.initializers import normal
 
 from fcvit_jax.errors import UserError, check_range
 from fcvit_jax.networks.blocks import Block, ChannelMixer, TokenMixer, drop_path_factors
+from fcvit_jax.networks.checks import check_counts, check_dtypes, check_images, check_tuples
 from fcvit_jax.networks.layers import Downsample, group_norm
 from fcvit_jax.networks.normalize import MEAN, STD
 
@@ -31,7 +32,7 @@ SETTINGS = {
 
 
 def _shared(block: type[nn.Module]) -> type[nn.Module]:
-    """Blocks of equal shapes as one function, which JAX traces once: for fcvit_s48 that takes half the time."""
+    """The block as a function that JAX traces once for all blocks of equal shapes: halves the time for fcvit_s48."""
     return nn.jit(block, static_argnums=(2,))
 
 
@@ -62,7 +63,7 @@ class _Stages(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
-    mean: ClassVar[Sequence[float]] = MEAN  # of the pixels that it takes, as in `normalize`
+    mean: ClassVar[Sequence[float]] = MEAN  # of pixels, for `normalize`
     std: ClassVar[Sequence[float]] = STD
 
     @property
@@ -84,12 +85,7 @@ class _Stages(nn.Module):
         Raises:
           UserError: the images are no such array, or have their channels first.
         """
-        channels_first = images.shape[1:2] == (3,) != images.shape[3:]
-        if images.ndim != 4 or channels_first or not jnp.issubdtype(images.dtype, jnp.floating):
-            raise UserError(
-                f"Images must be (N, H, W, 3) floats, as fcvit_jax.normalize makes of uint8, not "
-                f"{images.dtype} {images.shape}."
-            )
+        check_images(images)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         token_mixer = functools.partial(
             TokenMixer,
@@ -152,14 +148,13 @@ class FCViT(_Stages):
             variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(1)}
         )
 
-    Every context's token-global similarity, (N, H, W, context_heads) float32, is sown in the collection
-    "intermediates".
+    Every global context sows its similarity, (N, H, W, context_heads) float32, in the collection "intermediates".
 
     Attributes:
       depths: blocks of each stage.
       dims: channels of each stage.
       mlp_ratios: ratio of hidden to outer channels in the channel mixers of each stage.
-      num_classes: outputs; 0: the pooled features come out instead.
+      num_classes: outputs; 0: no head, the pooled features are returned.
       kernel_sizes: depthwise kernels of the token mixer's steps, odd; one entry: a single step.
       use_context: add the global context in the token mixer.
       weighted_context: weight the context by the similarity of each position.
@@ -173,13 +168,15 @@ class FCViT(_Stages):
       channel_attention: add channel attention at the end of the channel mixer.
       layer_scale_init: start of the layer scales; None: no layer scales.
       dropout_rate: in the channel mixer.
-      drop_path_rate: of the last block; rises linearly from 0 at the first.
+      drop_path_rate: of the last block; the rate rises linearly from 0 at the first block.
       bn_group_size: images that share batch statistics in training; None or 0: the whole batch.
-      freeze_bn: keep and use the running statistics of batch normalisation in training too, for small batches.
-      remat: recompute each block in the backward pass: less memory, more time, the same numbers but for rounding.
-      share_blocks: trace the equal blocks of a stage once, as training does: compiles faster, names all by the first in
-        profiles, and draws other weights and dropout masks from the same key. Not for use under a `jax.checkpoint` of
-        your own.
+      freeze_bn: use the running statistics of batch normalisation in training too, and do not update them. For
+        fine-tuning with small batches.
+      remat: recompute each block in the backward pass. This takes less memory and more time; results differ only by
+        rounding.
+      share_blocks: trace the equal blocks of a stage once, as training does. Compiling is faster. Profiles show all
+        blocks under the name of the first, and the same key draws other weights and dropout masks. Do not use it inside
+        a `jax.checkpoint` of your own.
       dtype: compute dtype; statistics, pooling and head are float32.
       param_dtype: dtype of the parameters.
     """
@@ -207,31 +204,23 @@ class FCViT(_Stages):
 
 
 class Backbone(_Stages):
-    """FCViT, the feature pyramid: the four stage outputs, each through a norm of its own; attributes as in `FCViT`.
+    """The feature pyramid: the four stage outputs, each normalised by its own norm.
 
-    Layer scales start smaller, as they do in the original's segmentation and detection.
+    The attributes are those of `FCViT`. Layer scales start smaller, as in the original's segmentation and detection.
     """
 
     layer_scale_init: float | None = 1e-6
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, ...]:
-        """The pyramid.
-
-        Args:
-          images: (N, H, W, 3), float, normalised; any H and W from 32 up.
-          train: batch statistics, dropout and drop-path as in training.
-
-        Returns:
-          Four arrays (N, ceil(H / s), ceil(W / s), dims[i]) of `dtype`, with s = 4, 8, 16 and 32.
-        """
+        """The pyramid; arguments, shapes and errors as in `features`."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         maps = self.features(images, train)
         return tuple(group_norm(name=f"norm_{i}", **dtypes)(x) for i, x in enumerate(maps))
 
 
 def with_fields(model: nn.Module, **fields) -> nn.Module:
-    """The same network with other values of fields that every network here has; of its backbone, if it is built on one.
+    """Returns the network with other values of some fields: of its backbone's fields, if it has a backbone.
 
     Example::
 
@@ -242,20 +231,13 @@ def with_fields(model: nn.Module, **fields) -> nn.Module:
 
 def abstract_variables(model: nn.Module) -> dict[str, Any]:
     """The model's variables as `jax.ShapeDtypeStruct`: {"params": ..., "batch_stats": ...}."""
-    model = with_fields(model, share_blocks=True)  # traced in 0.4 s for fcvit_s48, which would take 3 s
-    side = getattr(model, "patch_size", 32)  # a ViT takes multiples of its patches alone
+    model = with_fields(model, share_blocks=True)  # traces fcvit_s48 in 0.4 s instead of 3 s
+    side = getattr(model, "patch_size", 32)  # a ViT's images must be multiples of its patches
     return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, side, side, 3))))
 
 
-def _is_supported(dtype: Any) -> bool:
-    try:
-        return jnp.dtype(dtype) in (jnp.float32, jnp.bfloat16)
-    except TypeError:  # no dtype at all
-        return False
-
-
 def variant(name: str) -> str:
-    """Our name of a variant: the key of `VARIANTS` for it, or for the name that the original gives it (fcvit_b12, ...).
+    """The key of `VARIANTS` for a name, which may be the original's, such as fcvit_b12.
 
     Raises:
       UserError: there is no such variant.
@@ -267,7 +249,7 @@ def variant(name: str) -> str:
 
 
 def _init_first_blocks(model: FCViT, key: jax.Array) -> dict[str, Any]:
-    """As `model.init`, but with no more than one block in each stage."""
+    """Like `model.init`, with at most one block in each stage."""
     model = model.clone(depths=tuple(min(depth, 1) for depth in model.depths))
     return model.init(key, jnp.zeros((1, 32, 32, 3)))
 
@@ -275,19 +257,19 @@ def _init_first_blocks(model: FCViT, key: jax.Array) -> dict[str, Any]:
 def init_variables(model: FCViT, key: jax.Array, jit: Callable = lambda function, *args: jax.jit(function)) -> dict:
     """Draws the initial weights of a classifier.
 
-    They are not those of `model.init`, but drawn by one program that is run once for each block of a stage: compiling
-    the draws of all blocks takes XLA as long as compiling the training step.
+    One program with one block per stage runs once for each block of the deepest stage: compiling the draws of all
+    blocks would take as long as compiling the training step. The weights differ from those of `model.init`.
 
     Args:
       model: the network.
       key: random key.
-      jit: jit(function, *args) makes a compiled function for such arguments.
+      jit: jit(function, *args) returns a jitted function for arguments of these shapes.
 
     Returns:
       {"params": ..., "batch_stats": ...}.
     """
     draw = jit(functools.partial(_init_first_blocks, model), key)
-    # Draw i gives block i of every stage, and draw 0 all the rest as well.
+    # Block i of every stage comes from draw i, all other parameters from draw 0.
     draws = [draw(key), *(draw(jax.random.fold_in(key, i)) for i in range(1, max(model.depths)))]
     params = {name: x for name, x in draws[0]["params"].items() if not name.startswith("stages")}
     for s, depth in enumerate(model.depths):
@@ -298,25 +280,19 @@ def init_variables(model: FCViT, key: jax.Array, jit: Callable = lambda function
 
 def _create(module: type[nn.Module], name: str, overrides: dict[str, Any]) -> Any:
     """Makes a module of a variant and checks its fields."""
-    # JSON and command lines give lists, with which a module could not be hashed.
-    model = module(
-        **VARIANTS[variant(name)] | {key: tuple(x) if isinstance(x, list) else x for key, x in overrides.items()}
-    )
-    rates = ("dropout_rate", "drop_path_rate")
+    # JSON and command lines give lists. A module must be hashable, so they become tuples.
+    fields = {key: tuple(x) if isinstance(x, list) else x for key, x in overrides.items()}
+    model = module(**VARIANTS[variant(name)] | fields)
+    check_range("model", 0, below=1, dropout_rate=model.dropout_rate, drop_path_rate=model.drop_path_rate)
     counts = ("context_heads", "context_reduction", "mix_reduction", "mix_min_dim")
-    check_range("model", 0, below=1, **{key: getattr(model, key) for key in rates})
-    check_range("model", 1, **{key: getattr(model, key) for key in counts})
-    check_range("model", 0, bn_group_size=model.bn_group_size or 0)
-    check_range("model", 1, mlp_kernel_size=model.mlp_kernel_size or 1)
-    for key, low in (("depths", 0), ("dims", 1), ("mlp_ratios", 1), ("kernel_sizes", 1)):
-        sizes = getattr(model, key)
-        if not isinstance(sizes, tuple) or not sizes:
-            raise UserError(f"model.{key}={sizes!r} must be a tuple of numbers.")
-        for size in sizes:
-            check_range("model", low, **{key: size})
-    for key in ("dtype", "param_dtype"):
-        if not _is_supported(getattr(model, key)):
-            raise UserError(f"model.{key}={getattr(model, key)!r} is not supported: choose float32 or bfloat16.")
+    check_counts(1, **{key: getattr(model, key) for key in counts})
+    check_tuples(0, depths=model.depths)
+    check_tuples(1, **{key: getattr(model, key) for key in ("dims", "mlp_ratios", "kernel_sizes")})
+    check_dtypes(model)
+    if model.bn_group_size is not None:
+        check_counts(0, bn_group_size=model.bn_group_size)
+    if model.mlp_kernel_size is not None:
+        check_counts(1, mlp_kernel_size=model.mlp_kernel_size)
     for size in (*model.kernel_sizes, model.mlp_kernel_size):
         if size is not None and size % 2 == 0:
             raise UserError(f"model.kernel_sizes and model.mlp_kernel_size must be odd, which {size} is not.")
@@ -326,21 +302,8 @@ def _create(module: type[nn.Module], name: str, overrides: dict[str, Any]) -> An
 
 
 def create_model(name: str, num_classes: int = 1000, **overrides) -> FCViT:
-    """Makes a variant of FCViT.
-
-    Example::
-
-        model = create_model("fcvit_s12", num_classes=10, drop_path_rate=0.1, bn_group_size=128)
-
-    Args:
-      name: a key of `VARIANTS`; the original's names (fcvit_b12, ...) are accepted too.
-      num_classes: outputs; 0: no head.
-      **overrides: attributes of `FCViT`.
-
-    Raises:
-      UserError: the name is unknown, or a value is not allowed, such as a rate of 1, an even kernel or dtype float16.
-    """
-    check_range("model", 0, num_classes=num_classes)
+    """Makes an FCViT classifier; arguments and errors as in `fcvit_jax.create_model`."""
+    check_counts(0, num_classes=num_classes)
     return _create(FCViT, name, {"num_classes": num_classes, **overrides})
 
 

@@ -252,12 +252,21 @@ def test_every_variant_is_pinned():
         ({"dims": [0, 8, 8, 8]}, "dims=0 must be at least 1"),
         ({"depths": (1, 1, -1, 1)}, "depths=-1 must be at least 0"),
         ({"mlp_kernel_size": -3}, "mlp_kernel_size=-3 must be at least 1"),
+        ({"mlp_kernel_size": 0}, "mlp_kernel_size=0 must be at least 1"),
+        ({"bn_group_size": -1}, "bn_group_size=-1 must be at least 0"),
+        ({"context_heads": 2.5}, "context_heads=2.5 must be a whole number"),
+        ({"kernel_sizes": ()}, "kernel_sizes=.. must be a tuple"),
         ({"num_classes": -1}, "num_classes=-1 must be at least 0"),
     ],
 )
 def test_values_that_make_no_network_are_refused(values, message):
     with pytest.raises(UserError, match=f"model.{message}"):
         create_model("fcvit_tiny", **values)
+
+
+@pytest.mark.parametrize("off", [{"bn_group_size": None}, {"bn_group_size": 0}, {"mlp_kernel_size": None}])
+def test_values_that_turn_an_option_off_are_accepted(off):
+    assert create_model("fcvit_tiny", num_classes=np.int64(3), **off).num_classes == 3
 
 
 @pytest.mark.parametrize(
