@@ -13,20 +13,21 @@ from fcvit_jax import networks
 
 
 def get_config(name: str = "fcvit_s12") -> ConfigDict:
-    """The whole recipe of a variant; docs/recipe.md says where each value comes from."""
+    """The whole recipe of a variant of any network; docs/recipe.md says where each value comes from."""
     variant = networks.settings(name)
     config = ConfigDict()
     config.task = "classification"  # or the import path of a task of your own; fcvit_jax/tasks says what it must have
     config.seed = 42  # of the weights (unless from init_from), the data's order, augmentation, mixing and drop-path
     config.init_from = config_dict.placeholder(str)  # weights to start from: a checkpoint, .pth, .pth.tar or .npz
     config.resume_with_changes = False  # resume a run although its config or data differ
-    config.compilation_cache = True  # keep compiled programs in <workdir>/, unless JAX has a folder for them
+    config.compilation_cache = True  # keep compiled programs in <workdir>/compilation_cache, if JAX has no folder yet
 
     model = config.model = ConfigDict()  # see fcvit_jax.FCViT; a config file may add others of its attributes
-    model.name = name  # a key of fcvit_jax.VARIANTS, or the name that the original gives it
+    model.name = name  # a key of fcvit_jax.VARIANTS, the original's name, or the name of a ViT, DeiT or ConvNeXt
     model.num_classes = 1000  # must equal the dataset's
     model.drop_path_rate = variant["drop_path_rate"]  # of the last block; rises linearly from 0 at the first
-    model.bn_group_size = 128  # images that share batch statistics; 0: all
+    if "bn_group_size" in networks.model_fields(name):  # ViT and ConvNeXt have no batch statistics
+        model.bn_group_size = 128  # images that share batch statistics; 0: all
     model.remat = False  # recompute blocks in the backward pass: less memory, more time
     model.dtype = "bfloat16"  # of computation; parameters, statistics, softmax and loss are float32
 
@@ -38,7 +39,7 @@ def get_config(name: str = "fcvit_s12") -> ConfigDict:
     data.batch_size = 1024  # per update, over all devices and processes
     data.image_size = variant["image_size"]  # height and width in pixels
     data.workers = -1  # decoding processes; -1: one fewer than cores; 0: decode in the training process
-    data.prefetch = 1  # batches in each of a worker's two buffers; the README says what shared memory they take
+    data.prefetch = 1  # batches in each of a worker's two buffers; docs/running.md says what shared memory they take
     data.crop_scale = (0.08, 1.0)  # smallest and largest share of the image's area
     data.crop_ratio = (3 / 4, 4 / 3)  # smallest and largest width over height
     data.flip = 0.5  # probability of a horizontal flip
