@@ -3,9 +3,9 @@
 Example:
   python -m benchmarks.compile_time --batch-size 8 --json compile_time.json
 
-Each variant runs in a process of its own, without the persistent compilation cache. The initial weights are traced,
-compiled and drawn. Seconds are wall-clock time, with processor time in brackets, which says more on a busy machine; XLA
-compiles with several threads.
+Each variant runs in a new process without the persistent compilation cache. The initial weights are traced, compiled
+and drawn. Seconds are wall-clock time; in brackets is processor time, which a busy machine disturbs less. XLA compiles
+with several threads.
 """
 
 import multiprocessing
@@ -20,7 +20,7 @@ from fcvit_jax.networks.fcvit import VARIANTS
 
 
 def measure(name, args):
-    """Figures of one variant, and the machine they are from."""
+    """The figures of one variant, and the machine they were measured on."""
     jax.config.update("jax_enable_compilation_cache", False)
     step = Step(name, args.batch_size, args.image_size, args.dtype, make_mesh(data=1))
     jax.devices()

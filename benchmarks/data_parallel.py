@@ -1,12 +1,12 @@
-"""Time the training step on 1, 2, 4 and 8 simulated CPU devices, and read from its program what the devices exchange.
+"""Time the training step on 1, 2, 4 and 8 simulated CPU devices, and list the collectives of its program.
 
 Example:
   python -m benchmarks.data_parallel --model fcvit_tiny --image-size 64 --json data_parallel.json
 
-The batch is the same for any number of devices, which share the cores of one machine, so times show what the
-partitioning adds and nothing about scaling. BatchNorm and mixing work on groups that lie inside a device ("inside"), or
-on the whole batch ("whole"). Bytes are the payload of each collective in the compiled program, on one device in one
-step; with groups inside, the goal is one all-reduce, of the gradients, the running statistics and the loss.
+The batch is the same for any number of devices, and the devices share the cores of one machine. So times show the cost
+of partitioning, and say nothing about scaling. The groups of BatchNorm and mixing lie inside a device ("inside"), or
+are the whole batch ("whole"). Bytes are the payload of each collective in the compiled program, on one device in one
+step. With groups inside, the goal is one all-reduce, of the gradients, the running statistics and the loss.
 """
 
 import math

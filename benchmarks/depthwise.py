@@ -4,11 +4,11 @@ Example:
   python -m benchmarks.depthwise --quick --json depthwise.json
   python -m benchmarks.depthwise --batch-size 128 --dtype bfloat16 --sizes fcvit_s12 --peak 67 3350
 
-The contestants take turns, so that a busy machine slows all of them alike; the table gives the best turn in
-milliseconds, and that of PyTorch's faster layout divided by the default's (above 1: we are faster); the JSON has the
-medians too. The error is the default's largest difference from `lax` in float32, as a share of the largest value. The
-floor, of which the last column gives the default's share, is the longer of two times at the device's peak rates: the
-multiply-adds in float32, those with the padding included, and one reading and one writing of a map.
+The contestants take turns, so that a busy machine slows all of them equally. The table has the best turn in
+milliseconds, and the time of PyTorch's faster layout divided by the default's (above 1: we are faster). The JSON has
+the medians too. The error is the default's largest difference from `lax` in float32, as a share of the largest value.
+The floor is the longer of two times at the device's peak rates: of the multiply-adds in float32, including those with
+the padding, and of reading and writing a map once. The last column is the floor as a share of the default's time.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +26,7 @@ try:
 except ImportError:
     LAYOUTS = {}
 else:
-    torch.backends.cudnn.benchmark = True  # tries its algorithms, as XLA does
+    torch.backends.cudnn.benchmark = True  # choose the fastest algorithm by trial, as XLA does
     LAYOUTS = {"torch NHWC": torch.channels_last, "torch NCHW": torch.contiguous_format}
 
 PASSES = ("forward", "input gradient", "weight gradient")
@@ -41,7 +41,7 @@ WORTHWHILE = {"cpu": ("lax", "shift", "banded"), "gpu": ("lax", "pallas"), "tpu"
 
 
 def jax_pass(impl, which):
-    """A function of x, kernel and g: the pass of that number in PASSES."""
+    """A function of x, kernel and g that computes pass number `which` of PASSES."""
 
     def run(x, kernel, g):
         if which == 0:
@@ -68,7 +68,7 @@ def torch_device():
 
 
 def torch_repeated(call):
-    """As `repeated`, for a call of PyTorch's."""
+    """Like `repeated`, for a call of PyTorch."""
     return repeated(call, lambda _: torch.cuda.synchronize() if torch_device() == "cuda" else None)
 
 
@@ -97,7 +97,7 @@ def torch_contestant(which, sets):
 
 def draw(size, dtype):
     n, height, width, channels, k = size
-    # On an accelerator, so many inputs that its cache does not hold them and starting a program takes no time.
+    # On an accelerator, several sets of inputs: more than its cache holds, and enough to hide the start of a program.
     for key in jax.random.split(jax.random.key(0), 1 if jax.default_backend() == "cpu" else 4):
         keys = jax.random.split(key, 3)
         x, g = (jax.random.normal(key, (n, height, width, channels), dtype) for key in keys[:2])

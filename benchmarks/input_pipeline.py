@@ -4,12 +4,12 @@ Example:
   python -m benchmarks.input_pipeline --quick --json input_pipeline.json
   python -m benchmarks.input_pipeline imagenet2012 --data-dir /data/tensorflow_datasets
 
-fcvit_jax is `loader.train_batches`. torch is the plain way in PyTorch: a DataLoader that calls the same transform for
-every image; its batches hold the same pixels, which is checked. tf.data does less: it decodes and crops in one op,
-resizes (bicubic with antialiasing) and flips, without RandAugment; its files lie in memory and its workers are threads.
+fcvit_jax is `loader.train_batches`. torch is a DataLoader that calls the same transform for every image; the benchmark
+checks that its batches hold the same pixels. tf.data does less: it decodes and crops in one op, resizes (bicubic with
+antialiasing) and flips, without RandAugment. Its files are in memory, and its workers are threads.
 
-The contestants take turns, so that a busy machine slows all of them alike; each turn starts its workers anew and is
-timed once all of them deliver. The table gives the best turn; the JSON has all of them. Per core means per worker.
+The contestants take turns, so that a busy machine slows all of them equally. Each turn starts new workers, and is timed
+from the moment when all of them deliver. The table has the best turn, the JSON all of them. Per core means per worker.
 """
 
 import argparse
@@ -113,7 +113,7 @@ def read_jpegs(opened, count):
 
 
 def images_per_second(batches, opened, workers, images):
-    """The rate after two batches of each worker: all of them have started by then, and their queues are even."""
+    """The rate after two batches of each worker: by then all have started, and their queues are equally full."""
     for _ in range(2 * workers):
         next(batches)
     steps = -(-images // opened.batch_size)
@@ -124,7 +124,7 @@ def images_per_second(batches, opened, workers, images):
 
 
 def check_pixels(opened):
-    """PyTorch's first batch must be ours."""
+    """Checks that PyTorch's first batch equals ours."""
     (ours,) = loader.train_batches(opened, SEED, 0, 1)
     images, labels = next(torch_batches(opened, 0))
     np.testing.assert_array_equal(images, ours["image"])
@@ -201,7 +201,7 @@ def main():
         elif not read_jpegs(opened, args.batch_size):
             print("Without tf.data: the images are not JPEGs, the only format that decode_and_crop_jpeg reads")
         else:
-            # In a process of its own: PyTorch forks its workers, and TensorFlow's threads do not bear that.
+            # In a separate process: PyTorch forks its workers, which TensorFlow's threads do not survive.
             pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
             contestants["tf.data"] = lambda *arguments: pool.submit(time_tf_data, *arguments).result()
         rates = take_turns(contestants, opened, images, turns)

@@ -1,9 +1,9 @@
-"""Kills a run at random moments, restarts it each time, and compares its result with that of an undisturbed run.
+"""Kill a run at random moments, restart it each time, and compare its result with that of an undisturbed run.
 
     python -m benchmarks.kill_resume --kills 20
 
-Everything is on: asynchronous saves every few steps, evaluation, averages, drop-path, mixing, erasing, worker
-processes. Exits with 1 if the results differ in any bit.
+Every feature is on: asynchronous saves every few steps, evaluation, averages, drop-path, mixing, erasing, worker
+processes. The exit status is 1 if the results differ in any bit.
 """
 
 import argparse
@@ -31,7 +31,7 @@ FLAGS = """--config=configs/digits.py --config.data.workers=2 --config.train.log
 
 
 def record(workdir: Path) -> list[dict]:
-    """The lines of metrics.jsonl, without what clocks have to do with."""
+    """The lines of metrics.jsonl, without the figures that depend on time."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in CLOCKS} for line in lines]
 
@@ -43,7 +43,7 @@ def arrays(step: Path) -> dict:
 
 
 def assert_same_end(a: Path, b: Path) -> None:
-    """Two runs are bitwise the same: final and best state, best metric, and the record, in which no step is twice."""
+    """Asserts that two runs are bitwise equal: final and best state, best metric, and record (every step once)."""
     for folder in ("checkpoints", "best"):
         jax.tree.map(np.testing.assert_array_equal, *(arrays(find_step(workdir / folder)) for workdir in (a, b)))
     assert load_metadata(a / "best") == load_metadata(b / "best")
@@ -64,7 +64,7 @@ def finish(process: subprocess.Popen, workdir: Path) -> None:
 
 
 def last_step(workdir: Path) -> int:
-    """The last step that the record speaks of, which may be from before a kill."""
+    """The last step in the record, which may be from before a kill."""
     try:
         return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     except (OSError, IndexError, ValueError):
@@ -75,14 +75,14 @@ def kill_and_resume(workdir: Path, flags: list[str], steps: int, kills: int, see
     """Kills a run again and again, then lets it finish.
 
     Args:
-      workdir: its folder, new.
-      flags: of main.py, the number of steps among them.
-      steps: that number.
-      kills: how often; every fourth time while it starts, otherwise up to 0.1 s after a random step.
-      seed: of the moments.
+      workdir: a new folder for the run.
+      flags: of main.py, including the number of steps.
+      steps: the number of steps.
+      kills: how often to kill it: every fourth time while it starts, otherwise up to 0.1 s after a random step.
+      seed: of the moments of the kills.
 
     Returns:
-      The step that the record was at, kill by kill.
+      The last step in the record at each kill.
     """
     rng = np.random.default_rng(seed)
     targets = np.linspace(1, 0.75 * steps, kills + 1)  # well before the end
@@ -93,7 +93,7 @@ def kill_and_resume(workdir: Path, flags: list[str], steps: int, kills: int, see
             time.sleep(rng.uniform(0, 10))
         else:
             target = rng.integers(targets[number], targets[number + 1], endpoint=True)
-            target = max(target, last_step(workdir) + 1)  # not before it has gone on
+            target = max(target, last_step(workdir) + 1)  # not before it has made progress
             while last_step(workdir) < target and process.poll() is None:
                 time.sleep(0.005)
             time.sleep(rng.uniform(0, 0.1))

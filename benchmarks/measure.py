@@ -1,4 +1,4 @@
-"""What the benchmarks of the step share: the step itself, timing in turns, and what figures were measured with."""
+"""Shared by the benchmarks: the training step, timing in turns, and a description of the machine."""
 
 import argparse
 import json
@@ -24,21 +24,21 @@ ITEM_BYTES = {"pred": 1, "u8": 1, "bf16": 2, "f32": 4, "s32": 4, "u32": 4}  # of
 
 
 def make_parser(description):
-    """The command line that the benchmarks of the network share; `report` takes what it gives."""
+    """The command line that all benchmarks of the network have; `report` takes its arguments."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="PATH", help="write the figures, versions and machine here as well")
     return parser
 
 
 def report(args, rows, **figures):
-    """Writes figures and the arguments that they were measured with, where --json asks for it."""
+    """Writes the figures and the arguments of the benchmark, if --json is given."""
     if args.json:
         with open(args.json, "w") as file:
             json.dump({**figures, **vars(args), "rows": rows}, file, indent=1)
 
 
 def repeated(call, wait=jax.block_until_ready):
-    """A contestant: makes so many calls, of which each may return before its work is done, and waits for the last."""
+    """A contestant: it makes several calls, which may return before their work is done, and waits for the last."""
 
     def run(calls):
         for _ in range(calls):
@@ -116,7 +116,7 @@ class Step:
 
 
 def about():
-    """The machine and the versions that figures were measured with."""
+    """The machine and the versions that the figures are from."""
     versions = {}
     for package in ("jax", "torch", "timm"):
         try:

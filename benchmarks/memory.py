@@ -4,8 +4,8 @@ Example:
   python -m benchmarks.memory --json memory.json
   python -m benchmarks.memory -- --config.data.dataset=synthetic --config.model.num_classes=1000
 
-The figures are the resident memory of the training process, and of its workers together, without pages of files, which
-the kernel may drop and read again.
+The figures are the resident memory of the training process and of all its workers. Pages of files are not counted,
+since the kernel can drop them and read them again.
 """
 
 import sys
@@ -18,7 +18,7 @@ from benchmarks.measure import about, make_parser, report
 
 
 def resident_mib(pid):
-    """MiB of a process and, summed up, of its children; 0 for what has ended."""
+    """MiB of a process, and of its children together; 0 for a process that has ended."""
 
     def one(pid):
         try:

@@ -5,10 +5,10 @@ Example:
   python -m benchmarks.tpu_schedule --json tpu_schedule.json
   python -m benchmarks.tpu_schedule --models fcvit_s12 --json tpu_step.json
 
-A TPU core runs one bundle of instructions a cycle, in the order that the compiler has fixed. The compiler is made to
-write its schedules down; an operation takes at least its bundles times its iterations, or the time of its transfers
-from and to HBM, and the program at least the sum of these. Waiting for memory or other cores, and whatever else only a
-TPU shows, is not in these figures: they are lower bounds, not measurements.
+A TPU core runs one bundle of instructions per cycle, in the order that the compiler has fixed. The compiler writes its
+schedules to files. An operation takes at least its bundles times its iterations, or the time of its transfers from and
+to HBM; a program takes at least the sum of its operations. Waiting for memory or for other cores is not included, nor
+is anything else that only a TPU shows. So the figures are lower bounds, not measurements.
 """
 
 import math
@@ -21,7 +21,7 @@ from pathlib import Path
 from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # no TPU host to ask for its metadata
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no TPU VM whose metadata could be read
 
 import jax
 import jax.numpy as jnp
@@ -43,14 +43,14 @@ INSTRUCTION = re.compile(r"\s*(?:ROOT )?(%[\w.-]+) = (.*?) [\w-]+\((.*?)\)")
 
 
 def hbm_bytes(shape):
-    """Bytes of an HLO shape's arrays, but of those in VMEM, S(1)."""
+    """Bytes of an HLO shape's arrays, except those in VMEM, S(1)."""
     arrays = re.findall(r"(\w+)\[([\d,]+)\](\{[^}]*\})", shape)
     in_hbm = [(dtype, dims.split(",")) for dtype, dims, layout in arrays if "S(1)" not in layout]
     return sum(ITEM_BYTES.get(dtype, 0) * math.prod(map(int, dims)) for dtype, dims in in_hbm)
 
 
 def milliseconds(lowered, dump):
-    """The least time of a program: of its bundles alone, and with every operation no faster than HBM."""
+    """Lower bounds of a program's time: by its bundles alone, and with every operation at most as fast as HBM."""
     for file in dump.iterdir():
         file.unlink()
     text = lowered.compile().as_text()
@@ -79,7 +79,7 @@ def milliseconds(lowered, dump):
 
 
 def convolution(size, which, batch_size, dtype, device, dump):
-    """{impl: milliseconds} of a pass."""
+    """{impl: milliseconds} of one pass."""
     height, width, channels, k = size
     sharding = SingleDeviceSharding(device)
     x = jax.ShapeDtypeStruct((batch_size, height, width, channels), dtype, sharding=sharding)

@@ -4,16 +4,17 @@ Example:
   python -m benchmarks.train_step --models fcvit_tiny fcvit_s12 --batch-size 8 --json train_step.json
   python -m benchmarks.train_step --batch-size 128 --dtype bfloat16 --peak-tflops 989 --json train_step.json
 
-All contestants take turns, so that a busy machine slows them alike; on a GPU a turn is ten steps before one wait. They
-are FCViT here and in PyTorch (the tests' reference), with channels last (NHWC) and first (NCHW), of which the last
-column takes the faster, and timm's convnext_tiny and poolformer_s12 where timm is installed. Our step is
-`fcvit_jax.train.train_step`, which takes uint8 images and includes mixing, erasing, drop-path and AdamW; PyTorch's
-takes normalised images and includes only AdamW. With bfloat16 PyTorch runs under autocast, on a GPU with torch.compile.
+All contestants take turns, so that a busy machine slows them equally; on a GPU a turn is ten steps and one wait. They
+are FCViT here, FCViT in PyTorch (the tests' reference) with channels last (NHWC) and first (NCHW), and timm's
+convnext_tiny and poolformer_s12 if timm is installed. The last column compares with PyTorch's faster layout. Our step
+is `fcvit_jax.run.step.train_step`: it takes uint8 images and includes mixing, erasing, drop-path and AdamW. PyTorch's
+step takes normalised images and includes only AdamW. With bfloat16 PyTorch runs under autocast, on a GPU with
+torch.compile.
 
-Utilisation is useful operations a second over those of a large matrix product in the same dtype (measured, or
---peak-tflops): two for each multiply-add of the forward pass as `fcvit_jax.summary` counts them (XLA's own count takes
-a loop's body once), three times that for a step. MiB: arguments, results and temporaries of the compiled program, or
-the most that PyTorch allocated (on a GPU).
+Utilisation is the rate of useful operations, divided by the rate of a large matrix product in the same dtype (measured,
+or --peak-tflops). Useful operations are two for each multiply-add of the forward pass as `fcvit_jax.summary` counts
+them, and three times that for a step. (XLA's count includes a loop's body only once.) MiB are the arguments, results
+and temporaries of the compiled program, or the most that PyTorch allocated on a GPU.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-# PyTorch shares the GPU.
+# PyTorch uses the same GPU, so JAX must not reserve its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
@@ -47,7 +48,7 @@ else:
 
 
 def program_mib(compiled):
-    """What a program holds at most: results that take the place of arguments count once."""
+    """The most memory that a program holds. Results that reuse the memory of arguments count once."""
     memory = compiled.memory_analysis()
     size = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return (size + memory.temp_size_in_bytes) / 2**20
@@ -68,7 +69,7 @@ def jax_contestants(name, args):
 
 
 def torch_contestants(make_network, args, layout):
-    """{pass: (run, MiB)} of a PyTorch network; its memory is known on a GPU only."""
+    """{pass: (run, MiB)} of a PyTorch network; MiB is None on a CPU."""
     device = torch_device()
     network = make_network().to(device, memory_format=layout)
     images = torch.tensor(normal_images(args), device=device).permute(0, 3, 1, 2).contiguous(memory_format=layout)

@@ -76,9 +76,9 @@ def _with_recipes(argv: list[str]) -> list[str]:
 
     def find(match: re.Match) -> str:
         recipe = recipes / f"{Path(match[2]).stem}.py"
-        return f"{match[1]}{recipe}{match[3] or ''}" if recipe.is_file() and not Path(match[2]).exists() else match[0]
+        return f"{match[1]}{recipe}{match[3]}" if recipe.is_file() and not Path(match[2]).exists() else match[0]
 
-    return [re.sub(r"^(--?config=)([^:]+)(:.*)?$", find, arg) for arg in argv]
+    return [re.sub(r"^(--?config=)([^:]+)(:.*|)$", find, arg) for arg in argv]
 
 
 def parse_flags(argv: list[str]) -> list[str]:

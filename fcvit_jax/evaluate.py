@@ -28,7 +28,7 @@ from fcvit_jax.run.config import check_config, check_processes, check_sizes, cla
 
 @functools.cache  # so that later evaluations find what JAX has compiled for the first
 def _compiled(eval_step: Callable, mesh: Mesh) -> Callable:
-    # On every device whole: with several processes, each can then read all of it.
+    # Outputs are replicated on every device, so that every process can read all of them.
     whole = NamedSharding(mesh, PartitionSpec())
     return jax.jit(eval_step, static_argnums=0, out_shardings=whole)
 
@@ -122,7 +122,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
         variables = convert.load_pretrained(path, networks.with_fields(model, param_dtype=jnp.float32), partial=False)
     check_processes(config, data)
     variables = jax.device_put(variables, state_shardings(variables, mesh))
-    # What training computes in parts may not fit in memory whole.
+    # Evaluate with the batch size of one part of a training batch; the full batch may not fit in memory.
     data = dataclasses.replace(data, batch_size=data.batch_size // config.train.accumulate)
     with StopSignal() as stop:
         result = evaluate(task, model, variables, data, mesh, stop.watch)

@@ -1,6 +1,6 @@
-"""Writes a network as a program that JAX alone runs: `python -m fcvit_jax.export --checkpoint runs/digits exported`.
+"""Writes a network as a program: `python -m fcvit_jax.export --checkpoint runs/digits exported`.
 
-To run it, with nothing installed but JAX and flatbuffers::
+The program needs only JAX and flatbuffers to run::
 
     program = jax.export.deserialize(open("exported/model.jax_export", "rb").read())
     logits = program.call(images)                   # images (N, S, S, 3) uint8, any N; logits (N, num_classes) float32
@@ -23,17 +23,17 @@ from fcvit_jax.predict import CHECKPOINT_HELP
 from fcvit_jax.run.saved import load
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-_OF_THE_RUN = ("best", "evaluated", "num_eval", "num_train")  # metadata that say nothing of the program
+_OF_THE_RUN = ("best", "evaluated", "num_eval", "num_train")  # metadata that do not describe the network
 
 
 def export(checkpoint: str | Path, dest: str | Path) -> None:
-    """Writes three files that hold what evaluation uses of a checkpoint.
+    """Writes three files with the weights that evaluation uses of a checkpoint (averages, if the run kept them).
 
-    - `model.jax_export`: a serialised `jax.export` program with weights and normalisation in it, for CPU, CUDA and TPU:
-      uint8 (N, S, S, 3) -> logits float32 (N, num_classes), or the pooled features of a network without a head.
-    - `model.json`: "class_names", "image_size" (S), "crop_pct" (an image is resized, bicubic, to a
-      shorter side of floor(S / crop_pct), and its centre cropped), "task", and "model", the arguments of its
-      `create_model`.
+    - `model.jax_export`: a serialised `jax.export` program for CPU, CUDA and TPU. Weights and normalisation are part of
+      it. It maps images uint8 (N, S, S, 3) to logits float32 (N, num_classes), or to the pooled features of a network
+      without a head.
+    - `model.json`: "class_names", "image_size" (S), "crop_pct", "task", and "model" (the arguments of the task's
+      `create_model`). Resize an image (bicubic) to a shorter side of floor(S / crop_pct), and crop its centre.
     - `model.safetensors`: the variables by path, "params/stem/conv/kernel", ...
 
     Args:
@@ -62,15 +62,15 @@ def export(checkpoint: str | Path, dest: str | Path) -> None:
             (dest / name).write_bytes(content)
             print(f"{dest / name}: {len(content):,} bytes")
     except OSError as error:
-        shutil.rmtree(dest, ignore_errors=True)  # else it would be refused the next time
+        shutil.rmtree(dest, ignore_errors=True)  # otherwise the next attempt would refuse the folder
         raise UserError(f"{error.filename or dest} cannot be written: {error.strerror}.") from error
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m fcvit_jax.export",
-        description="Write a network as a jax.export program for any batch size on CPU, CUDA and TPU, weights "
-        "and normalisation included, with its labels (JSON) and weights (safetensors) beside it.",
+        description="Write a network as a jax.export program for any batch size on CPU, CUDA and TPU. Weights and "
+        "normalisation are part of it. Its labels (JSON) and its weights (safetensors) are written beside it.",
         epilog="example: python -m fcvit_jax.export --checkpoint runs/digits exported/digits",
     )
     parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)

@@ -1,4 +1,4 @@
-"""The learning rate over a run, AdamW as the recipe wants it, and the moving average of the weights."""
+"""Learning-rate schedules, AdamW with the recipe's rules of weight decay, and the moving average of the weights."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def make_schedule(
     cooldown_epochs: int = 10,
     per_step: bool = False,
 ) -> optax.Schedule:
-    """Makes the learning rate as a function of the step: a linear warm-up, then a cosine, then a constant.
+    """Makes the learning rate as a function of the step: a linear warm-up, a cosine, and a constant at the end.
 
     By default the rate is constant within an epoch, as in the original: in epoch e, counted from 0, it is
 
@@ -28,14 +28,15 @@ def make_schedule(
         e < epochs:         min_lr + (base_lr - min_lr) * (1 + cos(pi * e / epochs)) / 2
         later:              min_lr
 
-    where the cosine begins at epoch 0, so that the rate joins it below base_lr. With `per_step`, at step s, with
-    w = warmup_epochs * steps_per_epoch and n = epochs * steps_per_epoch, it is continuous:
+    The cosine begins at epoch 0, not after the warm-up, so the rate never reaches base_lr. With `per_step` the rate is
+    continuous and reaches base_lr. At step s, with w = warmup_epochs * steps_per_epoch and
+    n = epochs * steps_per_epoch, it is
 
         s < w:              warmup_lr + (base_lr - warmup_lr) * s / w
         s < n:              min_lr + (base_lr - min_lr) * (1 + cos(pi * (s - w) / (n - w))) / 2
         later:              min_lr
 
-    Either is within a relative 1e-6 of these values, in float32 and under `jax.jit`.
+    Both are within a relative 1e-6 of these values, in float32 and under `jax.jit`.
 
     Example::
 
@@ -45,11 +46,11 @@ def make_schedule(
     Args:
       base_lr: the rate that the warm-up leads to.
       steps_per_epoch: updates in an epoch.
-      epochs: epochs until the cosine ends, the warm-up included.
+      epochs: epochs until the cosine ends, including the warm-up.
       warmup_epochs: epochs of warm-up.
       warmup_lr: rate of the first step.
       min_lr: rate at the end of the cosine.
-      cooldown_epochs: epochs at min_lr that follow; after the last epoch the rate stays as it is.
+      cooldown_epochs: epochs at min_lr after the cosine. After the last epoch the rate stays as it is.
       per_step: change the rate at every step.
 
     Raises:
@@ -66,7 +67,7 @@ def make_schedule(
 
         def schedule(step):
             warmup = warmup_lr + (base_lr - warmup_lr) * (step / max(warmup_steps, 1))
-            # (1 + cos(pi - 2x)) / 2 = sin(x)^2, which loses no digits near the end.
+            # Written as sin(x)^2, which equals (1 + cos(pi - 2x)) / 2 and keeps its precision near the end.
             left = jnp.maximum(steps - step, 0) / max(steps - warmup_steps, 1)
             cosine = min_lr + (base_lr - min_lr) * jnp.sin(jnp.pi / 2 * left) ** 2
             return jnp.where(step < warmup_steps, warmup, cosine)
@@ -81,10 +82,10 @@ def make_schedule(
 
 
 def make_poly_schedule(base_lr: float = 2e-4, steps: int = 40_000, power: float = 0.9) -> optax.Schedule:
-    """Makes the learning rate of segmentation as a function of the step: it falls to 0 as a power of what is left.
+    """Makes segmentation's learning rate as a function of the step: a polynomial that falls to 0, without warm-up.
 
-    At step s it is base_lr * (1 - s / steps) ** power, within a relative 1e-6, in float32 and under `jax.jit`; after
-    the last step, 0. There is no warm-up.
+    At step s it is base_lr * (1 - s / steps) ** power, within a relative 1e-6, in float32 and under `jax.jit`. Later
+    it is 0.
 
     Example::
 
@@ -101,7 +102,7 @@ def make_poly_schedule(base_lr: float = 2e-4, steps: int = 40_000, power: float 
     """
     check_range("optim", 0, base_lr=base_lr, power=power)
     check_range("optim", 1, steps=steps)
-    # Not 1 - step / steps, which loses its digits near the end.
+    # 1 - step / steps would lose precision near the end.
     return lambda step: base_lr * (jnp.maximum(steps - step, 0) / steps) ** power
 
 
@@ -125,29 +126,29 @@ def make_optimizer(
     clip_norm: float | None = None,
     head_lr_multiplier: float = 1.0,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Makes AdamW with its schedule; the rate, given for `lr_batch_size` images per update, scales with the batch.
+    """Makes AdamW and its schedule. The rate `lr` is for `lr_batch_size` images and is scaled to the batch.
 
-    Weight decay is decoupled and follows the current rate. It acts on parameters of two or more dimensions: not on
-    biases (of any shape), layer scales and the affine parameters of norms and contexts.
+    Weight decay is decoupled and is multiplied by the current rate. It acts on parameters of two or more dimensions. It
+    does not act on biases, layer scales, or the affine parameters of norms and contexts.
 
     Example::
 
-        tx, schedule = make_optimizer(steps_per_epoch=1251, epochs=300, batch_size=1024)     # as by default: ImageNet's
+        tx, schedule = make_optimizer(steps_per_epoch=1251, epochs=300, batch_size=1024)     # ImageNet's, the defaults
         state = tx.init(params)
 
     Args:
       steps_per_epoch: updates in an epoch.
       epochs: epochs until the cosine ends; the run is `cooldown_epochs` longer.
       batch_size: images in an update, over all devices.
-      steps: updates of the whole run, on which this schedule does not depend: a run may stop early.
+      steps: updates of the whole run. It is ignored: a run that stops early has the schedule of the whole run.
       lr: learning rate at the top of the schedule, for `lr_batch_size` images.
       lr_batch_size: the rate used is lr * batch_size / lr_batch_size; None or 0: lr itself.
-      weight_decay: an update removes this share of a weight, times the rate.
+      weight_decay: an update subtracts the rate times this times the weight.
       b1, b2: decay of the first and second moments.
       eps: added to the root of the second moment.
-      warmup_epochs, warmup_lr, min_lr, cooldown_epochs, per_step: as in `make_schedule`; rates are used as given.
+      warmup_epochs, warmup_lr, min_lr, cooldown_epochs, per_step: as in `make_schedule`; these rates are not scaled.
       clip_norm: the largest global norm of the gradients; None or 0: no clipping.
-      head_lr_multiplier: factor on the updates, decay included, of the parameters under "head".
+      head_lr_multiplier: factor on the updates of the parameters under "head", including their decay.
 
     Returns:
       The gradient transformation, and the schedule (step -> rate, float32).
@@ -157,8 +158,9 @@ def make_optimizer(
     """
     del steps
     check_range("optim", 0, lr=lr, weight_decay=weight_decay, head_lr_multiplier=head_lr_multiplier)
-    check_range("optim", 1e-30, eps=eps)  # with 0, a parameter without gradient becomes 0 / 0
-    check_range("optim", 0, lr_batch_size=lr_batch_size or 0, clip_norm=clip_norm or 0)
+    check_range("optim", 1e-30, eps=eps)  # with 0, the update of a parameter without gradient is 0 / 0
+    optional = {"lr_batch_size": lr_batch_size, "clip_norm": clip_norm}
+    check_range("optim", 0, **{key: value for key, value in optional.items() if value is not None})
     check_range("optim", 0, below=1, b1=b1, b2=b2)
     base_lr = scale_lr(lr, lr_batch_size, batch_size)
     for name, value in {"warmup_lr": warmup_lr, "min_lr": min_lr}.items():
@@ -171,7 +173,7 @@ def make_optimizer(
         base_lr, steps_per_epoch, epochs, warmup_epochs, warmup_lr, min_lr, cooldown_epochs, per_step
     )
     parts = [
-        # The same state with clipping and without, so that a run may go on with it.
+        # The optimiser's state is the same with and without clipping, so that a run may switch it on.
         optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
         optax.adamw(schedule, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask),
     ]
@@ -181,19 +183,19 @@ def make_optimizer(
 
 
 def scale_lr(lr: float, lr_batch_size: int | None, batch_size: int) -> float:
-    """The rate `lr`, given for `lr_batch_size` images an update (None or 0: for any), for `batch_size` images."""
+    """Scales a rate for `lr_batch_size` images per update to `batch_size` images; None or 0: returns it as it is."""
     return lr * batch_size / lr_batch_size if lr_batch_size else lr
 
 
 def decay_mask(params: Any) -> Any:
-    """Which parameters decay: those of two or more dimensions that are no biases; a tree of bool like `params`."""
+    """A tree like `params` of bool: True for parameters of two or more dimensions that are no biases, which decay."""
     return jax.tree.map_with_path(
         lambda path, p: p.ndim > 1 and not jax.tree_util.keystr(path, simple=True).endswith("bias"), params
     )
 
 
 def update_ema(ema: Any, new: Any, decay: float) -> Any:
-    """Moves an exponential moving average towards new values, without warm-up or bias correction, as the original does.
+    """Updates an exponential moving average, without warm-up or bias correction, as the original does.
 
     Args:
       ema: a pytree of float32 arrays.

@@ -20,12 +20,12 @@ from fcvit_jax.run.saved import load
 
 @dataclasses.dataclass
 class Part:
-    """What a part of the network costs, for one image.
+    """The cost of a part of the network for one image.
 
     Attributes:
-      shape: of its output, without the batch.
-      parameters: how many values are trained.
-      multiply_adds: of convolutions and matrix products, as the paper counts them, not as a platform computes them.
+      shape: of the part's output, without the batch.
+      parameters: the number of trained values.
+      multiply_adds: in convolutions and matrix products, as the paper counts them. A platform may compute more.
     """
 
     shape: tuple[int, ...] = ()
@@ -34,7 +34,7 @@ class Part:
 
 
 def summarize(model: nn.Module, image_size: int = 224) -> dict[str, Part]:
-    """Counts what the parts of a network cost, by tracing it: nothing is compiled or computed.
+    """Counts the cost of the parts of a network by tracing it. Nothing is compiled or computed.
 
     Example::
 
@@ -63,10 +63,10 @@ def summarize(model: nn.Module, image_size: int = 224) -> dict[str, Part]:
             part.shape = out.shape[1:]
             part.parameters += sum(x.size for x in jax.tree.leaves(module.variables["params"]))
         if isinstance(module, nn.Conv | nn.Dense | Conv1x1 | DepthwiseConv):
-            # Each weight meets one input per output position.
+            # Each weight is multiplied once for every output position.
             part.multiply_adds += module.variables["params"]["kernel"].size * math.prod(out.shape[:-1])
         elif isinstance(module, GlobalContext) and module.weighted:
-            part.multiply_adds += args[0].size  # the similarity: every value times its head's query
+            part.multiply_adds += args[0].size  # the similarity multiplies every value by its head's query
         return out
 
     with nn.intercept_methods(count):
@@ -76,7 +76,7 @@ def summarize(model: nn.Module, image_size: int = 224) -> dict[str, Part]:
 
 
 def _part_name(module_name: str) -> str:
-    """The part that a module belongs to: for a block, all blocks of its stage."""
+    """The name of the part that a module belongs to. All blocks of a stage are one part."""
     return re.sub(r"_block_\d+$", "", module_name).replace("_", " ")
 
 

@@ -323,9 +323,9 @@ def _train(run: Run, loop: Loop, state: TrainState) -> TrainState:
             state, metrics = loop.step(state, global_batch(batch, run.mesh))
         # On a CPU the step is done by now, on an accelerator it has only begun.
         done = time.perf_counter() if metrics["loss"].is_ready() else None
-        del batch  # it lies in memory that a worker shares, and must not outlive the loader
+        del batch  # its memory is shared with a worker, and must not be used after the loader is closed
         if pending:
-            _report(loop, *pending)  # while the next step is under way, so that the device never waits for the host
+            _report(loop, *pending)  # while the next step runs, so that the device never waits for the host
         pending = step, metrics, done
         loop.profiler.after(step, metrics)
         loop.stop.poll()
@@ -336,7 +336,7 @@ def _train(run: Run, loop: Loop, state: TrainState) -> TrainState:
 
 
 def _report(loop: Loop, step: int, metrics: Mapping[str, jax.Array], done: float | None) -> None:
-    """Records the metrics of a step, where its numbers are good; `done` as in `Progress.update`."""
+    """Records the metrics of a step, or raises a UserError if one is not finite; `done` as in `Progress.update`."""
     values = {f"train/{name}": float(value) for name, value in jax.device_get(metrics).items()}
     if not all(map(math.isfinite, values.values())):
         numbers = ", ".join(f"{name.removeprefix('train/')} {value}" for name, value in values.items())
@@ -350,11 +350,11 @@ def _report(loop: Loop, step: int, metrics: Mapping[str, jax.Array], done: float
 
 def _evaluate(run: Run, loop: Loop, state: TrainState, notes: Notes) -> Notes:
     """Evaluates the state; returns the notes with the result, or as they are if the run is to stop."""
-    # What training computes in parts may not fit in memory whole.
+    # Evaluate with the batch size of one part of a training batch; the full batch may not fit in memory.
     data = dataclasses.replace(run.data, batch_size=run.data.batch_size // run.config.train.accumulate)
     try:
         result = evaluate(run.task, run.model, state.eval_variables, data, run.mesh, loop.stop.watch)
-    except UserError:  # a broken image, on all processes alike: once it is replaced, the run goes on from here
+    except UserError:  # an image is broken; the run continues from here once the user has replaced it
         _save(run, loop.checkpointer, state, notes)
         loop.checkpointer.wait()
         raise

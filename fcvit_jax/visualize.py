@@ -1,4 +1,4 @@
-"""Draws what a network attends to and how runs went: `python -m fcvit_jax.visualize similarity|curves ...`."""
+"""Draws similarity maps and the curves of runs: `python -m fcvit_jax.visualize similarity|curves ...`."""
 
 import argparse
 import functools
@@ -22,33 +22,33 @@ from fcvit_jax.errors import UserError, exit_on_error
 from fcvit_jax.networks.normalize import normalize
 from fcvit_jax.predict import CHECKPOINT_HELP, find_images, load, read_image
 
-# Okabe and Ito's colours, which stay apart for every kind of colour vision; without yellow, too pale for lines.
+# Okabe and Ito's colours, which people with any colour vision can tell apart. Yellow is left out: too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MAX_IMAGES = 32  # of one picture
+_MAX_IMAGES = 32  # in one picture
 
 
 def similarity_maps(
     model: nn.Module, variables: Mapping[str, Any], images: np.ndarray, block: str | None = None
 ) -> tuple[str, np.ndarray]:
-    """Computes the token-global similarity of the last context in a block, in the order of the paper's figure 3.
+    """Computes the similarity of every position to the image's mean, by the last context of a block (paper, figure 3).
 
     Args:
       model: the network.
       variables: its variables.
       images: (N, H, W, 3) uint8.
-      block: its name, such as "stages_3_block_1"; None: the last one whose map is larger than a single position.
+      block: the block's name, such as "stages_3_block_1"; None: the last block whose map has more than one position.
 
     Returns:
-      The block's name, and (N, h, w, context_heads) float32: of zero mean and unit variance per image.
+      The block's name, and (N, h, w, context_heads) float32, with zero mean and unit variance for each image.
 
     Raises:
-      UserError: there is no such block, its map is a single position, or the network computes no similarity.
+      UserError: there is no such block, its map has only one position, or the network computes no similarity.
     """
     sown = traverse_util.flatten_dict(_intermediates(model, variables, images))
     paths = sorted((path for path in sown if path[-1] == "similarity"), key=_natural_order)
     if not paths:
         raise UserError("The network computes no similarity: it has no weighted context.")
-    maps = {path[0]: np.asarray(sown[path][0]) for path in paths}  # of several contexts in a block, the last
+    maps = {path[0]: np.asarray(sown[path][0]) for path in paths}  # the last context of a block replaces the others
     wide = [name for name in maps if maps[name][0, ..., 0].size > 1]
     if not wide or (block is not None and block not in wide):
         raise UserError(f"There is no map to draw of block {block}: choose from {', '.join(wide)}.")
@@ -56,7 +56,7 @@ def similarity_maps(
 
 
 def _natural_order(path: Sequence[str]) -> list:
-    """Sorts numbers in names by value: block 2 before block 10."""
+    """A sort key that compares numbers in names by value: block 2 comes before block 10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", "/".join(path))]
 
 
@@ -73,7 +73,7 @@ def head_correlation(maps: np.ndarray) -> float:
       maps: (h, w, heads).
 
     Returns:
-      In [-1, 1]; NaN where no two heads have a map that varies.
+      A number in [-1, 1]; NaN if fewer than two heads have a map that varies.
     """
     maps = maps.reshape(-1, maps.shape[-1])
     maps = maps[:, maps.std(0) > 0]
@@ -82,12 +82,12 @@ def head_correlation(maps: np.ndarray) -> float:
 
 
 def _literal(text: str) -> str:
-    """Text for matplotlib, which sets what is between two $ as a formula, and refuses bytes that are no UTF-8."""
+    """Escapes text for matplotlib, which reads text between two $ as a formula, and refuses what is not UTF-8."""
     return text.replace("$", r"\$").encode(errors="replace").decode()
 
 
 def draw_similarity(images: Sequence[np.ndarray], maps: np.ndarray, names: Sequence[str], title: str) -> Figure:
-    """Draws one row per image: the image, then the map of each head laid over it, each on a scale of its own.
+    """Draws one row per image: the image, then the standardised map of each head on top of the grey image.
 
     Args:
       images: (H, W, 3) uint8 each.
@@ -99,7 +99,7 @@ def draw_similarity(images: Sequence[np.ndarray], maps: np.ndarray, names: Seque
     size = 1.35 * (heads + 1) + 1.5, 1.7 * len(images) + 1.0
     figure = Figure(figsize=size, dpi=150, layout="compressed")
     axes = figure.subplots(len(images), heads + 1, squeeze=False)
-    # As the correlation sees them: heads differ so much in strength that on one scale most would be of one colour.
+    # Standardised, as in the correlation. Heads differ so much in strength that most maps would show a single colour.
     deviations = (maps - maps.mean((1, 2), keepdims=True)) / np.maximum(maps.std((1, 2), keepdims=True), 1e-6)
     norm = Normalize(*np.percentile(deviations, (1, 99)))
     for row, image, image_maps, drawn, name in zip(axes, images, maps, deviations, names, strict=True):
@@ -110,7 +110,7 @@ def draw_similarity(images: Sequence[np.ndarray], maps: np.ndarray, names: Seque
         label = _literal(name if len(name) <= 18 else "…" + name[-17:])
         row[0].set_xlabel(f"{label}\nr = {head_correlation(image_maps):.2f}", fontsize=9)
         for head, axis in enumerate(row[1:]):
-            # Grey and of weak contrast, so that light and colour mean similarity.
+            # Grey with weak contrast, so that brightness and colour show the similarity.
             axis.imshow(grey, cmap="gray", vmin=-200, vmax=455)
             axis.imshow(
                 drawn[..., head],
@@ -134,7 +134,8 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
     """The lines of a run's metrics.jsonl.
 
     Raises:
-      UserError: there is no such file, it is empty, or a line cannot be read (except the last, cut off by a kill).
+      UserError: there is no such file, it is empty, or a line cannot be read. The last line may be incomplete, since a
+        kill can cut it off.
     """
     path = workdir / "metrics.jsonl"
     try:
@@ -173,7 +174,7 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], metric: str |
         metric = next(evaluated, "not evaluated yet")
     figure = Figure(figsize=(12, 4.2 + 0.25 * len(runs)), dpi=120, layout="constrained")
     loss, rate, quality = figure.subplots(1, 3)
-    handles, labels = [], []  # given to the legend as they are: it would leave out names that begin with "_"
+    handles, labels = [], []  # passed to the legend directly, which otherwise leaves out names that begin with "_"
     for (name, metrics), colour in zip(runs.items(), itertools.cycle(COLOURS), strict=False):
 
         def curve(axis, key, scale=1.0, metrics=metrics, **style):
@@ -229,7 +230,9 @@ def _curves(args: argparse.Namespace) -> Figure:
     runs = {str(workdir): read_metrics(workdir) for workdir in args.workdirs}
     metrics = {_metric(workdir) for workdir in args.workdirs}
     if len(metrics) > 1:
-        raise UserError(f"These runs are of different tasks ({', '.join(sorted(metrics))}): draw each task by itself.")
+        raise UserError(
+            f"These runs have different main metrics ({', '.join(sorted(metrics))}): draw the runs of each task apart."
+        )
     return draw_curves(runs, metrics.pop())
 
 
@@ -237,23 +240,23 @@ def main(argv: list[str] | None = None) -> None:
     prog = "python -m fcvit_jax.visualize"
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Draw what a network attends to, or how runs went; each of the two has its own --help.",
+        description="Draw similarity maps of a network, or curves of runs. Each of the two has its own --help.",
         epilog=f"example: {prog} curves runs/digits --output curves.png",
     )
     tools = parser.add_subparsers(required=True, metavar="similarity|curves")
     tool = tools.add_parser(
         "similarity",
-        help="what a network attends to",
+        help="what a network attends to, head by head",
         description="Draw each head's similarity between every position and the image's mean, laid over the images.",
         epilog=f"example: {prog} similarity --checkpoint runs/digits a.png b.png --output similarity.png",
     )
     tool.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
-    tool.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="a folder: all images beneath it")
-    tool.add_argument("--block", help="such as stages_2_block_0; default: the last whose map is more than one position")
+    tool.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="a folder: all images below it")
+    tool.add_argument("--block", help="such as stages_2_block_0; default: the last with more than one position")
     tool.set_defaults(draw=_similarity)
     tool_curves = tools.add_parser(
         "curves",
-        help="how runs went",
+        help="loss, learning rate and main metric of runs",
         description="Draw loss, learning rate and the main metric of runs, such as top-1.",
         epilog=f"example: {prog} curves runs/a runs/b --output curves.png",
     )

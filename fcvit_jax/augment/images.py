@@ -1,9 +1,9 @@
-"""The host's share of the recipe: from the bytes of an image to the uint8 pixels of a batch, one image at a time.
+"""The transforms of classification on the CPU: from the bytes of one image to its uint8 pixels.
 
-Training draws a crop, a resize filter, a flip and RandAugment `rand-m9-mstd0.5-inc1`; evaluation resizes and crops the
-centre. Decisions (`crop_box`, `draw_ops`, `eval_geometry`) are made separately from the pixels, and all randomness
-comes from the generator that is passed in. The pixels are Pillow's and equal those of the original's runs bit for bit;
-other libraries' bicubic resize differs from it by up to tens of grey levels.
+Training draws a crop, a resize filter, a flip and the ops of RandAugment. Evaluation resizes and crops the centre. The
+functions that decide (`crop_box`, `draw_ops`, `eval_geometry`) are separate from those that compute pixels. All
+randomness comes from the generator that is passed in. Pillow computes the pixels, as in the original: they are equal
+bit for bit. The bicubic resize of other libraries differs by up to tens of grey levels.
 """
 
 import io
@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from fcvit_jax.augment.randaugment import RESAMPLE, apply_op, draw_ops, draw_resample
 from fcvit_jax.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of the files that are taken for images in a folder
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # a file in a folder is an image if its name ends in one of these
 # What Pillow raises for broken or refused files.
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError)
 
@@ -35,7 +35,7 @@ def train_transform(
 ) -> np.ndarray:
     """Decodes one training image, crops and resizes it at random, flips it and applies RandAugment.
 
-    A pure function of the bytes, the arguments and the state of `rng`, from which it draws, in this order: the crop
+    The result depends only on the bytes, the arguments and the state of `rng`. It draws in this order: the crop
     (`crop_box`), the filter of the resize (bilinear or bicubic, 1/2 each), the flip and the ops (`draw_ops`).
 
     Example::
@@ -60,7 +60,7 @@ def train_transform(
     box = crop_box(rng, *_open(encoded).size, crop_scale, crop_ratio)
     resample = draw_resample(rng)
     image = decode(_keep_rows(encoded, box[3]))
-    # Not resize(box=...), which also reads pixels outside the box.
+    # Crop first: resize(box=...) would also read pixels outside the box.
     image = image.crop(box).resize((image_size, image_size), RESAMPLE[resample])
     if rng.random() < flip:
         image = image.transpose(Image.FLIP_LEFT_RIGHT)
@@ -76,7 +76,7 @@ def check_augmentation(
     """Checks arguments of `train_transform` before any image is read.
 
     Raises:
-      UserError: one is out of its range; names it.
+      UserError: an argument is out of its range; the message names it.
     """
 
     def is_range(pair: Sequence[float], most: float) -> bool:
@@ -126,11 +126,11 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
     """Draws the box of a random resized crop.
 
-    Draws area and aspect up to ten times, until the box fits, and then top and left; if none fits, takes the centre.
+    Draws area and aspect up to ten times, until the box fits, and then top and left. If no box fits, takes the centre.
 
     Args:
-      rng: the source of randomness; anything with a generator's `uniform(low, high)` and
-        `integers(low, high, endpoint=True)`.
+      rng: the source of randomness; any object with the methods `uniform(low, high)` and
+        `integers(low, high, endpoint=True)` of a NumPy generator.
       width, height: of the image in pixels, at least 1.
       scale: smallest and largest share of the image's area.
       ratio: smallest and largest width / height.
@@ -143,7 +143,7 @@ def crop_box(
         area = rng.uniform(*scale) * width * height
         aspect = math.exp(rng.uniform(*log_ratio))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:  # 0 happens in images of one or two pixels, where the original fails
+        if 0 < w <= width and 0 < h <= height:  # w or h can be 0 in an image of one or two pixels; the original fails
             top = int(rng.integers(0, height - h, endpoint=True))
             left = int(rng.integers(0, width - w, endpoint=True))
             return left, top, left + w, top + h
@@ -161,7 +161,8 @@ def eval_geometry(
 ) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
     """Computes the sizes and offsets of the evaluation transform.
 
-    The shorter side becomes floor(image_size / crop_pct), the longer is truncated, offsets are rounded half to even.
+    The shorter side becomes floor(image_size / crop_pct). The longer side is truncated to whole pixels, and the offsets
+    of the crop are rounded half to even.
 
     Args:
       width, height: of the image in pixels.
@@ -185,39 +186,39 @@ def eval_geometry(
 
 
 def is_image_file(file: os.DirEntry | Path) -> bool:
-    """Whether an entry of a folder is taken for an image, by its ending."""
+    """Whether an entry of a folder is a file whose name ends as an image's does."""
     return file.name.lower().endswith(IMAGE_SUFFIXES) and file.is_file()
 
 
 def decode(encoded: bytes) -> Image.Image:
     """Decodes an image file to RGB.
 
-    Grey, palette, CMYK and transparent images become RGB as in Pillow's `convert("RGB")`, which ignores alpha; 16-bit
+    Grey, palette, CMYK and transparent images become RGB as in Pillow's `convert("RGB")`, which ignores alpha. 16-bit
     grey keeps its upper byte, as 16-bit colour does in Pillow. The EXIF orientation is ignored.
 
     Args:
       encoded: an image file in any format Pillow reads.
 
     Returns:
-      An RGB image; of several frames, the first.
+      An RGB image; the first frame, if there are several.
 
     Raises:
-      UserError: no image, a truncated or broken one, or more pixels than Pillow accepts (a decompression bomb); the
-        message says which of these, and the caller which file.
+      UserError: the bytes are no image, the image is truncated or broken, or it has more pixels than Pillow accepts (a
+        decompression bomb). The message says which; the caller should add the name of the file.
     """
     image = _open(encoded)
     try:
         image.load()
     except BROKEN as error:
         raise UserError(f"broken {image.format} of {len(encoded)} bytes: {error}") from error
-    image.info.pop("transparency", None)  # ignored like any alpha, but Pillow would warn
-    if image.mode.startswith("I"):  # 16-bit grey is "I;16" and kin, or "I" in older Pillow; convert would clip to white
+    image.info.pop("transparency", None)  # it is ignored like any alpha, but Pillow would warn
+    if image.mode.startswith("I"):  # 16-bit grey ("I;16", or "I" in older Pillow), which convert would clip to white
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _open(encoded: bytes) -> Image.Image:
-    """The image with its header read, and its pixels not yet."""
+    """Reads an image's header, and not its pixels yet."""
     try:
         return Image.open(io.BytesIO(encoded))
     except UnidentifiedImageError as error:
@@ -228,16 +229,16 @@ def _open(encoded: bytes) -> Image.Image:
 
 
 # Markers of the JPEG segments before the frame header (Huffman and quantisation tables, restart interval, comment,
-# application data), and of the frame headers of baseline and extended files. Progressive ones are decoded whole: where
-# their last scans are missing, libjpeg smooths a block with those two rows of blocks below.
+# application data), and of the frame headers of baseline and extended files. Progressive JPEGs are decoded in full: if
+# scans are missing, libjpeg's block smoothing looks two block rows ahead, so a truncated decode would differ.
 JPEG_TABLES = {bytes((0xFF, marker)) for marker in (0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0))}
 JPEG_FRAMES = {b"\xff\xc0", b"\xff\xc1"}
 
 
 def _keep_rows(encoded: bytes, rows: int) -> bytes:
-    """The same JPEG with a smaller height in its header: decoding ends soon after the first `rows`, which stay exact.
+    """Lowers the height in a JPEG's header, so that decoding ends soon after the first `rows`, which stay exact.
 
-    Other files are returned as they are, and so is a JPEG without its end marker: the truncation must be noticed.
+    Other files are returned as they are. So is a JPEG without its end marker, so that the decoder reports its damage.
     """
     if not (encoded.startswith(b"\xff\xd8") and encoded.endswith(b"\xff\xd9")):
         return encoded

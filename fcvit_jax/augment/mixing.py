@@ -1,7 +1,7 @@
-"""What happens to a batch on the device before the model sees it: mixup or cutmix, normalisation, random erasing.
+"""The transforms of a batch on the device before the network: mixup or cutmix, normalisation, random erasing.
 
-Random decisions are drawn by `draw_*` functions and carried out by others, so that given decisions can be replayed.
-They depend only on the key and on the place in the global batch, never on how devices share the batch.
+The `draw_*` functions draw the random decisions, and other functions apply them, so that tests can give decisions of
+their own. Decisions depend only on the key and on an image's place in the global batch, not on the devices.
 """
 
 import math
@@ -25,7 +25,7 @@ class MixDraws(NamedTuple):
 
     Attributes:
       use_cutmix: bool, (groups,); False: mixup.
-      lam: float32, (groups,), in [0, 1]: the share that an image keeps of itself. Mixup with 1 changes nothing.
+      lam: float32, (groups,), in [0, 1]: the share that an image keeps of itself. With 1, mixup changes nothing.
       center: int32, (groups, 2): row and column of the centre of the cutmix box; mixup ignores it.
     """
 
@@ -35,7 +35,7 @@ class MixDraws(NamedTuple):
 
 
 def smooth_one_hot(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
-    """One-hot targets that give `smoothing` of their mass evenly to all classes, the right one included.
+    """Makes one-hot targets whose share `smoothing` is spread evenly over all classes, the right one included.
 
     Args:
       labels: int, (N,).
@@ -58,8 +58,8 @@ def check_groups(batch_size: int, group_size: int) -> int:
     size = min(group_size, batch_size)
     if batch_size % size:
         raise UserError(
-            f"Mixing: {batch_size} images are not a whole number of groups of mixing.group_size={group_size}; "
-            f"choose data.batch_size as a multiple of it, or another mixing.group_size."
+            f"Mixing: {batch_size} images are not a whole number of groups of mixing.group_size={group_size}: "
+            f"choose a data.batch_size that is a multiple of it, or another mixing.group_size."
         )
     if size % 2:
         raise UserError(f"Mixing: a group of {size} images leaves one without a partner; make its size even.")
@@ -67,7 +67,7 @@ def check_groups(batch_size: int, group_size: int) -> int:
 
 
 def symmetric_beta(uniform: jax.Array, alpha: jax.Array) -> jax.Array:
-    """Turns pairs of uniform numbers into Beta(alpha, alpha) ones, exactly and without a rejection loop.
+    """Turns pairs of uniform numbers into exact draws from Beta(alpha, alpha), without a rejection loop.
 
     Bailey's polar method gives a Student t variable T with 2 alpha degrees of freedom, and T / sqrt(2 alpha + T^2) is
     distributed as 2 Beta(alpha, alpha) - 1 (Devroye, "Random variate generation in one line of code", 1996).
@@ -82,7 +82,7 @@ def symmetric_beta(uniform: jax.Array, alpha: jax.Array) -> jax.Array:
     power = uniform[..., 0] ** (1 / alpha)
     cosine = jnp.cos(2 * jnp.pi * uniform[..., 1])
     beta = 0.5 + 0.5 * cosine * jnp.sqrt((1 - power) / (power + (1 - power) * cosine**2))
-    return beta.clip(0, 1)  # rounding may leave the interval, and sqrt(1 - lam) follows
+    return beta.clip(0, 1)  # rounding may leave the interval, and the caller takes sqrt(1 - lam)
 
 
 def draw_mix(
@@ -125,7 +125,7 @@ def inside(boxes: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def apply_mix(images: jax.Array, targets: jax.Array, draws: MixDraws) -> tuple[jax.Array, jax.Array]:
-    """Mixes each image with its partner, the one at the same place from the other end of its group.
+    """Mixes each image with its partner: image i of a group of n with image n - 1 - i.
 
     Args:
       images: (N, H, W, 3), uint8 or float; groups are contiguous.
@@ -133,7 +133,7 @@ def apply_mix(images: jax.Array, targets: jax.Array, draws: MixDraws) -> tuple[j
       draws: the decisions for each of the groups.
 
     Returns:
-      Images in float32, not rounded, and targets. After cutmix the targets follow the true area of the clipped box.
+      Images in float32, not rounded, and targets. The targets of cutmix use the true area of the clipped box.
     """
     num_groups = len(draws.lam)
     height, width = images.shape[1:3]
@@ -162,7 +162,7 @@ def erasing_boxes(
       applied: bool, (N,): whether the image is to be erased at all.
       area: float32, (N, tries), in pixels.
       aspect: float32, (N, tries), height over width.
-      position: float32, (N, 2), in [0, 1): from the topmost to the lowest possible row, and likewise for columns.
+      position: float32, (N, 2), in [0, 1): 0 is the first possible row or column, almost 1 the last.
 
     Returns:
       Boxes as `cutmix_boxes` gives them: int32, (N, 4). A box is empty where `applied` is False or no try fits.
@@ -177,7 +177,7 @@ def erasing_boxes(
 
 
 def draw_erasing(key: jax.Array, n: int, height: int, width: int, prob: float) -> jax.Array:
-    """Decides which rectangle each of `n` images loses, if any (probability `prob`): boxes as in `erasing_boxes`."""
+    """Draws the rectangle to erase in each of `n` images; with probability 1 - `prob` its box is empty."""
     uniform = jax.random.uniform(key, (n, 3 + 2 * ERASE_TRIES))
     applied, position, area, log_aspect = jnp.split(uniform, (1, 3, 3 + ERASE_TRIES), axis=1)
     low, high = ERASE_AREA
@@ -202,8 +202,8 @@ def make(
 ) -> Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """Makes the function that prepares a training batch on the device, to be called under `jax.jit`.
 
-    First mixup or cutmix, decided once per group, on pixels that are not rounded back to integers; then pixels are
-    normalised; then rectangles are filled with Gaussian noise, decided per image.
+    It first applies mixup or cutmix, drawn once per group; pixels are not rounded back to integers. Then it normalises
+    the pixels. Last, it fills a rectangle with Gaussian noise, drawn for each image.
 
     Example::
 
@@ -214,17 +214,16 @@ def make(
       num_classes: columns of the targets.
       mean, std: as in `normalize`.
       mixup_alpha: lambda of mixup is drawn from Beta(mixup_alpha, mixup_alpha); 0: no mixup.
-      cutmix_alpha: likewise for cutmix; both 0: no mixing at all.
+      cutmix_alpha: likewise for cutmix. If both are 0, nothing is mixed.
       mix_prob: probability that a group is mixed.
-      switch_prob: probability that a mixed group gets cutmix, where both are on.
-      smoothing: share of the targets' mass that is spread over all classes.
+      switch_prob: probability that a mixed group gets cutmix, if both alphas are positive.
+      smoothing: share of a target that is spread over all classes.
       erase_prob: probability that an image has a rectangle erased.
-      group_size: images, consecutive in the batch, that share a decision.
+      group_size: number of consecutive images in the batch that share a decision.
 
     Returns:
-      `mix(key, images, labels)` for images uint8 (N, H, W, 3) and labels int (N,), which gives normalised images
-      float32 (N, H, W, 3) and targets float32 (N, num_classes). It raises UserError, when traced, where `check_groups`
-      does.
+      `mix(key, images, labels)`: from images uint8 (N, H, W, 3) and labels int (N,) to normalised images float32
+      (N, H, W, 3) and targets float32 (N, num_classes). While it is traced it raises the UserError of `check_groups`.
 
     Raises:
       UserError: an argument is out of its range.

@@ -1,4 +1,4 @@
-"""An image together with the labels of its pixels: the transforms of segmentation, one example at a time, on the host.
+"""An image together with the labels of its pixels: the transforms of segmentation, one example at a time, on the CPU.
 
 What is drawn is drawn apart from the pixels (`draw_scale`, `crop_offsets`, `draw_distortion`), and all randomness comes
 from the generator that is passed in. The pixels are OpenCV's, which the original used; its arithmetic is integer, and

@@ -28,7 +28,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
                     "label": tfds.features.ClassLabel(num_classes=10),
                 }
             ),
-            disable_shuffling=True,  # so that record i of a split can be looked up in scikit-learn
+            disable_shuffling=True,  # keeps scikit-learn's order, so that a record can be found there
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
@@ -39,7 +39,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         }
 
     def _generate_examples(self, validation: bool) -> Iterator[tuple[int, dict[str, Any]]]:
-        from sklearn.datasets import load_digits  # slow to import, and needed only to write the records
+        from sklearn.datasets import load_digits  # slow to import, and only needed to write the records
 
         digits = load_digits()
         pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # scikit-learn's levels are 0..16
@@ -47,13 +47,14 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             if (index % 6 == 5) == validation:
                 file = io.BytesIO()
                 Image.fromarray(image).save(file, "png")
-                yield index, {"image": file.getvalue(), "label": int(label)}  # encoded: TFDS needs TensorFlow to encode
+                # Encoded here, since TFDS would need TensorFlow to encode it.
+                yield index, {"image": file.getvalue(), "label": int(label)}
 
 
 def prepare(data_dir: str) -> Digits:
-    """Returns the builder of the digits, after writing its records if they are not there.
+    """Returns the builder of the digits. Writes their records first, if they are not there.
 
-    Several processes may call this at once: each writes a folder of its own, and the first to finish renames it.
+    Several processes may call this at the same time: each writes its own folder, and the first to finish renames it.
 
     Args:
       data_dir: folder of TFDS data; the records go to `digits/1.0.0` in it.
@@ -62,14 +63,14 @@ def prepare(data_dir: str) -> Digits:
       UserError: the folder cannot be written.
     """
     builder = Digits(data_dir=data_dir, file_format="array_record")
-    if builder.data_path.exists():  # written elsewhere and renamed: it exists when it is complete
+    if builder.data_path.exists():  # then it is complete, since it is written elsewhere and renamed
         return builder
     log.info("writing scikit-learn's digits as PNG records to %s", builder.data_dir)
     tfds.disable_progress_bar()
     try:
-        with contextlib.redirect_stdout(None):  # TFDS would speak of a download
+        with contextlib.redirect_stdout(None):  # TFDS would print that it downloads
             builder.download_and_prepare()
     except OSError as error:
-        if not builder.data_path.exists():  # else another process was faster
+        if not builder.data_path.exists():  # otherwise another process was faster
             raise UserError(f"data.data_dir={data_dir} cannot be written: {error.strerror}") from error
     return Digits(data_dir=data_dir, file_format="array_record")

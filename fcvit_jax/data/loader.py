@@ -226,7 +226,7 @@ def _rows(data: Data, process_index: int, process_count: int) -> range:
 @functools.lru_cache(maxsize=2)  # a worker may hold batches of two epochs
 def train_order(data: Data, seed: int, epoch: int) -> np.ndarray:
     """The examples of an epoch's batches, (steps_per_epoch, batch_size)."""
-    # The last word keeps this stream apart from those of the examples: numpy ignores trailing zeros.
+    # The last number makes this seed differ from those of the examples, since NumPy ignores trailing zeros.
     rng = np.random.default_rng([seed, epoch, 0, 1])
     order, size = rng.permutation(data.num_train), data.batch_size
     if data.train_buckets is None:
@@ -256,7 +256,7 @@ def _train_batch(data: Data, seed: int, rows: range, step: int) -> Batch:
 def _eval_batch(data: Data, rows: range, number: int) -> Batch:
     order = _eval_order(data)[number]
     indices = order[rows.start : rows.stop].tolist()
-    # A process without a row of its own needs an example all the same, for its shape.
+    # A process without rows of its own still needs one example, for the shapes.
     batch = _load(data, data.eval, indices or [int(order[0])], lambda index: None)
     filled = np.minimum(np.arange(len(rows)), max(len(indices), 1) - 1)
     return {name: x[filled] for name, x in batch.items()} | {"mask": np.arange(len(rows)) < len(indices)}
@@ -292,7 +292,7 @@ def _stream(data: Data, load: Callable[[int], Batch], start: int, stop: int) -> 
             with _without_signals():
                 first = list(itertools.islice(iterator, 1))
             while first:
-                yield first.pop()  # no reference stays here: the batch lies in memory that a worker shares
+                yield first.pop()  # keep no reference: the batch is in memory shared with a worker
         yield from iterator
     except RuntimeError as error:
         if "Worker process was terminated" not in str(error):
@@ -305,16 +305,16 @@ def _stream(data: Data, load: Callable[[int], Batch], start: int, stop: int) -> 
     finally:
         iterator.close()
         if data.workers:
-            gc.collect()  # a cycle in Grain would hold the last batch in shared memory, with a warning at exit
+            gc.collect()  # a reference cycle in Grain would keep the last batch in shared memory, and warn at exit
 
 
 @contextlib.contextmanager
 def _without_signals() -> Iterator[None]:
-    """Holds Ctrl-C and SIGTERM back from this thread, and for ever from processes that start inside.
+    """Blocks Ctrl-C and SIGTERM in this thread while inside, and permanently in processes that are started inside.
 
-    They reach all processes of a job; the parent still needs a batch or so, and ends its workers itself.
+    The signals reach all processes of a job. This process still needs a batch then, and ends its workers itself.
     """
-    multiprocessing.resource_tracker.ensure_running()  # started inside, it would let the signals through
+    multiprocessing.resource_tracker.ensure_running()  # it unblocks the signals when it starts, so start it first
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -328,5 +328,5 @@ def _start_worker(index: int, count: int) -> None:
 
 
 def _exit_with_parent() -> None:
-    multiprocessing.parent_process().join()  # returns when it is gone, killed too; Grain's workers would stay for ever
+    multiprocessing.parent_process().join()  # returns even if it was killed; Grain's workers would not end alone
     os._exit(1)

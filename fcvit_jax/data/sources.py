@@ -1,6 +1,6 @@
-"""Where classified images come from: TFDS records or folders of image files, read as (encoded image, label).
+"""Sources of labelled images: TFDS records and folders of image files. Records are (encoded image, label).
 
-Each source is a `loader.Source`.
+Every source here is a `loader.Source`.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ class Records:
 
     def read(self, indices: Sequence[int]) -> Iterator[tuple[bytes, int]]:
         try:
-            examples = self.source.__getitems__(indices)  # in parallel, which matters for remote files
-        except Exception as error:  # of any kind, and it does not say which record
+            examples = self.source.__getitems__(indices)  # reads in parallel, which is faster for remote files
+        except Exception as error:  # it may be of any type, and does not say which record is at fault
             examples = list(map(self._read_one, indices))
             log.warning(
                 "%s %s: reading records together failed (%s), one by one worked", self.dataset, self.split, error
@@ -54,14 +54,14 @@ class Files:
     """One split of a folder: the class folders in it.
 
     Args:
-      folder: of the split.
-      classes: names of files by the name of their class, whose place is the label.
+      folder: the split's folder.
+      classes: the file names of each class, by its name. A class's place in the mapping is its label.
     """
 
     def __init__(self, folder: str, classes: Mapping[str, Sequence[str]]):
         self.folder = folder
         self.labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(files) for files in classes.values()])
-        # Bytes in one piece: a million Python strings would take three times the memory, in every worker.
+        # One bytes object for all names: a million Python strings would take three times the memory in every worker.
         names = [os.fsencode(f"{name}/{file}") for name, files in classes.items() for file in files]
         self._names = b"".join(names)
         self._ends = np.cumsum([len(name) for name in names])
@@ -85,19 +85,19 @@ class Files:
 def open_tfds(
     name: str, data_dir: str, train_split: str | None, eval_split: str
 ) -> tuple[Records | None, Records, tuple[str, ...]]:
-    """Opens two splits of a TFDS dataset without importing TensorFlow; the digits are prepared if need be.
+    """Opens two splits of a TFDS dataset without importing TensorFlow. It prepares the digits if they are not there.
 
     Args:
       name: "digits" or a TFDS name, "NAME/CONFIG:VERSION" included.
       data_dir: where TFDS keeps its data.
-      train_split, eval_split: TFDS splits, slices included; a train_split of None is not opened.
+      train_split, eval_split: TFDS splits or slices of them. If train_split is None, no training split is opened.
 
     Returns:
-      The two splits, of which train may be None, and the class names.
+      The training split (or None), the evaluation split, and the class names.
 
     Raises:
-      UserError: the dataset is unknown, not prepared, not stored as array_record or without images and labels; a split
-        is missing. The message says what there is, or gives the commands that help.
+      UserError: the dataset is unknown, not prepared, not stored as array_record, or has no images and labels; or a
+        split is missing. The message says what exists, or gives the commands that help.
     """
     if name == "digits":
         builder = digits.prepare(data_dir)
@@ -113,7 +113,7 @@ def open_tfds(
             ) from error
         if not builder.data_path.exists():
             raise UserError(_how_to_prepare(builder, name, data_dir))
-        builder = tfds.builder_from_directory(builder.data_path)  # knows the formats that a conversion has added
+        builder = tfds.builder_from_directory(builder.data_path)  # also knows formats that a conversion has added
         if "array_record" not in {file_format.value for file_format in builder.info.available_file_formats()}:
             raise UserError(_how_to_convert(builder))
 
@@ -128,7 +128,7 @@ def open_tfds(
 
     def open_split(key: str, split: str) -> Records:
         try:
-            decoders = {name: tfds.decode.SkipDecoding() for name in images}  # masks too, which nobody reads
+            decoders = {name: tfds.decode.SkipDecoding() for name in images}  # of masks too, which are not used
             source = builder.as_data_source(split, decoders=decoders, file_format="array_record")
         except ValueError as error:
             known = ", ".join(builder.info.splits)
@@ -170,14 +170,14 @@ Add array_record files to it (only this needs TensorFlow and Beam; Beam goes to 
 
 
 def open_folder(path: str, training: bool = True) -> tuple[Files | None, Files, tuple[str, ...]]:
-    """Opens a folder with train/CLASS/IMAGE and val/CLASS/IMAGE (or validation/); class 2 comes before class 10.
+    """Opens a folder with train/CLASS/IMAGE and val/CLASS/IMAGE (or validation/). Class 2 comes before class 10.
 
     Args:
       path: the folder; images end in .jpg, .jpeg, .png or .webp, in any case.
-      training: False: train is not opened, and need not be there.
+      training: False: the folder train is not opened, and need not exist.
 
     Returns:
-      The two splits, of which train may be None, and the class names.
+      The training split (or None), the evaluation split, and the class names.
 
     Raises:
       UserError: a folder is missing, a class is empty, or train and val differ in their classes.
@@ -216,7 +216,7 @@ def _list_classes(folder: str) -> dict[str, list[str]]:
     if empty:
         raise UserError(f"{folder} has class folders without any image ({kinds}) directly in them: {_first(empty)}")
     if others:
-        log.warning("%s: only images (%s) directly in classes are read, not %s", folder, kinds, _first(others))
+        log.warning("%s: only images (%s) directly in a class folder are read, not %s", folder, kinds, _first(others))
     return images
 
 
@@ -228,7 +228,7 @@ def _visible(folder: str) -> list[os.DirEntry]:
 
 
 def _natural_order(name: str) -> tuple:
-    """Sorts numbers in names by value, as timm does: class 2 before class 10."""
+    """A sort key that compares numbers in names by value, as timm does: class 2 comes before class 10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())], name
 
 

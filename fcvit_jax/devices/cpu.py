@@ -1,4 +1,4 @@
-"""What XLA and the C library must be told to be fast on CPUs."""
+"""Settings of XLA and of the C library that make programs fast on CPUs."""
 
 import ctypes
 import os
@@ -10,17 +10,18 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def tune_cpu() -> None:
-    """Lets XLA use 512-bit vectors and keep its memory from step to step; call before anything touches a device.
+    """Lets XLA use 512-bit vectors and keep its memory from step to step; call it before anything touches a device.
 
-    A vector width in XLA_FLAGS is kept. Programs then run in the thread that calls them: on a single CPU device a
-    jitted function returns when it is done. Memory once used stays with the process, also on a host of GPUs or TPUs.
+    If XLA_FLAGS sets a vector width, it is kept. On Linux with glibc, programs then run in the thread that calls them:
+    on a single CPU device a jitted function returns when it is done. The process keeps all memory that it has used,
+    also on a machine with GPUs or TPUs.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if "--xla_cpu_prefer_vector_width" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_prefer_vector_width=512"  # XLA's own default is 256
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_prefer_vector_width=512"  # XLA's default is 256
 
-    # glibc gives large blocks back to Linux, which clears their pages anew: a third of a step. It can be told to keep
-    # them, but in the heap of the main thread alone.
+    # glibc returns large blocks to Linux after each step, and Linux clears the pages again: a third of a step's time.
+    # mallopt keeps the blocks, but only in the main thread's heap.
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_MAX, 0)

@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh of devices, and the shardings of batches and of the training state."""
+"""The mesh of devices, and the shardings of batches and of the training state."""
 
 import math
 from typing import Any
@@ -10,12 +10,12 @@ from jax.sharding import PartitionSpec as P
 
 from fcvit_jax.errors import UserError
 
-# Smaller tensors cost more to gather than they save.
+# Elements of the smallest tensor that is split. Gathering smaller tensors costs more than splitting them saves.
 MIN_SHARDED_SIZE = 1024
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
-    """Makes the mesh: batches are split over both axes, the training state over `fsdp`.
+    """Makes the mesh. Batches are split over both axes, the training state over `fsdp`.
 
     Args:
       data: size of the first axis; -1: all devices that `fsdp` leaves.
@@ -26,7 +26,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
     """
     if fsdp < 1 or (data < 1 and data != -1):
         raise UserError(f"mesh.data={data}, mesh.fsdp={fsdp}: give at least 1, or data=-1 for all devices.")
-    # In this order the rows of a host are consecutive in the global batch, whatever the number of hosts.
+    # In this order the rows of a process are consecutive in the global batch, for any number of processes.
     devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
     all_devices = data == -1 or jax.process_count() > 1
     if data == -1:
@@ -41,19 +41,19 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Splits a batch over all devices, by the axis of its images."""
+    """The sharding that splits a batch over all devices, along the given axis."""
     return NamedSharding(mesh, P(*[None] * axis, ("data", "fsdp")))
 
 
 def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Makes the global batch from this host's rows (b, ...) of it."""
+    """Makes the global batch from this process's rows (b, ...) of it."""
     return jax.make_array_from_process_local_data(batch_sharding(mesh), batch)
 
 
 def state_shardings(tree: Any, mesh: Mesh) -> Any:
-    """The sharding of every tensor of a state: its largest dimension that `fsdp` divides is split, or none is.
+    """The sharding of every tensor of a state: the largest dimension that `fsdp` divides is split.
 
-    Tensors of fewer than 1,024 elements are kept whole on every device.
+    A tensor without such a dimension, or of fewer than 1,024 elements, is kept whole on every device.
 
     Args:
       tree: a pytree of arrays or of `jax.ShapeDtypeStruct`.
@@ -71,5 +71,5 @@ def state_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes that a sharded pytree of `jax.ShapeDtypeStruct` or arrays takes on each device."""
+    """The bytes that a sharded pytree (of arrays or `jax.ShapeDtypeStruct`) takes on each device."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

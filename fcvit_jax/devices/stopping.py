@@ -1,4 +1,4 @@
-"""How a run stops early: on a signal, or on an error of one of several processes."""
+"""Stopping a run early: on a signal, or on an error of one of several processes."""
 
 import os
 import signal
@@ -16,12 +16,12 @@ _T = TypeVar("_T")
 
 
 class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a request that the loop polls; a second Ctrl-C stops at once.
+    """Turns SIGTERM and Ctrl-C into a request that the training loop polls. A second Ctrl-C stops at once.
 
-    With several processes JAX's coordination passes SIGTERM on, so that all stop at the same poll.
+    With several processes JAX passes SIGTERM on to all of them, so that all stop at the same poll.
 
     Attributes:
-      received: whether a poll has answered yes.
+      received: whether a poll has returned True.
     """
 
     def __init__(self):
@@ -32,7 +32,7 @@ class StopSignal:
     def __enter__(self) -> "StopSignal":
         self._previous = {}
         if threading.current_thread() is threading.main_thread():
-            # With several processes SIGTERM belongs to JAX, whose handler ours would replace.
+            # With several processes JAX handles SIGTERM, and a handler of ours would replace JAX's.
             signals = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
             self._previous = {number: signal.signal(number, self._on_signal) for number in signals}
         return self
@@ -44,7 +44,7 @@ class StopSignal:
     def _on_signal(self, number, _) -> None:
         if number == signal.SIGINT:
             if self._interrupted:
-                os._exit(130)  # nothing is waited for: a run may be killed at any moment
+                os._exit(130)  # without waiting for anything: a run may be killed at any moment
             self._interrupted = True
             os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")  # print is not safe in a handler
             if jax.process_count() > 1:
@@ -52,7 +52,7 @@ class StopSignal:
         self._signalled = True
 
     def poll(self) -> bool:
-        """Whether to stop; with several processes all get the same answer, so each must poll equally often."""
+        """Whether to stop. All processes get the same answer, so each of them must poll equally often."""
         self._polls += 1
         if jax.process_count() > 1:
             self.received = self.received or multihost_utils.reached_preemption_sync_point(self._polls)
@@ -61,7 +61,7 @@ class StopSignal:
         return self.received
 
     def watch(self, items: Iterable[_T]) -> Iterator[_T]:
-        """Yields the items until a stop is requested; it polls before each."""
+        """Yields the items until a stop is requested; polls before each item."""
         for item in items:
             if self.poll():
                 return
@@ -109,11 +109,11 @@ class ProcessBatches:
                 if jax.process_count() == 1:
                     raise
                 self._error = error
-                os.kill(os.getpid(), signal.SIGTERM)  # as for `StopSignal`: all stop at the same poll, in a few steps
+                os.kill(os.getpid(), signal.SIGTERM)  # for `StopSignal`: all stop at the same poll
         return {name: np.zeros(x.shape, x.dtype) for name, x in self._shapes(self._next - 1).items()}
 
     def check(self) -> None:
-        """Raises what any process has met, on all; to be called before anything computed from the batches is kept."""
+        """Raises an error of any process on all of them; call it before keeping what was computed from the batches."""
         raise_on_all_processes(self._error)
 
     def close(self) -> None:

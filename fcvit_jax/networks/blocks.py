@@ -1,4 +1,4 @@
-"""FCViT's blocks and what they are made of: the global context, the token mixer and the channel mixer."""
+"""FCViT's blocks and their parts: the global context, the token mixer and the channel mixer."""
 
 import functools
 import math
@@ -30,10 +30,10 @@ def standardize(x: jax.Array) -> jax.Array:
 
 
 class GlobalContext(nn.Module):
-    """The query-irrelevant attention: how much each position resembles the image's mean, times a gated mean.
+    """The query-irrelevant attention: every position's similarity to the image's mean, times the transformed mean.
 
     Attributes:
-      heads: groups of channels with a similarity of their own; must divide the channels.
+      heads: groups of channels, each with its own similarity; must divide the channels.
       reduction: the bottleneck that transforms the mean has C // reduction channels, at least one.
       weighted: weight positions by similarity; False: the same context everywhere.
       competition: the bottleneck is the maximum of two linear maps; False: one linear map and GELU.
@@ -83,7 +83,7 @@ class GlobalContext(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """A sigmoid gate per position and channel, from a 3x3 depthwise convolution and a bottleneck of C // 8."""
+    """Multiplies by a sigmoid gate per position and channel: a 3x3 depthwise convolution and a bottleneck of C // 8."""
 
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -99,7 +99,7 @@ class SpatialAttention(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Adds to every position the result of two convolutions along the channel axis of the mean of GELU(x)."""
+    """Takes the mean of GELU(x), convolves it twice along the channels, and adds the result to every position."""
 
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -119,11 +119,11 @@ class ChannelAttention(nn.Module):
 
 
 class TokenMixer(nn.Module):
-    """Mixes positions: per kernel size, add the global context, convolve depthwise, and mix channels in a bottleneck.
+    """Mixes positions. For each kernel size: global context, depthwise convolution, and a bottleneck over channels.
 
     Attributes:
-      kernel_sizes: one step for each; odd.
-      use_context: add the global context; the four options after it are those of `GlobalContext`.
+      kernel_sizes: odd; there is one step for each.
+      use_context: add the global context. The next four attributes are those of `GlobalContext`.
       mix_reduction: the bottleneck has max(C // mix_reduction, mix_min_dim) channels; 1: a single 1x1 convolution.
       mix_min_dim: smallest bottleneck.
       spatial_attention: end with `SpatialAttention`.
@@ -167,7 +167,7 @@ class TokenMixer(nn.Module):
 
 
 class ChannelMixer(nn.Module):
-    """Mixes channels: expand, convolve depthwise, GELU, and back, with dropout after both halves.
+    """Mixes channels: expand, depthwise convolution, GELU, dropout, reduce, dropout.
 
     Attributes:
       ratio: the hidden layer has ratio * C channels.
@@ -200,9 +200,9 @@ class ChannelMixer(nn.Module):
 
 
 def drop_path_factors(key: jax.Array, rates: np.ndarray, batch_size: int) -> jax.Array:
-    """Draws which branches drop-path leaves out for which examples: factors 0, or 1 / (1 - rate) to keep the mean.
+    """Draws drop-path's factor of every branch and example: 0 to leave it out, else 1 / (1 - rate) to keep the mean.
 
-    All blocks are in one draw: with one draw per branch, fcvit_s48's step took 1.4 times as long to compile.
+    There is one draw for all blocks: with one draw per branch, fcvit_s48's step took 1.4 times as long to compile.
 
     Args:
       key: random key.
@@ -217,11 +217,11 @@ def drop_path_factors(key: jax.Array, rates: np.ndarray, batch_size: int) -> jax
 
 
 class Block(nn.Module):
-    """Two residual branches, each behind a norm, a layer scale and drop-path: the token mixer and the channel mixer.
+    """Two residual branches, the token mixer and the channel mixer, each with a norm, a layer scale and drop-path.
 
     Attributes:
       token_mixer: token_mixer(name=...) makes the module of the first branch.
-      channel_mixer: likewise of the second.
+      channel_mixer: channel_mixer(name=...) makes the module of the second branch.
       layer_scale_init: start of the learned scale per channel; None: no scale.
       dtype: compute dtype.
       param_dtype: dtype of the parameters.

@@ -213,7 +213,15 @@ class Backbone(_Stages):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, ...]:
-        """The pyramid; arguments, shapes and errors as in `features`."""
+        """The pyramid.
+
+        Args:
+          images: (N, H, W, 3), float, normalised; any H and W from 32 up.
+          train: batch statistics, dropout and drop-path as in training.
+
+        Returns:
+          Four arrays (N, ceil(H / s), ceil(W / s), dims[i]) of `dtype`, with s = 4, 8, 16 and 32.
+        """
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         maps = self.features(images, train)
         return tuple(group_norm(name=f"norm_{i}", **dtypes)(x) for i, x in enumerate(maps))

@@ -1,4 +1,4 @@
-"""A run's record: `metrics.jsonl`, TensorBoard files and traces, and on screen the progress and the results."""
+"""What a run records: metrics.jsonl, TensorBoard files and traces; and what it shows: progress and results."""
 
 import contextlib
 import json
@@ -29,8 +29,7 @@ class _TensorBoard:
     """Writes TensorBoard's event files."""
 
     def __init__(self, folder: Path, first_step: int):
-        # Where PyTorch is installed, tensorboardX would import it for an annotation: slow, and with CUDA libraries of
-        # its own.
+        # tensorboardX imports PyTorch for an annotation, if it is installed: slow, and it loads CUDA libraries again.
         had_torch = "torch" in sys.modules
         sys.modules.setdefault("torch", None)
         try:
@@ -41,9 +40,9 @@ class _TensorBoard:
                 del sys.modules["torch"]
         folder.mkdir(exist_ok=True)
         self._event, self._scalar = event_pb2.Event, summary.scalar
-        # Not the usual SummaryWriter: it writes in a thread, and a full disk would stop that and then hang the run.
+        # SummaryWriter writes in a thread. A full disk would stop that thread, and then the run would hang.
         self._file = event_file_writer.EventsWriter(str(folder / "events"))
-        # TensorBoard then forgets what it has seen of later steps.
+        # This tells TensorBoard to forget later steps, which a resumed run writes again.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._file.write_event(self._event(wall_time=time.time(), step=first_step, session_log=start))
 
@@ -61,10 +60,10 @@ class MetricsWriter:
 
     Args:
       workdir: the run's folder.
-      step: the step that the run continues from; lines beyond it are dropped, since they will be written again.
-      evaluated: the step of its last evaluation; evaluations of later steps are dropped likewise.
+      step: the step from which the run continues. Lines of later steps are dropped, since they are written again.
+      evaluated: the step of the last evaluation. Evaluations of later steps are dropped as well.
       steps_per_epoch: updates in an epoch.
-      on_metrics: on_metrics(step, metrics) is called with what is written.
+      on_metrics: on_metrics(step, metrics) is called with every line that is written.
 
     Raises:
       UserError: the files cannot be written.
@@ -88,7 +87,7 @@ class MetricsWriter:
             if self._path.exists():
                 kept = workdir / "metrics.jsonl.tmp"
                 lines = self._path.read_text(errors="replace").splitlines(True)
-                # A kill may have cut the last one off just before its end.
+                # A kill may have cut off the last line just before its newline.
                 kept.write_text("".join(line.rstrip("\n") + "\n" for line in lines if _is_kept(line, step, evaluated)))
                 kept.replace(self._path)
             self._file = self._path.open("a")
@@ -98,7 +97,7 @@ class MetricsWriter:
         """Writes one line: the step (updates done), the epoch, and the metrics by name, such as "train/loss".
 
         Raises:
-          UserError: the disk is full, or the like.
+          UserError: the files cannot be written, for example on a full disk.
         """
         if self._file is None:
             return
@@ -114,7 +113,7 @@ class MetricsWriter:
         """Closes the files."""
         if self._file is not None:
             for file in (self._file, self._tensorboard):
-                with contextlib.suppress(OSError):  # `write` has told of it
+                with contextlib.suppress(OSError):  # `write` has reported it
                     file.close()
 
     @contextlib.contextmanager
@@ -132,12 +131,12 @@ def _is_kept(line: str, step: int, evaluated: int) -> bool:
         metrics = json.loads(line)
         is_evaluation = any(name.startswith("eval/") for name in metrics)
         return metrics["step"] <= (evaluated if is_evaluation else step)
-    except (ValueError, KeyError, TypeError):  # cut off when the run was killed
+    except (ValueError, KeyError, TypeError):  # the line was cut off when the run was killed
         return False
 
 
 class Progress:
-    """A bar with the time left on a terminal, a line every `log_every` steps elsewhere; and the rates behind them.
+    """Shows the progress and computes the rates: a bar on a terminal, elsewhere a line every `log_every` steps.
 
     Args:
       writer: where the metrics go.
@@ -149,7 +148,7 @@ class Progress:
 
     def __init__(self, writer: MetricsWriter, step: int, total: int, batch_size: int, log_every: int):
         self._writer, self._total, self._batch_size, self._log_every = writer, total, batch_size, log_every
-        # disable=None: only where stderr is a terminal.
+        # disable=None: shown only if stderr is a terminal.
         first = jax.process_index() == 0
         self._bar = tqdm(
             total=total, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05, disable=None if first else True
@@ -159,28 +158,27 @@ class Progress:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts the time inside as waiting for data."""
+        """Counts the time spent inside as waiting for data."""
         start = time.perf_counter()
         yield
         self._wait += time.perf_counter() - start
 
     def update(self, step: int, metrics: dict[str, float], done: float | None = None) -> None:
-        """Records a finished step; every `log_every` steps writes its metrics and the rates since the last time.
+        """Records a finished step. Every `log_every` steps it writes the metrics and the rates since the last time.
 
         Args:
-          step: updates done by then.
-          metrics: of that step.
-          done: when it was finished, by `time.perf_counter`; None: just now.
+          step: updates done after this step.
+          metrics: the step's metrics.
+          done: when the step finished, by `time.perf_counter`; None: now.
         """
         self._bar.update()
         now = time.perf_counter() if done is None else done
-        if self._start is None:  # the first step of a leg refills the loader
+        if self._start is None:  # the first step after a pause is not timed: it waits for the loader to fill
             self._start, self._since, self._wait = now, step, 0.0
         if step % self._log_every and step != self._total:
             return
         shown, rates = {"loss": f"{metrics['train/loss']:.3f}"}, ""
-        # No rate for a last interval that is shorter: its last step does not include a wait for data and would look too
-        # fast.
+        # No rate for a shorter interval at the end: its last step does not include a wait for data and would look fast.
         if step > self._since and step % self._log_every == 0:
             rate = (step - self._since) / (now - self._start)
             metrics["train/images_per_second"] = rate * self._batch_size
@@ -194,7 +192,7 @@ class Progress:
         self._writer.write(step, metrics)
 
     def resume(self) -> None:
-        """Starts the clock anew, after an evaluation or a checkpoint."""
+        """Restarts the clock after an evaluation or a checkpoint."""
         self._start = None
 
     def close(self) -> None:
@@ -203,10 +201,10 @@ class Progress:
 
 
 class Profiler:
-    """Traces some steps by JAX's profiler into a folder, for TensorBoard or xprof.
+    """Writes a trace of some steps by JAX's profiler, for TensorBoard or xprof.
 
     Args:
-      folder: of the trace.
+      folder: where the trace is written.
       steps: (first, last): the updates from first to last are traced; (): none.
     """
 
@@ -217,7 +215,7 @@ class Profiler:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Goes around an update; its number counts from 1."""
+        """Starts the trace at the first step to trace, and marks the step in it. Steps count from 1."""
         if number == self._first:
             jax.profiler.start_trace(self._folder)
             self._tracing = True
@@ -225,13 +223,13 @@ class Profiler:
             yield
 
     def after(self, number: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Ends the trace after its last update, whose metrics say when it is done."""
+        """Ends the trace after its last step; waits for that step's metrics first."""
         if self._tracing and number >= self._last:
             jax.block_until_ready(metrics)
             self.close()
 
     def close(self) -> None:
-        """Ends a trace that is under way."""
+        """Ends the trace, if one has been started."""
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()
@@ -247,7 +245,7 @@ def describe_run(
     schedule: optax.Schedule,
     total: int,
 ) -> str:
-    """The first line of a run: what runs where, for how many steps, and at which learning rate."""
+    """The first line of a run: devices, network, data, number of steps and learning rate."""
     processes, parameters = jax.process_count(), sum(x.size for x in jax.tree.leaves(abstract.variables["params"]))
     group = group_size(model) or data.batch_size // config.train.accumulate
     scaled = ""
@@ -270,7 +268,7 @@ def describe_run(
 
 
 def describe_evaluation(task: ModuleType, evaluated: Mapping[str, Any], best: Mapping[str, Any], epoch: float) -> str:
-    """The line after an evaluation; `evaluated` and `best` hold its metrics and those of the best, and their steps."""
+    """The line after an evaluation. `evaluated` and `best` hold metrics and "step", of it and of the best one."""
     return (
         f"epoch {epoch:.4g}, step {evaluated['step']}: {task.describe(evaluated)}, over {evaluated['count']} examples "
         f"(best {task.BEST} {best[task.BEST]:.2%} at step {best['step']})"
@@ -278,7 +276,7 @@ def describe_evaluation(task: ModuleType, evaluated: Mapping[str, Any], best: Ma
 
 
 def describe_end(task: ModuleType, evaluated: Mapping[str, Any], best: Mapping[str, Any], workdir: Path) -> str:
-    """The last line of a run that has reached its end; arguments as in `describe_evaluation`."""
+    """The last line of a run that has finished; arguments as in `describe_evaluation`."""
     return (
         f"done: final {task.describe(evaluated)}; best {task.describe(best)} at step {best['step']}; "
         f"over {evaluated['count']} examples. Checkpoints: {workdir / 'checkpoints' / str(evaluated['step'])} and "

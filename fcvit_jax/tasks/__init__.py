@@ -14,7 +14,7 @@ What a task has::
     num_epochs(config) -> int                                                       # of a run without train.steps
     loss(model, variables, batch, key) -> (loss, (updates, scalars))                # on the device, one part of a batch
     eval_step(model, variables, batch) -> sums or outputs                           # on the device; without masked rows
-    finish(outputs, data) -> {metric: number, "count": examples}                    # on the host, over all batches
+    finish(outputs, data) -> {metric: number, "count": examples}                    # on the CPU, over all batches
     describe(result) -> str                                                         # one line for people
     complete_metadata(source, model, metadata) -> metadata                          # of a checkpoint, for the tools
     read_image(encoded, metadata) -> array                                          # as evaluation sees an image

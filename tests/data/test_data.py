@@ -48,8 +48,8 @@ def test_workers_hosts_and_restarts_change_nothing(digits_dir):
     evaluation = collect(loader.eval_batches(dataset))
     assert reference["image"].dtype == np.uint8 and evaluation["mask"].sum() == 299
 
-    hosts = [collect(loader.train_batches(dataset, 3, 0, 7, process_index=p, process_count=2)) for p in range(2)]
-    assert_same({key: np.concatenate([host[key] for host in hosts], axis=1) for key in reference}, reference)
+    shares = [collect(loader.train_batches(dataset, 3, 0, 7, process_index=p, process_count=2)) for p in range(2)]
+    assert_same({key: np.concatenate([share[key] for share in shares], axis=1) for key in reference}, reference)
     for workers, start in ((0, 2), (1, 2), (2, 1)):
         restarted = collect(loader.train_batches(opened(workers), 3, start, 7 - start))
         assert_same(restarted, {key: value[start:] for key, value in reference.items()})
@@ -82,8 +82,8 @@ class Numbers:
         return [(b"", index) for index in indices]
 
 
-@pytest.mark.parametrize("size, batch_size, hosts", [(23, 4, 1), (23, 6, 3), (7, 6, 2), (5, 5, 5), (24, 6, 2)])
-def test_every_example_exactly_once(digits_dir, monkeypatch, size, batch_size, hosts):
+@pytest.mark.parametrize("size, batch_size, processes", [(23, 4, 1), (23, 6, 3), (7, 6, 2), (5, 5, 5), (24, 6, 2)])
+def test_every_example_exactly_once(digits_dir, monkeypatch, size, batch_size, processes):
     ones = np.ones((2, 2, 3), np.uint8)
     monkeypatch.setattr(augment, "train_transform", lambda *args, **kwargs: ones)
     monkeypatch.setattr(augment, "eval_transform", lambda *args, **kwargs: ones)
@@ -95,15 +95,16 @@ def test_every_example_exactly_once(digits_dir, monkeypatch, size, batch_size, h
     )
     steps = dataset.steps_per_epoch
     epochs = np.concatenate(
-        [collect(loader.train_batches(dataset, 0, 0, 3 * steps, host, hosts))["label"] for host in range(hosts)], axis=1
+        [collect(loader.train_batches(dataset, 0, 0, 3 * steps, i, processes))["label"] for i in range(processes)],
+        axis=1,
     ).reshape(3, steps * batch_size)
     assert steps == size // batch_size
     assert all(len(set(epoch)) == len(epoch) for epoch in epochs.tolist())
     assert size < 6 or len({tuple(epoch) for epoch in epochs.tolist()}) == 3
 
-    evaluated = [collect(loader.eval_batches(dataset, host, hosts)) for host in range(hosts)]
-    assert {host["mask"].shape for host in evaluated} == {(-(-size // batch_size), batch_size // hosts)}
-    assert sorted(np.concatenate([host["label"][host["mask"]] for host in evaluated])) == list(range(size))
+    evaluated = [collect(loader.eval_batches(dataset, i, processes)) for i in range(processes)]
+    assert {share["mask"].shape for share in evaluated} == {(-(-size // batch_size), batch_size // processes)}
+    assert sorted(np.concatenate([share["label"][share["mask"]] for share in evaluated])) == list(range(size))
 
 
 def test_imagenet_is_read_without_tensorflow(imagenet_mini_dirs):
@@ -312,12 +313,11 @@ def test_folder(folder, caplog):
     (folder / "validation" / "dog" / "absent.jpg").symlink_to("nothing")
     (folder / "validation" / "cat" / "._c.jpg").write_bytes(b"what macOS leaves on other file systems")
     dataset = open_folder(folder, batch_size=4, train_split="train[:9]")
-    only = "only images (.jpg, .jpeg, .png, .webp) directly in classes are read"
-    assert caplog.messages == [
-        "data.train_split=train[:9] takes no part of a folder: all of its images are used.",
-        f"{folder / 'train'}: {only}, not cat/notes.txt, dog/notes.txt",
-        f"{folder / 'validation'}: {only}, not cat/notes.txt, dog/absent.jpg, dog/more.jpg, dog/notes.txt, readme.txt",
-    ]
+    ignored, train, validation = caplog.messages
+    assert "data.train_split=train[:9]" in ignored
+    assert train.startswith(f"{folder / 'train'}: ") and train.endswith("not cat/notes.txt, dog/notes.txt")
+    assert validation.startswith(f"{folder / 'validation'}: ")
+    assert validation.endswith("not cat/notes.txt, dog/absent.jpg, dog/more.jpg, dog/notes.txt, readme.txt")
     assert dataset.class_names == ("cat", "dog") and (dataset.num_train, dataset.num_eval) == (4, 4)
     (batch,) = loader.eval_batches(dataset)
     files = [folder / "validation" / name for name in ("cat/c.WebP", "cat/d.png", "dog/a.JPEG", "dog/b.jpg")]

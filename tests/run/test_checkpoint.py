@@ -265,7 +265,7 @@ def test_weights_that_could_not_be_written_may_be_written_again(tmp_path, monkey
 
 
 def test_saves_do_not_ask_for_a_preemption(tmp_path, mesh, monkeypatch):
-    """With a count of their own, between the polls of the loop, they would make hosts miss the one to stop at."""
+    """With a count of their own, between the polls of the loop, they would make processes miss the one to stop at."""
     asked = []
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
     checkpointer = Checkpointer(tmp_path)
