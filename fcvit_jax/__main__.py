@@ -10,7 +10,11 @@ import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+
+try:
+    from ml_collections import config_flags
+except ModuleNotFoundError:
+    sys.exit('error: training needs more packages than the networks do: pip install "fcvit-jax[train]"')
 
 from fcvit_jax.errors import exit_on_error
 
@@ -78,7 +82,7 @@ def _with_recipes(argv: list[str]) -> list[str]:
         recipe = recipes / f"{Path(match[2]).stem}.py"
         return f"{match[1]}{recipe}{match[3]}" if recipe.is_file() and not Path(match[2]).exists() else match[0]
 
-    return [re.sub(r"^(--?config=)([^:]+)(:.*)?$", find, arg) for arg in argv]
+    return [re.sub(r"^(--?config=)([^:]+)(:.*|)$", find, arg) for arg in argv]
 
 
 def parse_flags(argv: list[str]) -> list[str]:
