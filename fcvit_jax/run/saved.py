@@ -134,6 +134,12 @@ def create_model(source: str | Path, metadata: Mapping[str, Any]) -> nn.Module:
         raise UserError(f"{source} does not say which network it holds: {type(error).__name__}: {error}") from error
 
 
+def fits(variables: Mapping[str, Any], task: ModuleType, model: nn.Module) -> bool:
+    """Whether variables have the names and the shapes that a task's network has."""
+    expected = jax.eval_shape(lambda key: task.init_variables(model, key), jax.random.key(0))
+    return jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, expected)
+
+
 class Saved(NamedTuple):
     """What evaluation uses of a checkpoint.
 
@@ -174,10 +180,9 @@ def load(checkpoint: str | Path) -> Saved:
     metadata = load_metadata(step)
     variables = load_variables(step)
     task, model = tasks.load(task_of(metadata)), create_model(step, metadata)
-    from fcvit_jax.convert.weights import KINDS, kind_of  # it imports this module
+    if not fits(variables, task, model):
+        from fcvit_jax.convert.weights import KINDS, kind_of  # it imports this module
 
-    expected = jax.eval_shape(lambda key: task.init_variables(model, key), jax.random.key(0))
-    if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, expected):
         held = KINDS[kind_of(f"params/{name}/" for name in variables["params"])]
         raise UserError(
             f"{step} holds {held}, with weights of another network than the {metadata['model']} that it names."
