@@ -80,16 +80,17 @@ def load_variables(path: str | Path, *, ema: bool | None = None) -> dict[str, An
     if not item.is_dir():
         raise UserError(f"{step} holds no exponential moving averages: the run did not keep them.")
 
-    def read() -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
+    def read() -> tuple[dict[str, Any], dict[str, int]]:
         # Without a CheckpointManager, which would warn that a part of a checkpoint is not a whole one.
         with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
             tree = reader.metadata(item).tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             variables = reader.restore(item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-        return variables, disk.load_json(step / "metadata"), disk.load_json(step / "checksums")
+        return variables, disk.load_json(step / "checksums")
 
     try:
-        variables, metadata, checksums = disk.read(str(step), read)
+        metadata = disk.load_metadata(step)
+        variables, checksums = disk.read(str(step), read)
         disk.check({item.name: variables}, metadata, checksums)
     except disk.Damaged as error:
         raise UserError(f"Could not read the checkpoint {step}: {error}\n{_DAMAGED}") from error
@@ -107,7 +108,7 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
     """
     step = find_step(path)
     try:
-        metadata = disk.read(str(step), lambda: disk.load_json(step / "metadata"))
+        metadata = disk.load_metadata(step)
     except disk.Damaged as error:
         raise UserError(f"Could not read the metadata of {step}: {error}\n{_DAMAGED}") from error
     return {key: value for key, value in metadata.items() if key != "format"}
