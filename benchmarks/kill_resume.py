@@ -37,9 +37,10 @@ def record(workdir: Path) -> list[dict]:
 
 
 def arrays(step: Path) -> dict:
-    """All arrays of a checkpoint: variables, optimiser, averages."""
+    """All arrays of a checkpoint: variables, optimiser and, if there are any, averages."""
+    items = [item for item in ("variables", "optimizer", "ema") if (step / item).is_dir()]
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return {item: reader.restore(step / item) for item in ("variables", "optimizer", "ema")}
+        return {item: reader.restore(step / item) for item in items}
 
 
 def assert_same_end(a: Path, b: Path) -> None:

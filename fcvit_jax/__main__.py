@@ -10,7 +10,11 @@ import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+
+try:
+    from ml_collections import config_flags
+except ModuleNotFoundError:
+    sys.exit('error: training needs more packages than the networks do: pip install "fcvit-jax[train]"')
 
 from fcvit_jax.errors import exit_on_error
 

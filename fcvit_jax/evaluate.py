@@ -9,13 +9,12 @@ from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fcvit_jax import convert, networks, tasks
+from fcvit_jax import tasks
 from fcvit_jax.data import loader
 from fcvit_jax.data.loader import Data
 from fcvit_jax.devices.hosts import errors_on_all_processes
@@ -118,8 +117,9 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
         if saved.task_of(metadata) != config.task:
             raise UserError(f"{path} is of the task {saved.task_of(metadata)}, the config of {config.task}.")
         _check_data(path, metadata, data)
-        # In float32, as the run evaluates its averages.
-        variables = convert.load_pretrained(path, networks.with_fields(model, param_dtype=jnp.float32), partial=False)
+        variables = saved.load_variables(path)
+        if not saved.fits(variables, task, model):
+            raise UserError(f"{path} is of the network {metadata['model']}, not of the config's; give its config.")
     check_processes(config, data)
     variables = jax.device_put(variables, state_shardings(variables, mesh))
     # Evaluate with the batch size of one part of a training batch; the full batch may not fit in memory.

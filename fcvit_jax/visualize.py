@@ -218,11 +218,12 @@ def _similarity(args: argparse.Namespace) -> Figure:
 
 def _metric(workdir: Path) -> str:
     """The metric by which a run chooses its best checkpoint."""
+    path = workdir / "config.json"
     try:
-        config = json.loads((workdir / "config.json").read_text())
+        config = json.loads(path.read_text()) if path.exists() else {}  # the record may have been copied alone
         task = config.get("task", "classification")
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{workdir / 'config.json'} cannot be read: {error}; give folders of runs.") from error
+        raise UserError(f"{path} cannot be read: {error}; give folders of runs.") from error
     return tasks.load(task).BEST
 
 

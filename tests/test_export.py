@@ -10,21 +10,10 @@ import jax.export
 import numpy as np
 import pytest
 from flax import traverse_util
+from helpers import ELSEWHERE, METADATA, exit_of, expected_logits, save_tiny, tiny_variables
 from safetensors.numpy import load_file
-from test_predict import METADATA, exit_of, expected_logits, save_tiny, tiny_variables
 
 from fcvit_jax import export
-
-ELSEWHERE = """
-import json, sys
-import jax, numpy
-program = jax.export.deserialize(open("out/model.jax_export", "rb").read())
-about = json.load(open("out/model.json"))
-images = numpy.load("images.npy")
-assert images.shape[1] == images.shape[2] == about["image_size"]
-numpy.savez("logits.npz", one=program.call(images[:1]), all=program.call(images))
-assert not {"fcvit_jax", "flax", "orbax"} & set(sys.modules), "not by JAX alone"
-"""
 
 
 @pytest.fixture(scope="module")

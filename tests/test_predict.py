@@ -9,74 +9,19 @@ import jax
 import numpy as np
 import optax
 import pytest
-from PIL import Image
+from helpers import METADATA, TINY, exit_of, expected_logits, save_images, save_tiny, tiny_variables
 
 from fcvit_jax import convert, export, predict, summary, visualize
 from fcvit_jax.augment import eval_transform
-from fcvit_jax.augment.mixing import normalize
 from fcvit_jax.errors import UserError, exit_on_error
-from fcvit_jax.networks.fcvit import abstract_variables, create_model
+from fcvit_jax.networks.fcvit import create_model
 from fcvit_jax.run.checkpoint import Checkpointer, save_variables
 from fcvit_jax.run.state import TrainState
-
-TINY = {
-    "name": "fcvit_tiny",
-    "num_classes": 3,
-    "depths": [1, 0, 0, 1],
-    "dims": [16, 16, 16, 32],
-    "mlp_ratios": [2, 1, 1, 1],
-    "kernel_sizes": [3, 5],
-    "bn_group_size": 64,
-}
-METADATA = {"model": TINY, "class_names": ["ant", "bee", "cat"], "image_size": 40, "crop_pct": 0.8}
-
-
-def tiny_variables(seed=0, **options):
-    """Random variables, of which scales and variances are near 1: a fresh block would change nothing."""
-    model = create_model(**TINY | options)
-    shapes = abstract_variables(model)
-    rng = np.random.default_rng(seed)
-
-    def values(path, leaf):
-        name = path[-1].key
-        x = rng.normal(0, 0.1 if name in ("bias", "mean") else 0.3, leaf.shape)
-        return (np.exp(x) if name == "var" else x + 1 if "scale" in name else x).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(values, shapes)
-
-
-def save_tiny(path):
-    """Writes a small checkpoint to a new folder."""
-    save_variables(path, tiny_variables(), METADATA)
-    return path
-
-
-def save_images(folder, count, seed=0):
-    """Writes PNG images of different sizes with smooth random content."""
-    rng = np.random.default_rng(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{i}.png" for i in range(count)]
-    for i, path in enumerate(paths):
-        small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8))
-        small.resize((60 + 9 * i, 50), Image.BICUBIC).save(path)
-    return paths
-
-
-def exit_of(main, *argv):
-    """What a tool exits with: a status, or the message that it dies with."""
-    with pytest.raises(SystemExit) as exit:
-        main([str(arg) for arg in argv])
-    return exit.value.code
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("predict") / "tiny")
-
-
-def expected_logits(images):
-    """Of the tiny checkpoint for uint8 images."""
-    return np.asarray(jax.jit(create_model(**TINY).apply)(tiny_variables(), normalize(images)))
 
 
 def test_predictions_equal_the_model_whatever_the_batches(checkpoint, tmp_path, capsys):

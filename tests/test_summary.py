@@ -3,7 +3,7 @@
 import re
 
 import jax
-from test_predict import TINY, exit_of, save_tiny
+from helpers import TINY, exit_of, save_tiny
 
 from fcvit_jax import summary
 from fcvit_jax.networks.fcvit import create_model

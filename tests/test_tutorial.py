@@ -9,8 +9,8 @@ from pathlib import Path
 import nbformat
 import numpy as np
 from conftest import QUICKLY
+from helpers import ELSEWHERE
 from nbclient import NotebookClient
-from test_export import ELSEWHERE
 
 from fcvit_jax.augment import eval_transform
 

@@ -5,9 +5,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from helpers import TINY, assert_nothing_is_cut_off, exit_of, save_images, save_tiny, tiny_variables
 from PIL import Image
-from test_predict import TINY, exit_of, save_images, save_tiny, tiny_variables
 
 from fcvit_jax import visualize
 from fcvit_jax.augment.mixing import normalize
@@ -16,14 +15,6 @@ from fcvit_jax.networks.fcvit import create_model
 from fcvit_jax.visualize import draw_curves, draw_similarity, head_correlation, similarity_maps
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 40, 64, 3), np.uint8)
-
-
-def assert_nothing_is_cut_off(figure):
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    box = figure.get_tightbbox(canvas.get_renderer())
-    width, height = figure.get_size_inches()
-    assert min(box.x0, box.y0) >= 0 and box.x1 <= width and box.y1 <= height, box
 
 
 def test_maps_are_those_of_the_last_context_of_the_block():

@@ -13,7 +13,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from flax import traverse_util
-from safetensors import SafetensorError, safe_open
 
 from fcvit_jax.errors import UserError, log
 
@@ -94,8 +93,12 @@ def _open_npz(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
 
 
 @contextlib.contextmanager
-def _open_safetensors(path: Path) -> Iterator[safe_open]:
+def _open_safetensors(path: Path) -> Iterator[Any]:
     """Opens a .safetensors, whose tensors are read when they are taken out; what goes wrong becomes a UserError."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise UserError(f"To read {path}: pip install safetensors") from error
     try:
         with safe_open(path, "np") as file:
             yield file

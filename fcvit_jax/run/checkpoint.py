@@ -137,9 +137,10 @@ class Checkpointer:
           The state and its metadata; None where there is no checkpoint.
 
         Raises:
-          UserError: there are checkpoints, but all are damaged, or the storage does not work; nothing was touched.
+          UserError: there are checkpoints, but all are damaged, or of a newer format, or the storage does not work;
+            nothing was touched.
         """
-        damaged = {}
+        damaged, bug = {}, None
         for step in sorted(self._latest.all_steps(), reverse=True):
             restored, reason = None, "another process failed"
             with errors_on_all_processes():
@@ -147,6 +148,8 @@ class Checkpointer:
                     restored = self._restore_step(step, abstract)
                 except disk.Damaged as error:
                     reason = str(error)
+                except disk.UNCLEAR as error:
+                    bug, reason = error, f"{type(error).__name__}: {disk.reason(error)}"
             if _agreed(restored is not None):
                 self._tidy(damaged, step)
                 return restored
@@ -154,6 +157,8 @@ class Checkpointer:
         if not damaged:
             self._tidy({}, 0)
             return None
+        if bug is not None:
+            raise bug
         raise UserError(
             "\n".join(damaged.values()) + "\nNone of this run's checkpoints can be read. Nothing was changed: "
             "restore them from a copy, or choose another --workdir to start afresh.\nIf the config was changed: what a "
@@ -164,7 +169,9 @@ class Checkpointer:
         items = {name: ocp.args.StandardRestore(item) for name, item in disk.items(abstract).items()}
         json_items = {name: ocp.args.JsonRestore() for name in ("metadata", "checksums")}
         args = ocp.args.Composite(**items, **json_items)
-        restored = disk.read(str(self.directory / str(step)), lambda: self._latest.restore(step, args=args))
+        path = self.directory / str(step)
+        disk.load_metadata(path)  # before all else, since a newer format may have other items
+        restored = disk.read(str(path), lambda: self._latest.restore(step, args=args))
         parts = {name: restored[name] for name in items}
         metadata = disk.check(parts, restored["metadata"], restored["checksums"])
         return TrainState(variables=parts["variables"], **parts["optimizer"], ema=parts.get("ema")), metadata

@@ -232,12 +232,14 @@ def class_changes(old: Sequence[str], new: Sequence[str]) -> list[str]:
 
 
 def check_data(config: ConfigDict, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Compares the dataset of a run's checkpoint ("class_names", "num_train", "num_eval") with that of its new start.
+    """Compares the dataset of a run's checkpoint with that of its new start: "num_train", "num_eval" and "class_names".
+
+    Tasks without classes need not have names of them.
 
     Raises:
       UserError: they differ, so labels, order, epochs or evaluations would too, and `resume_with_changes` is off.
     """
-    lines = class_changes(old["class_names"], new["class_names"])
+    lines = class_changes(old.get("class_names", ()), new.get("class_names", ()))
     if old["num_train"] != new["num_train"]:
         lines.append(f"  training images: {old['num_train']:,} -> {new['num_train']:,}")
     if old["num_eval"] != new["num_eval"]:

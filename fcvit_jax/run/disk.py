@@ -23,9 +23,11 @@ _GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 # How TensorStore's errors begin or what they contain, whose type is ValueError whatever happened.
 _PASSING = re.compile(
     r"^(UNKNOWN|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED|CANCELLED|PERMISSION_DENIED|UNAUTHENTICATED)\b"
-    r"|Input/output error|Stale file handle|timed out|Connection|Too many open files"
+    r"|Input/output error|Stale file handle|timed out|Connection (refused|reset)|Too many open files"
 )
 _STORAGE = re.compile(r"^[A-Z_]+: |OS error|TensorStore|OCDBT")
+# What Orbax may raise about damage that it does not notice. So may a bug, but that strikes older checkpoints as well.
+UNCLEAR = (AttributeError, IndexError, NotImplementedError, TypeError)
 _T = TypeVar("_T")
 
 
@@ -54,12 +56,7 @@ def check(parts: Mapping[str, Any], metadata: Mapping[str, Any], expected: Mappi
 
     Raises:
       Damaged: they differ.
-      UserError: the checkpoint has a newer format than this version knows.
     """
-    if metadata.get("format", 0) > FORMAT:
-        raise UserError(
-            f"A checkpoint has the format {metadata['format']}, which only a newer fcvit_jax than this reads."
-        )
     found = _checksums(parts, metadata)
     wrong = [name for name in found if found[name] != expected.get(name)]
     if wrong:
@@ -95,6 +92,22 @@ def load_json(item: Path) -> dict[str, Any]:
     return json.loads((item / "metadata").read_text())
 
 
+def load_metadata(step: Path) -> dict[str, Any]:
+    """Reads the metadata of a checkpoint, with the number of its format if it has one.
+
+    Args:
+      step: the checkpoint's folder.
+
+    Raises:
+      Damaged: they are missing or cannot be parsed.
+      UserError: the format is newer than this version knows, or a fault of the file system did not pass.
+    """
+    metadata = read(str(step), lambda: load_json(step / "metadata"))
+    if metadata.get("format", 0) > FORMAT:
+        raise UserError(f"{step} has the format {metadata['format']}, which only a newer fcvit_jax than this reads.")
+    return metadata
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
@@ -113,10 +126,11 @@ def _is_storage(error: BaseException) -> bool:
 
 def reason(error: BaseException) -> str:
     """An error in one line that people can read: Orbax and TensorStore add thousands of characters of settings."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0].partition(" [tensorstore_spec")[0]
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = re.split(r" \[(?:tensorstore_spec|os_error_code)", text)[0]
     if found := re.search(r"OS error \d+: [^\[\]]+", text):
         return found[0].strip()
-    return text if len(text) <= 300 else text[:300] + " ..."
+    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"  # the cause comes last
 
 
 def read(what: str, read: Callable[[], _T]) -> _T:

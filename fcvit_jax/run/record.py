@@ -247,11 +247,14 @@ def describe_run(
 ) -> str:
     """The first line of a run: devices, network, data, number of steps and learning rate."""
     processes, parameters = jax.process_count(), sum(x.size for x in jax.tree.leaves(abstract.variables["params"]))
-    group = group_size(model) or data.batch_size // config.train.accumulate
+    groups = ""
+    if hasattr(model, "bn_group_size"):
+        groups = f", BatchNorm groups of {group_size(model) or data.batch_size // config.train.accumulate}"
     scaled = ""
     if "lr_batch_size" in config.optim and config.optim.lr_batch_size:
         scaled = f" (optim.lr {config.optim.lr:.3g} x batch {data.batch_size} / {config.optim.lr_batch_size})"
-    highest = float(schedule(np.append(np.arange(0, total, data.steps_per_epoch), total - 1)).max())
+    # A constant schedule answers with one number.
+    highest = float(np.max(schedule(np.append(np.arange(0, total, data.steps_per_epoch), total - 1))))
     return ", ".join(
         [
             f"{mesh.size} of {jax.device_count()} {mesh.devices.flat[0].device_kind} devices in {processes} "
@@ -259,7 +262,7 @@ def describe_run(
             f"mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}",
             f"{parameters:,} parameters, computing in {jnp.dtype(model.dtype)}",
             f"{bytes_per_device(abstract) / 2**20:.1f} MiB of state per device",
-            f"batch {data.batch_size}, BatchNorm groups of {group}",
+            f"batch {data.batch_size}{groups}",
             f"{data.num_train:,} training and {data.num_eval:,} validation images",
             f"{total:,} steps, {data.steps_per_epoch:,} an epoch",
             f"learning rate{scaled} at most {highest:.3g} in this run",

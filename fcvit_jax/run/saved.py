@@ -80,16 +80,17 @@ def load_variables(path: str | Path, *, ema: bool | None = None) -> dict[str, An
     if not item.is_dir():
         raise UserError(f"{step} holds no exponential moving averages: the run did not keep them.")
 
-    def read() -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
+    def read() -> tuple[dict[str, Any], dict[str, int]]:
         # Without a CheckpointManager, which would warn that a part of a checkpoint is not a whole one.
         with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
             tree = reader.metadata(item).tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             variables = reader.restore(item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-        return variables, disk.load_json(step / "metadata"), disk.load_json(step / "checksums")
+        return variables, disk.load_json(step / "checksums")
 
     try:
-        variables, metadata, checksums = disk.read(str(step), read)
+        metadata = disk.load_metadata(step)
+        variables, checksums = disk.read(str(step), read)
         disk.check({item.name: variables}, metadata, checksums)
     except disk.Damaged as error:
         raise UserError(f"Could not read the checkpoint {step}: {error}\n{_DAMAGED}") from error
@@ -107,7 +108,7 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
     """
     step = find_step(path)
     try:
-        metadata = disk.read(str(step), lambda: disk.load_json(step / "metadata"))
+        metadata = disk.load_metadata(step)
     except disk.Damaged as error:
         raise UserError(f"Could not read the metadata of {step}: {error}\n{_DAMAGED}") from error
     return {key: value for key, value in metadata.items() if key != "format"}
@@ -132,6 +133,12 @@ def create_model(source: str | Path, metadata: Mapping[str, Any]) -> nn.Module:
         return tasks.load(task_of(metadata)).create_model(**metadata["model"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{source} does not say which network it holds: {type(error).__name__}: {error}") from error
+
+
+def fits(variables: Mapping[str, Any], task: ModuleType, model: nn.Module) -> bool:
+    """Whether variables have the names and the shapes that a task's network has."""
+    expected = jax.eval_shape(lambda key: task.init_variables(model, key), jax.random.key(0))
+    return jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, expected)
 
 
 class Saved(NamedTuple):
@@ -174,10 +181,9 @@ def load(checkpoint: str | Path) -> Saved:
     metadata = load_metadata(step)
     variables = load_variables(step)
     task, model = tasks.load(task_of(metadata)), create_model(step, metadata)
-    from fcvit_jax.convert.weights import KINDS, kind_of  # it imports this module
+    if not fits(variables, task, model):
+        from fcvit_jax.convert.weights import KINDS, kind_of  # it imports this module
 
-    expected = jax.eval_shape(lambda key: task.init_variables(model, key), jax.random.key(0))
-    if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, expected):
         held = KINDS[kind_of(f"params/{name}/" for name in variables["params"])]
         raise UserError(
             f"{step} holds {held}, with weights of another network than the {metadata['model']} that it names."

@@ -20,6 +20,9 @@ What a task has::
     read_image(encoded, metadata) -> array                                          # as evaluation sees an image
     predict(model, variables, images, metadata, ...) -> [prediction of each image]  # as JSON can hold them
     make_program(model, variables, metadata) -> (function, shape of the images)     # what `export` writes
+
+The loop and the evaluation ask for all but the last four and, without `init_from`, `load_pretrained`. Of a network they
+ask for `num_classes` (0: there are none) and `dtype`. tests/fake_task.py is the smallest task.
 """
 
 import importlib

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from helpers import assert_nothing_is_cut_off
 from matplotlib.patches import Rectangle
-from test_visualize import assert_nothing_is_cut_off
 
 from fcvit_jax.attention.figures import draw_depth, draw_heads, draw_queries, query_maps
 from fcvit_jax.errors import UserError

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from equality import nhwc
 from flax import linen as nn
+from helpers import exit_of, save_images, save_tiny
 from PIL import Image
-from test_predict import exit_of, save_images, save_tiny
 from timm_equality import variables_of
 
 from fcvit_jax import attention
@@ -171,7 +171,7 @@ def test_the_tool_measures_every_image_once_whatever_the_batches(tmp_path, capsy
     assert Image.open(tmp_path / "new/depth.png").size[0] > 500
 
     loaded = saved.load(checkpoint)
-    pixels = np.stack([read_image(path, loaded) for path in images])
+    pixels = np.stack([read_image(path, loaded.metadata) for path in images])
     found = attention.block_measures(loaded.model, loaded.variables, normalize(pixels))
     assert printed["blocks"].keys() == found.keys() and len(found) == 4
     for block, values in found.items():

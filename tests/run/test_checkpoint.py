@@ -8,18 +8,16 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
+from helpers import abstract, contents, make_state, restore
 from jax.experimental import multihost_utils
 
 from fcvit_jax.devices.sharding import make_mesh, state_shardings
 from fcvit_jax.errors import UserError
 from fcvit_jax.run.checkpoint import Checkpointer, save_variables
 from fcvit_jax.run.saved import find_step, load_metadata, load_variables
-from fcvit_jax.run.state import TrainState
 
 # Orbax leaves the further exceptions of a failed read to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -34,40 +32,8 @@ def garbage():
 METADATA = {"best": {"step": 2, "top1": 0.1}}
 
 
-def make_state(mesh, step, seed=0):
-    rng = np.random.default_rng(seed)
-    params = {"a": {"kernel": rng.normal(size=(40, 64)), "bias": rng.normal(size=7)}}
-    params = jax.tree.map(jnp.float32, params)
-    batch_stats = {"norm": {"mean": jnp.float32(rng.normal(size=3))}}
-    state = TrainState(
-        step=jnp.int32(step),
-        variables={"params": params, "batch_stats": batch_stats},
-        opt_state=jax.tree.map(lambda x: x + jnp.ones_like(x), optax.adamw(1e-3).init(params)),
-        ema=jax.tree.map(lambda x: 2 * x, {"params": params, "batch_stats": batch_stats}),
-    )
-    return jax.device_put(state, state_shardings(state, mesh))
-
-
-def abstract(state, mesh):
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, state_shardings(state, mesh)
-    )
-
-
-def restore(workdir, state, mesh):
-    checkpointer = Checkpointer(workdir)
-    try:
-        return checkpointer.restore(abstract(state, mesh))
-    finally:
-        checkpointer.close()
-
-
 def assert_same(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y), strict=True), a, b)
-
-
-def contents(folder):
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 @pytest.fixture(scope="module")
