@@ -1,8 +1,9 @@
 """ImageNet-1k with the recipe of the paper: 300 epochs and 10 of cool-down, with 1,024 images per update.
 
-There is a config for each variant; configs/imagenet.py:NAME takes it by its name:
+There is a config for each variant of FCViT; configs/imagenet.py:NAME takes any network, ViTs and ConvNeXts too:
 
     python main.py --config=configs/fcvit_s12.py --workdir=runs/s12 --config.data.data_dir=/data/tensorflow_datasets
+    python main.py --config=configs/imagenet.py:convnext_tiny --workdir=runs/convnext
 
 Every key can be overridden on the command line: --config.optim.lr=2e-3
 """
@@ -22,11 +23,12 @@ def get_config(name: str = "fcvit_s12") -> ConfigDict:
     config.resume_with_changes = False  # resume a run although its config or data differ
     config.compilation_cache = True  # keep compiled programs in <workdir>/, unless JAX has a folder for them
 
-    model = config.model = ConfigDict()  # see fcvit_jax.FCViT; a config file may add others of its attributes
-    model.name = name  # a key of fcvit_jax.VARIANTS, or the name that the original gives it
+    model = config.model = ConfigDict()  # see the network's class; a config file may add others of its attributes
+    model.name = name  # as for fcvit_jax.create_model
     model.num_classes = 1000  # must equal the dataset's
     model.drop_path_rate = variant["drop_path_rate"]  # of the last block; rises linearly from 0 at the first
-    model.bn_group_size = 128  # images that share batch statistics; 0: all
+    if "bn_group_size" in networks.model_fields(name):  # FCViT alone has batch statistics
+        model.bn_group_size = 128  # images that share them; 0: all
     model.remat = False  # recompute blocks in the backward pass: less memory, more time
     model.dtype = "bfloat16"  # of computation; parameters, statistics, softmax and loss are float32
 
