@@ -37,7 +37,7 @@ def export(checkpoint: str | Path, dest: str | Path) -> None:
     - `model.safetensors`: the variables by path, "params/stem/conv/kernel", ...
 
     Args:
-      checkpoint: as in `saved.find_step`.
+      checkpoint: as in `saved.load`.
       dest: a new or empty folder.
 
     Raises:

@@ -16,7 +16,10 @@ from fcvit_jax import tasks
 from fcvit_jax.errors import UserError, exit_on_error, log
 from fcvit_jax.run import saved
 
-CHECKPOINT_HELP = "a run's folder, its checkpoints or best folder (the newest step is taken), or one step's folder"
+CHECKPOINT_HELP = (
+    "a run's folder, its checkpoints or best folder (the newest step is taken), or one step's folder; or a file of"
+    " weights: .pth, .pth.tar, .safetensors, .npz; FILE:NAME where it does not tell a ViT from a DeiT"
+)
 
 
 def load(checkpoint: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
@@ -28,7 +31,7 @@ def load(checkpoint: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str, A
         logits = model.apply(variables, images)                     # images (N, H, W, 3) float, normalised
 
     Args:
-      checkpoint: as in `saved.find_step`.
+      checkpoint: as in `saved.load`.
 
     Returns:
       The network, its variables as NumPy arrays, and the metadata, such as "class_names", "image_size" and "crop_pct"

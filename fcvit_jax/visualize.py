@@ -1,209 +1,38 @@
-"""Draws similarity maps and the curves of runs: `python -m fcvit_jax.visualize similarity|curves ...`."""
+"""Draws what networks attend to and how runs went: `python -m fcvit_jax.visualize attention|similarity|curves ...`."""
 
 import argparse
-import functools
-import itertools
+import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from flax import linen as nn
-from flax import traverse_util
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from fcvit_jax import tasks
 from fcvit_jax.errors import UserError, exit_on_error
-from fcvit_jax.networks.normalize import normalize
+from fcvit_jax.figures import check_format, save
+from fcvit_jax.figures.attention import attention_of, draw_heads, draw_queries, query_maps
+from fcvit_jax.figures.curves import draw_curves, read_metrics
+from fcvit_jax.figures.similarity import draw_similarity, head_correlation, similarity_maps
+from fcvit_jax.networks.vit import ViT
 from fcvit_jax.predict import CHECKPOINT_HELP, find_images, load, read_image
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart. Yellow is left out: too pale for lines.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MAX_IMAGES = 32  # in one picture
+_MAX_IMAGES = 32  # of one picture
 
 
-def similarity_maps(
-    model: nn.Module, variables: Mapping[str, Any], images: np.ndarray, block: str | None = None
-) -> tuple[str, np.ndarray]:
-    """Computes the similarity of every position to the image's mean, by the last context of a block (paper, figure 3).
-
-    Args:
-      model: the network.
-      variables: its variables.
-      images: (N, H, W, 3) uint8.
-      block: the block's name, such as "stages_3_block_1"; None: the last block whose map has more than one position.
-
-    Returns:
-      The block's name, and (N, h, w, context_heads) float32, with zero mean and unit variance for each image.
-
-    Raises:
-      UserError: there is no such block, its map has only one position, or the network computes no similarity.
-    """
-    sown = traverse_util.flatten_dict(_intermediates(model, variables, images))
-    paths = sorted((path for path in sown if path[-1] == "similarity"), key=_natural_order)
-    if not paths:
-        raise UserError("The network computes no similarity: it has no weighted context.")
-    maps = {path[0]: np.asarray(sown[path][0]) for path in paths}  # the last context of a block replaces the others
-    wide = [name for name in maps if maps[name][0, ..., 0].size > 1]
-    if not wide or (block is not None and block not in wide):
-        raise UserError(f"There is no map to draw of block {block}: choose from {', '.join(wide)}.")
-    return block or wide[-1], maps[block or wide[-1]]
-
-
-def _natural_order(path: Sequence[str]) -> list:
-    """A sort key that compares numbers in names by value: block 2 comes before block 10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", "/".join(path))]
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _intermediates(model: nn.Module, variables: Mapping[str, Any], images: jax.Array) -> dict[str, Any]:
-    images = normalize(images, model.mean, model.std)
-    return model.apply(variables, images, mutable="intermediates")[1].get("intermediates", {})
-
-
-def head_correlation(maps: np.ndarray) -> float:
-    """The mean Pearson correlation between the maps of every pair of heads.
-
-    Args:
-      maps: (h, w, heads).
-
-    Returns:
-      A number in [-1, 1]; NaN if fewer than two heads have a map that varies.
-    """
-    maps = maps.reshape(-1, maps.shape[-1])
-    maps = maps[:, maps.std(0) > 0]
-    pairs = np.atleast_2d(np.corrcoef(maps, rowvar=False))[np.triu_indices(maps.shape[1], 1)]
-    return float(pairs.mean()) if pairs.size else float("nan")
-
-
-def _literal(text: str) -> str:
-    """Escapes text for matplotlib, which reads text between two $ as a formula, and refuses what is not UTF-8."""
-    return text.replace("$", r"\$").encode(errors="replace").decode()
-
-
-def draw_similarity(images: Sequence[np.ndarray], maps: np.ndarray, names: Sequence[str], title: str) -> Figure:
-    """Draws one row per image: the image, then the standardised map of each head on top of the grey image.
-
-    Args:
-      images: (H, W, 3) uint8 each.
-      maps: (N, h, w, heads), as `similarity_maps` gives them.
-      names: of the images.
-      title: of the figure.
-    """
-    heads = maps.shape[-1]
-    size = 1.35 * (heads + 1) + 1.5, 1.7 * len(images) + 1.0
-    figure = Figure(figsize=size, dpi=150, layout="compressed")
-    axes = figure.subplots(len(images), heads + 1, squeeze=False)
-    # Standardised, as in the correlation. Heads differ so much in strength that most maps would show a single colour.
-    deviations = (maps - maps.mean((1, 2), keepdims=True)) / np.maximum(maps.std((1, 2), keepdims=True), 1e-6)
-    norm = Normalize(*np.percentile(deviations, (1, 99)))
-    for row, image, image_maps, drawn, name in zip(axes, images, maps, deviations, names, strict=True):
-        grey = image.mean(-1)
-        for axis in row:
-            axis.set(xticks=[], yticks=[])
-        row[0].imshow(image)
-        label = _literal(name if len(name) <= 18 else "…" + name[-17:])
-        row[0].set_xlabel(f"{label}\nr = {head_correlation(image_maps):.2f}", fontsize=9)
-        for head, axis in enumerate(row[1:]):
-            # Grey with weak contrast, so that brightness and colour show the similarity.
-            axis.imshow(grey, cmap="gray", vmin=-200, vmax=455)
-            axis.imshow(
-                drawn[..., head],
-                cmap="viridis",
-                norm=norm,
-                alpha=0.7,
-                interpolation="bicubic",
-                extent=(-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5),
-            )
-    axes[0, 0].set_title("image", fontsize=10)
-    for head in range(heads):
-        axes[0, head + 1].set_title(f"head {head + 1}", fontsize=10)
-    opaque = ScalarMappable(norm, "viridis")
-    bar = figure.colorbar(opaque, ax=axes, extend="both", shrink=min(1.0, 2.5 / len(images)), pad=0.01)
-    bar.set_label("similarity to the mean\n(each map standardised)", fontsize=9)
-    figure.suptitle(title, fontsize=12)
-    return figure
-
-
-def read_metrics(workdir: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl.
-
-    Raises:
-      UserError: there is no such file, it is empty, or a line cannot be read. The last line may be incomplete, since a
-        kill can cut it off.
-    """
-    path = workdir / "metrics.jsonl"
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give folders of runs.") from error
-    metrics = []
-    for number, line in enumerate(lines, 1):
-        try:
-            metrics.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise UserError(f"{path}, line {number} is not JSON: {error}") from error
-    if not all(isinstance(line, dict) and "epoch" in line for line in metrics):
-        raise UserError(f"{path} is of another program: its lines have no epoch.")
-    if not metrics:
-        raise UserError(f"{path} is empty: the run has reported nothing yet.")
-    return metrics
-
-
-def draw_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], metric: str | None = None) -> Figure:
-    """Draws loss, learning rate and a metric over epochs.
-
-    Args:
-      runs: lines of metrics.jsonl by the run's name.
-      metric: a fraction that evaluation gives, such as "top1"; None: the first that it gives besides the loss.
-    """
-    if metric is None:
-        evaluated = (
-            name.removeprefix("eval/")
-            for lines in runs.values()
-            for line in lines
-            for name in line
-            if name.startswith("eval/") and name not in ("eval/loss", "eval/count")
-        )
-        metric = next(evaluated, "not evaluated yet")
-    figure = Figure(figsize=(12, 4.2 + 0.25 * len(runs)), dpi=120, layout="constrained")
-    loss, rate, quality = figure.subplots(1, 3)
-    handles, labels = [], []  # passed to the legend directly, which otherwise leaves out names that begin with "_"
-    for (name, metrics), colour in zip(runs.items(), itertools.cycle(COLOURS), strict=False):
-
-        def curve(axis, key, scale=1.0, metrics=metrics, **style):
-            points = [(line["epoch"], line[key] * scale) for line in metrics if key in line]
-            axis.plot(*zip(*points, strict=True) if points else ((), ()), **style)
-            return [value for _, value in points]
-
-        curve(loss, "train/loss", color=colour, linewidth=1.2)
-        curve(loss, "eval/loss", color=colour, linestyle="--", marker="o", markersize=4)
-        curve(rate, "train/lr", color=colour)
-        values = curve(quality, f"eval/{metric}", 100.0, color=colour, marker="o", markersize=4)
-        best = f"best {metric} {max(values):.2f} %" if values else "not evaluated yet"
-        handles += quality.plot((), (), color=colour)
-        labels.append(_literal(f"{name}: {best}"))
-    loss.plot((), (), color="0.4", label="training (augmented)")
-    loss.plot((), (), color="0.4", linestyle="--", marker="o", markersize=4, label="validation")
-    loss.legend(fontsize=9)
-    figure.legend(handles, labels, loc="outside lower center", fontsize=10)
-    for axis, title, unit in ((loss, "Loss", "cross-entropy"), (rate, "Learning rate", ""), (quality, metric, "%")):
-        axis.set(title=title, xlabel="epoch", ylabel=unit)
-        axis.grid(alpha=0.3)
-    return figure
+def _find_images(paths: Sequence[Path]) -> list[Path]:
+    paths = find_images(paths)
+    if len(paths) > _MAX_IMAGES:
+        raise UserError(f"{len(paths)} images do not fit a picture: choose at most {_MAX_IMAGES}.")
+    return paths
 
 
 def _similarity(args: argparse.Namespace) -> Figure:
     model, variables, metadata = load(args.checkpoint)
-    paths = find_images(args.images)
-    if len(paths) > _MAX_IMAGES:
-        raise UserError(f"{len(paths)} images do not fit a picture: choose at most {_MAX_IMAGES}.")
+    paths = _find_images(args.images)
     images = [read_image(path, metadata) for path in paths]
     block, maps = similarity_maps(model, variables, np.stack(images), args.block)
     correlations = [head_correlation(image_maps) for image_maps in maps]
@@ -216,14 +45,97 @@ def _similarity(args: argparse.Namespace) -> Figure:
     return draw_similarity(images, maps, [path.name for path in paths], title)
 
 
+def _points(queries: Sequence[str], size: int) -> list[tuple[float, float] | None]:
+    """What --query says: x and y as fractions of an image of size x size pixels, or None for the class token."""
+    points = []
+    for query in queries or [f"{size // 2},{size // 2}"]:
+        found = re.fullmatch(r"(\d+),(\d+)", query)
+        if query != "class" and not found:
+            raise UserError(f"--query={query} must be y,x in pixels, such as 80,120, or class.")
+        y, x = map(int, found.groups()) if found else (0, 0)
+        if max(y, x) >= size:
+            raise UserError(f"--query={query} is outside the image, of which the network sees {size} x {size} pixels.")
+        points.append(((x + 0.5) / size, (y + 0.5) / size) if found else None)
+    return points
+
+
+def _patch(point: tuple[float, float] | None, grid: tuple[int, int]) -> tuple[int, int] | None:
+    """Row and column of the patch that a point lies in."""
+    return None if point is None else (int(point[1] * grid[0]), int(point[0] * grid[1]))
+
+
+def _queries(args: argparse.Namespace) -> Figure:
+    """Figure 1 of the paper: one head's maps for every query and every network."""
+    paths = _find_images(args.images)
+    maps, shown, points = {}, None, None
+    for checkpoint in args.checkpoint:
+        model, variables, metadata = load(checkpoint)
+        images = [read_image(path, metadata) for path in paths]
+        if shown is None:
+            shown, points = images, _points(args.query, len(images[0]))
+        if len(images) * len(points) > _MAX_IMAGES:
+            raise UserError(f"{len(images)} images with {len(points)} queries each do not fit a picture.")
+        drawn = []
+        with _naming(checkpoint):
+            for image in images:  # one by one: all attention of a large network on many images would fill the memory
+                block, attention = attention_of(model, variables, image[None], args.block)
+                heads, grid = attention.shape[1], _grid(model, image)
+                head = heads if args.head is None else args.head
+                if not 1 <= head <= heads:
+                    raise UserError(f"There is no head {head}: choose from 1 to {heads}.")
+                drawn += [query_maps(attention[0, head - 1], grid, _patch(p, grid), model.prefix) for p in points]
+        maps[f"{checkpoint}, {block}, head {head}"] = drawn
+    return draw_queries([image for image in shown for _ in points], points * len(shown), maps, "Where queries look")
+
+
+def _heads(args: argparse.Namespace) -> Figure:
+    """Figure 3 of the paper: all heads of one network beside all heads of another."""
+    paths = _find_images(args.images)
+    if len(paths) > 1 or len(args.checkpoint) > 1 or len(args.query) > 1 or args.head is not None:
+        raise UserError("--beside draws all heads, for one image, one --checkpoint and one --query.")
+    maps, queries, shown, point = {}, {}, None, None
+    for checkpoint, block in ((args.checkpoint[0], args.block), (args.beside, None)):
+        model, variables, metadata = load(checkpoint)
+        image = read_image(paths[0], metadata)
+        if shown is None:
+            shown, [point] = image, _points(args.query, len(image))
+        with _naming(checkpoint):
+            if isinstance(model, ViT):
+                block, attention = attention_of(model, variables, image[None], block)
+                patch = _patch(point, _grid(model, image))
+                drawn = query_maps(attention[0], _grid(model, image), patch, model.prefix)
+            else:
+                block, similarity = similarity_maps(model, variables, image[None], block)
+                patch, drawn = None, similarity[0].transpose(2, 0, 1)
+        name = f"{checkpoint}, {block}"
+        maps[name], queries[name] = drawn, patch
+    return draw_heads(shown, maps, queries, f"All heads on {paths[0].name}")
+
+
+def _grid(model: ViT, image: np.ndarray) -> tuple[int, int]:
+    return image.shape[0] // model.patch_size, image.shape[1] // model.patch_size
+
+
+@contextlib.contextmanager
+def _naming(checkpoint: str) -> Iterator[None]:
+    """Adds to a UserError which of several networks it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{checkpoint}: {error}") from error
+
+
+def _attention(args: argparse.Namespace) -> Figure:
+    return _heads(args) if args.beside else _queries(args)
+
+
 def _metric(workdir: Path) -> str:
     """The metric by which a run chooses its best checkpoint."""
-    path = workdir / "config.json"
     try:
-        config = json.loads(path.read_text()) if path.exists() else {}  # the record may have been copied alone
+        config = json.loads((workdir / "config.json").read_text())
         task = config.get("task", "classification")
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read: {error}; give folders of runs.") from error
+        raise UserError(f"{workdir / 'config.json'} cannot be read: {error}; give folders of runs.") from error
     return tasks.load(task).BEST
 
 
@@ -231,9 +143,7 @@ def _curves(args: argparse.Namespace) -> Figure:
     runs = {str(workdir): read_metrics(workdir) for workdir in args.workdirs}
     metrics = {_metric(workdir) for workdir in args.workdirs}
     if len(metrics) > 1:
-        raise UserError(
-            f"These runs have different main metrics ({', '.join(sorted(metrics))}): draw the runs of each task apart."
-        )
+        raise UserError(f"These runs are of different tasks ({', '.join(sorted(metrics))}): draw each task by itself.")
     return draw_curves(runs, metrics.pop())
 
 
@@ -241,43 +151,70 @@ def main(argv: list[str] | None = None) -> None:
     prog = "python -m fcvit_jax.visualize"
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Draw similarity maps of a network, or curves of runs. Each of the two has its own --help.",
+        description="Draw what a network attends to, or how runs went; each of the three has its own --help.",
         epilog=f"example: {prog} curves runs/digits --output curves.png",
     )
-    tools = parser.add_subparsers(required=True, metavar="similarity|curves")
+    tools = parser.add_subparsers(required=True, metavar="attention|similarity|curves")
+    for add in (_add_attention, _add_similarity, _add_curves):
+        add(tools, prog).add_argument("--output", required=True, type=Path, help="the picture: .png, .pdf, .svg, ...")
+    args = parser.parse_args(argv)
+    with exit_on_error():
+        check_format(args.output)  # before minutes of work
+        save(args.draw(args), args.output)
+        print(f"wrote {args.output}")
+
+
+def _add_attention(tools: Any, prog: str) -> argparse.ArgumentParser:
+    tool = tools.add_parser(
+        "attention",
+        help="where the queries of a ViT look",
+        description="Draw one head's attention for some queries, laid over the images (figure 1 of the paper); with "
+        "--beside, all heads of two networks (figure 3), of which an FCViT has the maps of its last context.",
+        epilog=f"example: {prog} attention --checkpoint deit.pth --query 60,80 --query class a.png --output maps.png",
+    )
+    tool.add_argument(
+        "--checkpoint", required=True, action="append", help=f"{CHECKPOINT_HELP}; several times: a column each"
+    )
+    tool.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="a folder: all images beneath it")
+    tool.add_argument(
+        "--query",
+        action="append",
+        default=[],
+        metavar="Y,X|class",
+        help="a pixel, from the top left of what the first network sees of an image, or the class token; may be "
+        "given several times (default: the centre)",
+    )
+    tool.add_argument("--block", help="such as block_3, of the first network with --beside (default: the last)")
+    tool.add_argument("--head", type=int, metavar="N", help="from 1 (default: the last)")
+    tool.add_argument("--beside", metavar="CHECKPOINT", help="another network: all heads of both, for one image")
+    tool.set_defaults(draw=_attention)
+    return tool
+
+
+def _add_similarity(tools: Any, prog: str) -> argparse.ArgumentParser:
     tool = tools.add_parser(
         "similarity",
-        help="what a network attends to, head by head",
+        help="what the heads of an FCViT see",
         description="Draw each head's similarity between every position and the image's mean, laid over the images.",
         epilog=f"example: {prog} similarity --checkpoint runs/digits a.png b.png --output similarity.png",
     )
     tool.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
-    tool.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="a folder: all images below it")
-    tool.add_argument("--block", help="such as stages_2_block_0; default: the last with more than one position")
+    tool.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="a folder: all images beneath it")
+    tool.add_argument("--block", help="such as stages_2_block_0; default: the last whose map is more than one position")
     tool.set_defaults(draw=_similarity)
-    tool_curves = tools.add_parser(
+    return tool
+
+
+def _add_curves(tools: Any, prog: str) -> argparse.ArgumentParser:
+    tool = tools.add_parser(
         "curves",
-        help="loss, learning rate and main metric of runs",
+        help="how runs went",
         description="Draw loss, learning rate and the main metric of runs, such as top-1.",
         epilog=f"example: {prog} curves runs/a runs/b --output curves.png",
     )
-    tool_curves.add_argument("workdirs", nargs="+", type=Path, metavar="WORKDIR", help="a run's folder")
-    tool_curves.set_defaults(draw=_curves)
-    for subparser in (tool, tool_curves):
-        subparser.add_argument("--output", required=True, type=Path, help="the picture: .png, .pdf, .svg, ...")
-    args = parser.parse_args(argv)
-    with exit_on_error():
-        output = args.output.expanduser()
-        formats = Figure().canvas.get_supported_filetypes()
-        if output.suffix[1:].lower() not in formats:
-            raise UserError(f"--output {output}: its ending must be one of .{', .'.join(formats)}.")
-        figure = args.draw(args)
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(output)
-        except OSError as error:
-            raise UserError(f"{output} cannot be written: {error}") from error
-        print(f"wrote {output}")
+    tool.add_argument("workdirs", nargs="+", type=Path, metavar="WORKDIR", help="a run's folder")
+    tool.set_defaults(draw=_curves)
+    return tool
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def test_wrong_checkpoints_end_in_one_clear_line(tool, tmp_path, monkeypatch):
     messages = {
         "missing": "no such folder",
         "empty": "No checkpoint in",
-        "weights.pth": "is a file",
+        "weights.pth": "damaged, or no file of PyTorch's",
         "other": "weights of another network",
         "nameless": "does not say which network",
         "pyramid": "holds a feature pyramid",

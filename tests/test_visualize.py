@@ -11,8 +11,9 @@ from PIL import Image
 from fcvit_jax import visualize
 from fcvit_jax.augment.mixing import normalize
 from fcvit_jax.errors import UserError
+from fcvit_jax.figures.curves import draw_curves, read_metrics
+from fcvit_jax.figures.similarity import draw_similarity, head_correlation, similarity_maps
 from fcvit_jax.networks.fcvit import create_model
-from fcvit_jax.visualize import draw_curves, draw_similarity, head_correlation, similarity_maps
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 40, 64, 3), np.uint8)
 
@@ -93,6 +94,7 @@ def test_similarity_from_the_command_line(tmp_path, capsys):
 
 def write_run(folder, factor):
     folder.mkdir()
+    (folder / "config.json").write_text("{}")
     lines = [
         {"step": 10, "epoch": 1.0, "train/loss": 2.0 * factor, "train/lr": 0.1},
         {"step": 15, "epoch": 1.5, "eval/loss": 1.5 * factor, "eval/top1": 0.5 * factor},
@@ -106,7 +108,7 @@ def test_curves(tmp_path):
         write_run(tmp_path / name, factor)
     with (tmp_path / "_b$x$" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3')  # the run was killed
-    runs = {str(tmp_path / name): visualize.read_metrics(tmp_path / name) for name in ("a", "_b$x$")}
+    runs = {str(tmp_path / name): read_metrics(tmp_path / name) for name in ("a", "_b$x$")}
     figure = draw_curves(runs)
     assert_nothing_is_cut_off(figure)
     loss, rate, top1 = figure.axes

@@ -201,7 +201,8 @@ def _sparsity(shares: jax.Array, ascending: jax.Array) -> dict[str, jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _intermediates(model: Any, variables: Mapping[str, Any], images: jax.Array) -> dict[str, Any]:
+def intermediates(model: Any, variables: Mapping[str, Any], images: jax.Array) -> dict[str, Any]:
+    """What a network sows in "intermediates", its attention or similarity, for images as in `block_measures`."""
     return model.apply(variables, images, mutable=["intermediates"])[1].get("intermediates", {})
 
 
@@ -222,7 +223,7 @@ def block_measures(model: Any, variables: Mapping[str, Any], images: jax.Array) 
       UserError: the network has no attention and no similarity.
     """
     found = {}
-    for path, x in jax.tree.leaves_with_path(_intermediates(model, variables, images)):
+    for path, x in jax.tree.leaves_with_path(intermediates(model, variables, images)):
         *_, owner, name = (key.key for key in path[:-1])  # the last is the place among what was sown by this name
         if name == "attention":
             found[owner] = _measures(x, model.prefix)

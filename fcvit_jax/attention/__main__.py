@@ -11,14 +11,15 @@ import numpy as np
 from tqdm import tqdm
 
 from fcvit_jax.attention import block_measures, summarise, table
-from fcvit_jax.attention.figures import check_format, draw_depth, save
 from fcvit_jax.errors import UserError, exit_on_error
+from fcvit_jax.figures import check_format, save
+from fcvit_jax.figures.attention import draw_depth
 from fcvit_jax.networks.normalize import normalize
-from fcvit_jax.predict import find_images, read_image
+from fcvit_jax.predict import CHECKPOINT_HELP, find_images, read_image
 from fcvit_jax.run.saved import load
 
 
-def measure_images(checkpoint: Path, paths: Sequence[Path], batch_size: int) -> dict[str, dict[str, dict[str, float]]]:
+def measure_images(checkpoint: str, paths: Sequence[Path], batch_size: int) -> dict[str, dict[str, dict[str, float]]]:
     """Measures a checkpoint's network on images that are read as evaluation reads them.
 
     Args:
@@ -36,7 +37,7 @@ def measure_images(checkpoint: Path, paths: Sequence[Path], batch_size: int) -> 
     variables = jax.device_put(variables)
     size = min(batch_size, len(paths))
     batches = []
-    for start in tqdm(range(0, len(paths), size), str(checkpoint), leave=False, unit="batch", disable=None):
+    for start in tqdm(range(0, len(paths), size), checkpoint, leave=False, unit="batch", disable=None):
         images = [read_image(path, metadata) for path in paths[start : start + size]]
         # Filled up to one size, so that one program serves all batches.
         batch = np.stack(images + images[:1] * (size - len(images)))
@@ -55,10 +56,10 @@ def _report(args: argparse.Namespace) -> None:
     paths = [paths[i * len(paths) // args.limit] for i in range(args.limit)] if args.limit < len(paths) else paths
     summaries = {}
     for checkpoint in args.checkpoint:
-        summary = summaries[str(checkpoint)] = measure_images(checkpoint, paths, args.batch_size)
+        summary = summaries[checkpoint] = measure_images(checkpoint, paths, args.batch_size)
         if args.json:
             finite = jax.tree.map(lambda x: None if math.isnan(x) else x, summary)  # JSON has no NaN
-            print(json.dumps({"checkpoint": str(checkpoint), "images": len(paths), "blocks": finite}), flush=True)
+            print(json.dumps({"checkpoint": checkpoint, "images": len(paths), "blocks": finite}), flush=True)
         else:
             print(
                 f"{checkpoint}: mean and standard deviation over {len(paths)} images\n\n{table(summary)}\n", flush=True
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         "how sparse it is: a table, one JSON object for each checkpoint, a figure over depth.",
         epilog="example: python -m fcvit_jax.attention --checkpoint vit_b deit_b --figure depth.png --images photos/",
     )
-    parser.add_argument("--checkpoint", required=True, nargs="+", type=Path, help="one or more folders, as for predict")
+    parser.add_argument("--checkpoint", required=True, nargs="+", help=f"one or more, each {CHECKPOINT_HELP}")
     parser.add_argument("--images", required=True, nargs="+", type=Path, metavar="IMAGE|FOLDER")
     parser.add_argument("--limit", type=int, default=1000, metavar="N", help="at most so many images (default: 1000)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)")

@@ -1,8 +1,9 @@
 """ImageNet-1k with the recipe of the paper: 300 epochs and 10 of cool-down, with 1,024 images per update.
 
-There is a config for each variant; configs/imagenet.py:NAME takes it by its name:
+There is a config for each variant of FCViT; configs/imagenet.py:NAME takes any network, ViTs and ConvNeXts too:
 
     python main.py --config=configs/fcvit_s12.py --workdir=runs/s12 --config.data.data_dir=/data/tensorflow_datasets
+    python main.py --config=configs/imagenet.py:convnext_tiny --workdir=runs/convnext
 
 Every key can be overridden on the command line: --config.optim.lr=2e-3
 """

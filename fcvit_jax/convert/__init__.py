@@ -18,7 +18,48 @@ from fcvit_jax.errors import UserError, log
 from fcvit_jax.networks.fcvit import with_fields
 from fcvit_jax.networks.vit import ViT
 
-__all__ = ["METADATA", "convert", "from_torch", "load_pretrained", "read_metadata", "to_torch"]
+__all__ = ["METADATA", "convert", "from_torch", "load_network", "load_pretrained", "read_metadata", "to_torch"]
+
+
+def load_network(
+    source: str | Path, *, ema: bool | None = None, name: str | None = None
+) -> tuple[Network, dict[str, Any], dict[str, Any]]:
+    """Loads the network that a file holds weights of, whoever wrote it.
+
+    Example::
+
+        model, variables, metadata = load_network("vit_base.safetensors", name="vit_base_patch16_224")
+
+    Args:
+      source, ema: as in `load_pretrained`.
+      name: of the variant, for what no shape tells: ViT and DeiT differ in the mean of their images alone.
+
+    Returns:
+      The network that the file names or that is inferred from the shapes; its variables, float32 NumPy arrays; and what
+      the file says of itself, with "model", the arguments of the function that makes the network.
+
+    Raises:
+      UserError: the source cannot be read, holds another network, or there is no variant of this name.
+    """
+    weights, metadata = read(Path(source), ema)
+    if "model" in metadata:
+        try:
+            model = CREATE[kind_of(weights)](**metadata["model"])
+        except TypeError as error:
+            raise UserError(f"{source} does not say which network it holds: {error}") from error
+    else:
+        model = infer(weights)
+        if name is not None:
+            model = CREATE[type(model)](name, num_classes=model.num_classes)
+        # Distillation is DeiT's, and layer scales are DINOv2's, which has DeiT's mean.
+        elif isinstance(model, ViT) and not model.distilled and model.layer_scale_init is None:
+            log.warning(
+                "%s does not say the mean of its images: that of DeiT is taken; name the variant if it is a ViT.",
+                source,
+            )
+    # In float32, in which a run evaluates its averages, whatever the dtype of its parameters.
+    variables = fit(weights, with_fields(model, param_dtype=np.float32))
+    return model, variables, {"model": _arguments(model)} | metadata
 
 
 def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None, name: str | None = None) -> None:
@@ -33,29 +74,13 @@ def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None, na
         latter two carry metadata: "model", the arguments of the function that makes the network, and any that the
         source has.
       ema: as in `load_pretrained`.
-      name: of the variant, for what no shape tells: ViT and DeiT differ in the mean of their images alone.
+      name: as in `load_network`.
 
     Raises:
       UserError: the source cannot be read or holds another network, or the destination cannot be written.
     """
     dest = Path(dest).expanduser()
-    weights, metadata = read(Path(source), ema)
-    if "model" in metadata:
-        try:
-            model = CREATE[kind_of(weights)](**metadata["model"])
-        except TypeError as error:
-            raise UserError(f"{source} does not say which network it holds: {error}") from error
-    else:
-        model = infer(weights)
-        if name is not None:
-            model = CREATE[type(model)](name, num_classes=model.num_classes)
-        elif isinstance(model, ViT):
-            log.warning(
-                "%s does not say the mean of its images: those of DeiT are taken; --name=vit_... chooses.", source
-            )
-    # In float32, in which a run evaluates its averages, whatever the dtype of its parameters.
-    variables = fit(weights, with_fields(model, param_dtype=np.float32))
-    metadata = {"model": _arguments(model)} | metadata
+    model, variables, metadata = load_network(source, ema=ema, name=name)
     ending = dest.name.lower()
     if ending.endswith((".pt", ".pth", ".pth.tar")):
         torch = import_torch()

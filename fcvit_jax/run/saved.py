@@ -158,32 +158,46 @@ class Saved(NamedTuple):
 
 
 def load(checkpoint: str | Path) -> Saved:
-    """Loads what evaluation uses of a checkpoint.
+    """Loads what evaluation uses of a checkpoint, or of a file of weights.
 
     Example::
 
         task, model, variables, metadata = load("runs/digits")
         logits = model.apply(variables, images)                     # images (N, H, W, 3) float, normalised
+        task, model, variables, metadata = load("vit_base.safetensors:vit_base_patch16_224")
 
     Args:
-      checkpoint: as in `find_step`.
+      checkpoint: as in `find_step`, or any file that `fcvit_jax.convert.load_network` takes. FILE:NAME names the
+        variant, where the file does not tell a ViT from a DeiT.
 
     Raises:
       UserError: there is no checkpoint, it cannot be read, or it holds another network than it says.
     """
+    file, _, name = str(checkpoint).rpartition(":")
+    if Path(file).expanduser().is_file():
+        return _load_file(local_path(file), name)
     path = local_path(checkpoint)
-    if path.is_file():
-        raise UserError(
-            f"{path} is a file, not a checkpoint's folder: python -m fcvit_jax.convert {path} FOLDER makes one,"
-            " if the file holds weights."
-        )
-    step = find_step(path)
+    return _load_file(path, None) if path.is_file() else _load_step(find_step(path))
+
+
+def _load_file(path: Path, name: str | None) -> Saved:
+    from fcvit_jax import convert  # it imports this module
+    from fcvit_jax.convert.weights import KINDS
+
+    model, variables, metadata = convert.load_network(path, name=name)
+    task = tasks.load(task_of(metadata))
+    if type(create_model(path, metadata)) is not type(model):
+        raise UserError(f"{path} holds {KINDS[type(model)]}, which is none of the task {task_of(metadata)}.")
+    return Saved(task, model, variables, task.complete_metadata(path, model, metadata))
+
+
+def _load_step(step: Path) -> Saved:
+    from fcvit_jax.convert.weights import KINDS, kind_of  # it imports this module
+
     metadata = load_metadata(step)
     variables = load_variables(step)
     task, model = tasks.load(task_of(metadata)), create_model(step, metadata)
     if not fits(variables, task, model):
-        from fcvit_jax.convert.weights import KINDS, kind_of  # it imports this module
-
         held = KINDS[kind_of(f"params/{name}/" for name in variables["params"])]
         raise UserError(
             f"{step} holds {held}, with weights of another network than the {metadata['model']} that it names."

@@ -1,47 +1,54 @@
 """Figures of attention: where queries look, what every head sees, and the measures over depth."""
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
+from flax import linen as nn
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from fcvit_jax.attention import TABLE
+from fcvit_jax.attention import TABLE, intermediates
 from fcvit_jax.errors import UserError
+from fcvit_jax.figures import COLOURS, literal
+from fcvit_jax.networks.normalize import normalize
 
-# Okabe and Ito's colours, which stay apart for every kind of colour vision; without yellow, too pale for lines.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _QUERY = "#D55E00"
 _SCALE = ScalarMappable(Normalize(0, 1), "viridis")
 _SCALE_LABEL = "attention (each map from\nits least to its largest)"
 
 
-def literal(text: str) -> str:
-    """Text for matplotlib, which sets what is between two $ as a formula, and refuses bytes that are no UTF-8."""
-    return text.replace("$", r"\$").encode(errors="replace").decode()
+def attention_of(
+    model: nn.Module, variables: Mapping[str, Any], images: np.ndarray, block: str | None = None
+) -> tuple[str, np.ndarray]:
+    """Computes the attention of one block.
 
+    Args:
+      model: the network.
+      variables: its variables.
+      images: (N, H, W, 3) uint8.
+      block: its name, such as "block_11"; None: the last.
 
-def check_format(path: Path) -> None:
-    """Raises a UserError if a picture's ending is none that can be written."""
-    formats = Figure().canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in formats:
-        raise UserError(f"{path}: its ending must be one of .{', .'.join(formats)}.")
+    Returns:
+      The block's name, and (N, heads, T, T) float32, rows being queries.
 
-
-def save(figure: Figure, path: Path) -> None:
-    """Writes a picture, and the folders over it if there are none; a UserError says why it cannot be written."""
-    path = path.expanduser()
-    check_format(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
+    Raises:
+      UserError: there is no such block, or the network has none whose attention is of queries.
+    """
+    sown = intermediates(model, variables, normalize(images, model.mean, model.std))
+    found = {name: x["attention"][0] for name, x in sown.items() if "attention" in x}
+    if not found:
+        raise UserError("This network has no attention of queries, as a ViT has.")
+    names = [f"block_{i}" for i in range(len(found))]
+    block = block or names[-1]
+    if block not in names:
+        raise UserError(f"There is no block {block}: choose from {names[0]} to {names[-1]}.")
+    return block, np.asarray(found[block])
 
 
 def query_maps(
@@ -136,7 +143,7 @@ def draw_heads(
             axis.set_title(f"head {head + 1}", fontsize=8, pad=2)
             if query[name] is not None:
                 _frame(axis, image, heads[head].shape, query[name])
-        asked = "no query" if query[name] is None else "query framed"
+        asked = "no patch asks" if query[name] is None else "query framed"
         part.suptitle(f"{literal(name)}\n{heads.shape[1]} x {heads.shape[2]} positions, {asked}", fontsize=10)
     bar = figure.colorbar(_SCALE, cax=parts[-1].add_axes((0.1, 0.1, 0.13, 0.68)))
     bar.set_label(_SCALE_LABEL, fontsize=9)
@@ -206,10 +213,8 @@ def _frame(axis: Axes, image: np.ndarray, grid: tuple[int, int], query: tuple[in
 def _wrapped(name: str) -> str:
     """A network's name in lines that fit over a column."""
     lines = [""]
-    for part in name.split("_"):
-        if lines[-1] and len(lines[-1]) + len(part) > 16:
-            lines[-1] += "_"
-            lines.append(part)
-        else:
-            lines[-1] += ("_" if lines[-1] else "") + part
+    for part in re.findall(r"[^_/]*[_/]?", name):
+        if lines[-1] and len(lines[-1]) + len(part) > 18:
+            lines.append("")
+        lines[-1] += part
     return literal("\n".join(lines))

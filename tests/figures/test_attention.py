@@ -5,8 +5,8 @@ import pytest
 from helpers import assert_nothing_is_cut_off
 from matplotlib.patches import Rectangle
 
-from fcvit_jax.attention.figures import draw_depth, draw_heads, draw_queries, query_maps
 from fcvit_jax.errors import UserError
+from fcvit_jax.figures.attention import draw_depth, draw_heads, draw_queries, query_maps
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(0, 256, (32, 48, 3), np.uint8)
