@@ -90,6 +90,23 @@ def _checksums(parts: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[st
     return checksums | {"metadata": zlib.crc32(json.dumps(dict(metadata), sort_keys=True).encode())}
 
 
+def check_shapes(step: Path, parts: Mapping[str, Any]) -> None:
+    """Compares what a checkpoint says that it holds with shapes and dtypes; reads no values.
+
+    Raises:
+      Damaged: they differ.
+    """
+    for name, part in parts.items():
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+            found = jax.tree.leaves(reader.metadata(step / name).tree)
+        if sorted((x.shape, str(x.dtype)) for x in found) != sorted(
+            (x.shape, str(x.dtype)) for x in jax.tree.leaves(part)
+        ):
+            raise Damaged(f"{name} is not all there")
+    for name in ("metadata", "checksums"):
+        load_json(step / name)
+
+
 def load_json(item: Path) -> dict[str, Any]:
     """Reads a JSON item of a checkpoint."""
     return json.loads((item / "metadata").read_text())
