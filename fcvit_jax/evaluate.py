@@ -22,7 +22,7 @@ from fcvit_jax.devices.hosts import errors_on_all_processes
 from fcvit_jax.devices.sharding import global_batch, make_mesh, state_shardings
 from fcvit_jax.devices.stopping import ProcessBatches, StopSignal
 from fcvit_jax.errors import UserError, log
-from fcvit_jax.run import saved
+from fcvit_jax.run import record, saved
 from fcvit_jax.run.config import check_config, check_processes, check_sizes, class_changes, complete
 
 
@@ -103,7 +103,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
       What the task's `finish` returns, such as "top1".
 
     Raises:
-      UserError: the config or the data is not usable, or there is no such checkpoint.
+      UserError: the config or the data is not usable, there is no such checkpoint, or the result is not finite.
     """
     with errors_on_all_processes():
         config = complete(config)
@@ -128,6 +128,8 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
         result = evaluate(task, model, variables, data, mesh, stop.watch)
         if stop.received:
             raise KeyboardInterrupt
+    if numbers := record.not_finite(result):
+        raise UserError(f"{path}: {numbers}: its weights have diverged, or the data are broken.")
     log.info("%s: %s, over %d examples", path, task.describe(result), result["count"])
     return result
 

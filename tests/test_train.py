@@ -438,6 +438,27 @@ def test_a_bad_step_stops_the_run_and_is_never_saved(undisturbed, config, at_16,
     assert_same_end(at_16, undisturbed["workdir"])
 
 
+def test_a_run_that_has_diverged_keeps_its_last_good_state(config, at_16, monkeypatch):
+    """Whether its weights are finite, but no longer what they compute, or not even these."""
+    newest = re.escape(f"the newest checkpoint is {at_16 / 'checkpoints/16'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", lambda *args: {"loss": math.nan, "top1": 0.0, "count": 40})
+        with pytest.raises(UserError, match=f"(?s)Step 20: evaluation: loss nan, top1 0.0.*not saved; {newest}"):
+            train_and_evaluate(config, at_16)
+    step = CompiledStep.__call__
+
+    def overflow(self, state, batch):
+        state, metrics = step(self, state, batch)
+        return state.replace(ema=jax.tree.map(lambda x: x * jnp.inf, state.ema)), metrics
+
+    monkeypatch.setattr(CompiledStep, "__call__", overflow)
+    monkeypatch.setattr(train, "evaluate", lambda *args: {"loss": 1.0, "top1": 0.0, "top5": 0.0, "count": 40})
+    with pytest.raises(UserError, match=f"(?s)Step 20: weights that are not finite.*not saved; {newest}"):
+        train_and_evaluate(config, at_16)
+    assert not (at_16 / "checkpoints/20").exists()
+    assert [line["step"] for line in evaluations(at_16)] == [10, 20]  # the latter has gone well
+
+
 def test_a_best_that_is_lost_on_the_way_is_said(config, at_16, capsys):
     shutil.rmtree(at_16 / "best")
     train_and_evaluate(config, at_16)

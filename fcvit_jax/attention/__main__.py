@@ -1,8 +1,6 @@
 """Measures attention block by block: `python -m fcvit_jax.attention --checkpoint deit_base --images photos/`."""
 
 import argparse
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from fcvit_jax.attention.figures import check_format, draw_depth, save
 from fcvit_jax.errors import UserError, exit_on_error
 from fcvit_jax.networks.normalize import normalize
 from fcvit_jax.predict import find_images, read_image
+from fcvit_jax.run.record import as_json
 from fcvit_jax.run.saved import load
 
 
@@ -57,8 +56,7 @@ def _report(args: argparse.Namespace) -> None:
     for checkpoint in args.checkpoint:
         summary = summaries[str(checkpoint)] = measure_images(checkpoint, paths, args.batch_size)
         if args.json:
-            finite = jax.tree.map(lambda x: None if math.isnan(x) else x, summary)  # JSON has no NaN
-            print(json.dumps({"checkpoint": str(checkpoint), "images": len(paths), "blocks": finite}), flush=True)
+            print(as_json({"checkpoint": str(checkpoint), "images": len(paths), "blocks": summary}), flush=True)
         else:
             print(
                 f"{checkpoint}: mean and standard deviation over {len(paths)} images\n\n{table(summary)}\n", flush=True

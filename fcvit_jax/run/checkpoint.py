@@ -130,6 +130,7 @@ class Checkpointer:
 
         Raises:
           UserError: this save or the one before it failed; earlier checkpoints are intact.
+          disk.NotFinite: the weights are not finite; nothing was saved.
         """
         manager, step = self._best if best else self._latest, int(state.step)
         with self._saving():

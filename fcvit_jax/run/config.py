@@ -133,10 +133,10 @@ def check_config(config: ConfigDict, task: ModuleType) -> None:
         raise UserError("\n".join(faults))
     for key, value in values.items():
         try:
-            json.dumps(value)
-        except TypeError as error:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
             raise UserError(
-                f"{key}={value!r} cannot be written to config.json: give a number or a name, such as 'float32'."
+                f"{key}={value!r} cannot be written to config.json: give a finite number or a name, such as 'float32'."
             ) from error
     if not 0 <= config.seed < 2**32:  # JAX drops the higher bits
         raise UserError(f"seed={config.seed} must lie between 0 and {2**32 - 1}.")

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from fcvit_jax.devices.sharding import make_mesh, state_shardings
 from fcvit_jax.errors import UserError
-from fcvit_jax.run import checkpoint
+from fcvit_jax.run import checkpoint, disk
 from fcvit_jax.run.checkpoint import Checkpointer, save_variables
 from fcvit_jax.run.saved import find_step, load_metadata, load_variables
 from fcvit_jax.run.state import TrainState
@@ -338,6 +338,17 @@ def test_a_save_that_cannot_be_read_ends_the_run(tmp_path, states, monkeypatch):
     with pytest.raises(UserError, match="checkpoints/4 was written but cannot be read"):
         checkpointer.wait()
     checkpointer.close()
+
+
+@pytest.mark.parametrize("part", ["variables", "ema"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_never_saved(workdir, states, part, value):
+    broken = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(value), getattr(states[4], part))
+    checkpointer = Checkpointer(workdir)
+    with pytest.raises(disk.NotFinite):
+        checkpointer.save(states[4].replace(step=jnp.int32(6), **{part: broken}), METADATA)
+    checkpointer.close()
+    assert find_step(workdir).name == "4"
 
 
 def test_numbers_out_of_range_and_unwritable_folders_are_refused(tmp_path):
