@@ -23,7 +23,7 @@ from fcvit_jax.devices.sharding import global_batch, make_mesh, state_shardings
 from fcvit_jax.devices.stopping import ProcessBatches, StopSignal
 from fcvit_jax.errors import UserError, log
 from fcvit_jax.run import record, saved
-from fcvit_jax.run.config import check_config, check_processes, check_sizes, class_changes, complete
+from fcvit_jax.run.config import check_config, check_processes, check_sizes, class_changes, class_order, complete
 
 
 @functools.cache  # so that later evaluations find what JAX has compiled for the first
@@ -117,9 +117,11 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
         metadata = saved.load_metadata(path)
         if saved.task_of(metadata) != config.task:
             raise UserError(f"{path} is of the task {saved.task_of(metadata)}, the config of {config.task}.")
-        _check_data(path, metadata, data)
+        order = _check_data(path, metadata, data)
         # In float32, as the run evaluates its averages.
         variables = convert.load_pretrained(path, networks.with_fields(model, param_dtype=jnp.float32), partial=False)
+        if order is not None:
+            variables = task.reorder_classes(variables, order)
     check_processes(config, data)
     variables = jax.device_put(variables, state_shardings(variables, mesh))
     # What training computes in parts may not fit in memory whole.
@@ -134,8 +136,11 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
     return result
 
 
-def _check_data(path: Path, metadata: Mapping[str, Any], data: Data) -> None:
+def _check_data(path: Path, metadata: Mapping[str, Any], data: Data) -> list[int] | None:
     """Compares the data with those of a checkpoint's run, and says what differs.
+
+    Returns:
+      As `class_order`, where the classes are the same in another order; otherwise None.
 
     Raises:
       UserError: they have another number of classes.
@@ -147,8 +152,12 @@ def _check_data(path: Path, metadata: Mapping[str, Any], data: Data) -> None:
             f"{path} has {classes} classes, the dataset {data.num_classes}: evaluate on data with the checkpoint's"
             f" classes, or fine-tune it on these data, with --config.init_from={path}."
         )
-    if changes := class_changes(names, data.class_names):
-        log.info("\n".join([f"the classes of {path} -> those of the data:", *changes]))
+    changes, order = class_changes(names, data.class_names), class_order(names, data.class_names)
+    if changes and order is not None:
+        log.info("%s has the classes of the data in another order: they are matched by name", path)
+    elif changes:
+        log.info("\n".join([f"the classes of {path} -> those of the data, which are matched by place:", *changes]))
     for name, used in data.about.items():
         if name != "class_names" and metadata.get(name, used) != used:
             log.info("%s is of a run with data.%s=%s; this evaluation is with %s", path, name, metadata[name], used)
+    return order if changes else None

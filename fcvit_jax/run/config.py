@@ -231,6 +231,19 @@ def class_changes(old: Sequence[str], new: Sequence[str]) -> list[str]:
     return lines
 
 
+def class_order(old: Sequence[str], new: Sequence[str]) -> list[int] | None:
+    """Where each of the new classes is among the old; None if the names are not the same, or some name is there twice.
+
+    Example::
+
+        class_order(["cat", "ant", "bee"], ["ant", "bee", "cat"])           # [1, 2, 0]
+    """
+    places = {name: place for place, name in enumerate(old)}
+    if not len(places) == len(old) == len(new) or places.keys() != set(new):
+        return None
+    return [places[name] for name in new]
+
+
 def check_data(config: ConfigDict, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Compares the dataset of a run's checkpoint ("class_names", "num_train", "num_eval") with that of its new start.
 
