@@ -21,8 +21,8 @@ from fcvit_jax.devices.hosts import errors_on_all_processes
 from fcvit_jax.devices.sharding import global_batch, make_mesh, state_shardings
 from fcvit_jax.devices.stopping import ProcessBatches, StopSignal
 from fcvit_jax.errors import UserError, log
-from fcvit_jax.run import saved
-from fcvit_jax.run.config import check_config, check_processes, check_sizes, class_changes, complete
+from fcvit_jax.run import record, saved
+from fcvit_jax.run.config import check_config, check_processes, check_sizes, class_changes, class_order, complete
 
 
 @functools.cache  # so that later evaluations find what JAX has compiled for the first
@@ -102,7 +102,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
       What the task's `finish` returns, such as "top1".
 
     Raises:
-      UserError: the config or the data is not usable, or there is no such checkpoint.
+      UserError: the config or the data is not usable, there is no such checkpoint, or the result is not finite.
     """
     with errors_on_all_processes():
         config = complete(config)
@@ -116,10 +116,12 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
         metadata = saved.load_metadata(path)
         if saved.task_of(metadata) != config.task:
             raise UserError(f"{path} is of the task {saved.task_of(metadata)}, the config of {config.task}.")
-        _check_data(path, metadata, data)
+        order = _check_data(path, metadata, data)
         variables = saved.load_variables(path)
         if not saved.fits(variables, task, model):
             raise UserError(f"{path} is of the network {metadata['model']}, not of the config's; give its config.")
+        if order is not None:
+            variables = task.reorder_classes(variables, order)
     check_processes(config, data)
     variables = jax.device_put(variables, state_shardings(variables, mesh))
     # Evaluate with the batch size of one part of a training batch; the full batch may not fit in memory.
@@ -128,12 +130,17 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
         result = evaluate(task, model, variables, data, mesh, stop.watch)
         if stop.received:
             raise KeyboardInterrupt
+    if numbers := record.not_finite(result):
+        raise UserError(f"{path}: {numbers}: its weights have diverged, or the data are broken.")
     log.info("%s: %s, over %d examples", path, task.describe(result), result["count"])
     return result
 
 
-def _check_data(path: Path, metadata: Mapping[str, Any], data: Data) -> None:
+def _check_data(path: Path, metadata: Mapping[str, Any], data: Data) -> list[int] | None:
     """Compares the data with those of a checkpoint's run, and says what differs.
+
+    Returns:
+      As `class_order`, where the classes are the same in another order; otherwise None.
 
     Raises:
       UserError: they have another number of classes.
@@ -145,8 +152,12 @@ def _check_data(path: Path, metadata: Mapping[str, Any], data: Data) -> None:
             f"{path} has {classes} classes, the dataset {data.num_classes}: evaluate on data with the checkpoint's"
             f" classes, or fine-tune it on these data, with --config.init_from={path}."
         )
-    if changes := class_changes(names, data.class_names):
-        log.info("\n".join([f"the classes of {path} -> those of the data:", *changes]))
+    changes, order = class_changes(names, data.class_names), class_order(names, data.class_names)
+    if changes and order is not None:
+        log.info("%s has the classes of the data in another order: they are matched by name", path)
+    elif changes:
+        log.info("\n".join([f"the classes of {path} -> those of the data, which are matched by place:", *changes]))
     for name, used in data.about.items():
         if name != "class_names" and metadata.get(name, used) != used:
             log.info("%s is of a run with data.%s=%s; this evaluation is with %s", path, name, metadata[name], used)
+    return order if changes else None

@@ -2,7 +2,6 @@
 
 import argparse
 import glob
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from flax import linen as nn
 from fcvit_jax import tasks
 from fcvit_jax.errors import UserError, exit_on_error, log
 from fcvit_jax.run import saved
+from fcvit_jax.run.record import as_json
 
 CHECKPOINT_HELP = (
     "a run's folder, its checkpoints or best folder (the newest step is taken), or one step's folder; or a file of"
@@ -116,7 +116,7 @@ def _predict(args: argparse.Namespace) -> int:
         found = task.predict(model, variables, batch, metadata, args.top)
         for path, predictions in zip(read, found, strict=False):
             if args.json:
-                print(json.dumps({"image": str(path), "predictions": predictions}), flush=True)
+                print(as_json({"image": str(path), "predictions": predictions}), flush=True)
                 continue
             for i, line in enumerate(predictions):
                 label = "" if i else str(path)

@@ -27,8 +27,17 @@ from fcvit_jax.devices.stopping import ProcessBatches, StopSignal
 from fcvit_jax.errors import UserError, log
 from fcvit_jax.evaluate import evaluate
 from fcvit_jax.run import config as run_config
+from fcvit_jax.run import disk
 from fcvit_jax.run.checkpoint import Checkpointer
-from fcvit_jax.run.record import MetricsWriter, Profiler, Progress, describe_end, describe_evaluation, describe_run
+from fcvit_jax.run.record import (
+    MetricsWriter,
+    Profiler,
+    Progress,
+    describe_end,
+    describe_evaluation,
+    describe_run,
+    not_finite,
+)
 from fcvit_jax.run.saved import local_path
 from fcvit_jax.run.state import TrainState, abstract_state, create_state, init_variables
 from fcvit_jax.run.step import CompiledStep
@@ -336,16 +345,20 @@ def _train(run: Run, loop: Loop, state: TrainState) -> TrainState:
 
 
 def _report(loop: Loop, step: int, metrics: Mapping[str, jax.Array], done: float | None) -> None:
-    """Records the metrics of a step, or raises a UserError if one is not finite; `done` as in `Progress.update`."""
-    values = {f"train/{name}": float(value) for name, value in jax.device_get(metrics).items()}
-    if not all(map(math.isfinite, values.values())):
-        numbers = ", ".join(f"{name.removeprefix('train/')} {value}" for name, value in values.items())
-        raise UserError(
-            f"Step {step}: {numbers}. This state was not saved; {loop.checkpointer.describe_newest()}.\n"
-            "Try a lower --config.optim.lr, a longer warm-up (optim.warmup_epochs), clipped gradients "
-            "(optim.clip_norm=1.0) or model.dtype=float32, with --config.resume_with_changes=True to go on from there."
-        )
-    loop.progress.update(step, values, done)
+    """Records the metrics of a step, where its numbers are good; `done` as in `Progress.update`."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if numbers := not_finite(values):
+        raise _diverged(loop.checkpointer, step, numbers)
+    loop.progress.update(step, {f"train/{name}": value for name, value in values.items()}, done)
+
+
+def _diverged(checkpointer: Checkpointer, step: int, numbers: str) -> UserError:
+    """The error of a step after which some numbers are not finite."""
+    return UserError(
+        f"Step {step}: {numbers}. This state was not saved; {checkpointer.describe_newest()}.\n"
+        "Try a lower --config.optim.lr, a longer warm-up (optim.warmup_epochs), clipped gradients "
+        "(optim.clip_norm=1.0) or model.dtype=float32, with --config.resume_with_changes=True to go on from there."
+    )
 
 
 def _evaluate(run: Run, loop: Loop, state: TrainState, notes: Notes) -> Notes:
@@ -361,6 +374,8 @@ def _evaluate(run: Run, loop: Loop, state: TrainState, notes: Notes) -> Notes:
     if loop.stop.received:
         return notes
     step, metric = int(state.step), run.task.BEST
+    if numbers := not_finite(result):
+        raise _diverged(loop.checkpointer, step, f"evaluation: {numbers}")
     evaluated = {"step": step, **result}
     is_best = result[metric] > notes.best.get(metric, -math.inf)
     notes = Notes(evaluated, evaluated if is_best else notes.best)
@@ -372,6 +387,9 @@ def _evaluate(run: Run, loop: Loop, state: TrainState, notes: Notes) -> Notes:
 def _save(run: Run, checkpointer: Checkpointer, state: TrainState, notes: Notes) -> None:
     """Saves the state as the newest checkpoint, and as the best where it is."""
     metadata = run.describe() | {"evaluated": dict(notes.evaluated), "best": dict(notes.best)}
-    checkpointer.save(state, metadata)
+    try:
+        checkpointer.save(state, metadata)
+    except disk.NotFinite as error:
+        raise _diverged(checkpointer, int(state.step), str(error)) from error
     if notes.best["step"] == int(state.step):
         checkpointer.save(state, metadata, best=True)

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 from helpers import METADATA, TINY, exit_of, expected_logits, save_images, save_tiny, tiny_variables
 
-from fcvit_jax import convert, export, predict, summary, visualize
+from fcvit_jax import convert, export, predict, summary, tasks, visualize
 from fcvit_jax.augment import eval_transform
 from fcvit_jax.errors import UserError, exit_on_error
 from fcvit_jax.networks.fcvit import create_model
@@ -144,6 +145,17 @@ def test_what_cannot_be_predicted_is_an_error(checkpoint, tmp_path):
     with pytest.raises(UserError, match="2.png: unknown or broken"):
         (tmp_path / "2.png").write_bytes(b"")
         predict.read_image(tmp_path / "2.png", METADATA)
+
+
+def test_weights_that_are_not_finite_predict_nothing_and_are_not_read(tmp_path):
+    variables = tiny_variables()
+    variables["params"]["head"]["bias"][1] = np.inf
+    model = create_model(**TINY)
+    with pytest.raises(UserError, match="not finite"):
+        tasks.load("classification").predict(model, variables, np.zeros((1, 40, 40, 3), np.uint8), METADATA)
+    np.savez(tmp_path / "w.npz", **traverse_util.flatten_dict(variables, sep="/"))
+    with pytest.raises(UserError, match=r"w.npz: params/head/bias is not finite, 1 of \d+ tensors"):
+        convert.load_pretrained(tmp_path / "w.npz", model)
 
 
 def test_importing_the_tools_starts_no_backend():

@@ -40,7 +40,7 @@ from fcvit_jax.errors import UserError
 from fcvit_jax.evaluate import evaluate_checkpoint
 from fcvit_jax.networks.fcvit import create_model
 from fcvit_jax.run import record as run_record
-from fcvit_jax.run.checkpoint import Checkpointer
+from fcvit_jax.run.checkpoint import Checkpointer, save_variables
 from fcvit_jax.run.saved import load_metadata, load_variables
 from fcvit_jax.run.state import abstract_state, create_state, init_variables
 from fcvit_jax.run.step import CompiledStep, train_step
@@ -438,6 +438,27 @@ def test_a_bad_step_stops_the_run_and_is_never_saved(undisturbed, config, at_16,
     assert_same_end(at_16, undisturbed["workdir"])
 
 
+def test_a_run_that_has_diverged_keeps_its_last_good_state(config, at_16, monkeypatch):
+    """Whether its weights are finite, but no longer what they compute, or not even these."""
+    newest = re.escape(f"the newest checkpoint is {at_16 / 'checkpoints/16'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", lambda *args: {"loss": math.nan, "top1": 0.0, "count": 40})
+        with pytest.raises(UserError, match=f"(?s)Step 20: evaluation: loss nan, top1 0.0.*not saved; {newest}"):
+            train_and_evaluate(config, at_16)
+    step = CompiledStep.__call__
+
+    def overflow(self, state, batch):
+        state, metrics = step(self, state, batch)
+        return state.replace(ema=jax.tree.map(lambda x: x * jnp.inf, state.ema)), metrics
+
+    monkeypatch.setattr(CompiledStep, "__call__", overflow)
+    monkeypatch.setattr(train, "evaluate", lambda *args: {"loss": 1.0, "top1": 0.0, "top5": 0.0, "count": 40})
+    with pytest.raises(UserError, match=f"(?s)Step 20: weights that are not finite.*not saved; {newest}"):
+        train_and_evaluate(config, at_16)
+    assert not (at_16 / "checkpoints/20").exists()
+    assert [line["step"] for line in evaluations(at_16)] == [10, 20]  # the latter has gone well
+
+
 def test_a_best_that_is_lost_on_the_way_is_said(config, at_16, capsys):
     shutil.rmtree(at_16 / "best")
     train_and_evaluate(config, at_16)
@@ -592,8 +613,9 @@ def test_evaluating_a_checkpoint_gives_the_numbers_of_the_run(undisturbed, confi
     assert "->" not in capsys.readouterr().out
     replace_data(monkeypatch, class_names=TEN_FOR_0)
     assert evaluate_checkpoint(config, workdir) == undisturbed["result"]
-    assert f"the classes of {workdir / 'checkpoints/20'} -> those of the data:\n  class 0: 0 -> ten\n" in (
-        capsys.readouterr().out
+    assert (
+        f"the classes of {workdir / 'checkpoints/20'} -> those of the data, which are matched by place:\n  class 0: 0 -> ten\n"
+        in (capsys.readouterr().out)
     )
     config.data.crop_pct = 0.8
     evaluate_checkpoint(config, workdir)
@@ -602,6 +624,21 @@ def test_evaluating_a_checkpoint_gives_the_numbers_of_the_run(undisturbed, confi
     config.model.num_classes = 3
     with pytest.raises(UserError, match="checkpoints/20 has 10 classes, the dataset 3: evaluate on"):
         evaluate_checkpoint(config, workdir)
+
+
+def test_classes_in_another_order_are_matched_by_name(undisturbed, config, tmp_path, capsys):
+    """A network whose outputs and class names are in another order is the same network, evaluated and started from."""
+    order = [3, 1, 0, 2, 9, 5, 6, 8, 7, 4]
+    variables = load_variables(undisturbed["workdir"])
+    other = classification.reorder_classes(variables, order)
+    assert not np.array_equal(other["params"]["head"]["kernel"], variables["params"]["head"]["kernel"])
+    metadata = load_metadata(undisturbed["workdir"]) | {"class_names": [str(i) for i in order]}
+    save_variables(tmp_path / "checkpoints", other, metadata)
+    assert evaluate_checkpoint(config, tmp_path) == undisturbed["result"]
+    assert "in another order: they are matched by name" in capsys.readouterr().out
+    model, data = create_model(**config.model), open_dataset(**config.data)
+    jax.tree.map(np.testing.assert_array_equal, classification.load_pretrained(tmp_path, model, data), dict(variables))
+    assert "its head is matched by name" in capsys.readouterr().out
 
 
 def test_evaluation_takes_batches_of_the_size_that_training_computes_at_once(undisturbed, config, monkeypatch):

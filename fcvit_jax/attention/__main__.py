@@ -1,8 +1,6 @@
 """Measures attention block by block: `python -m fcvit_jax.attention --checkpoint deit_base --images photos/`."""
 
 import argparse
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from fcvit_jax.figures import check_format, save
 from fcvit_jax.figures.attention import draw_depth
 from fcvit_jax.networks.normalize import normalize
 from fcvit_jax.predict import CHECKPOINT_HELP, find_images, read_image
+from fcvit_jax.run.record import as_json
 from fcvit_jax.run.saved import load
 
 
@@ -58,8 +57,7 @@ def _report(args: argparse.Namespace) -> None:
     for checkpoint in args.checkpoint:
         summary = summaries[checkpoint] = measure_images(checkpoint, paths, args.batch_size)
         if args.json:
-            finite = jax.tree.map(lambda x: None if math.isnan(x) else x, summary)  # JSON has no NaN
-            print(json.dumps({"checkpoint": checkpoint, "images": len(paths), "blocks": finite}), flush=True)
+            print(as_json({"checkpoint": checkpoint, "images": len(paths), "blocks": summary}), flush=True)
         else:
             print(
                 f"{checkpoint}: mean and standard deviation over {len(paths)} images\n\n{table(summary)}\n", flush=True

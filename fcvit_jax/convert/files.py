@@ -21,8 +21,19 @@ METADATA = "__metadata__"
 
 
 def read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Weights, by the original's names or by our paths, and what the file says of itself."""
-    path = path.expanduser()
+    """Weights, by the original's names or by our paths, and what the file says of itself.
+
+    Raises:
+      UserError: the file cannot be read, or a weight is not finite.
+    """
+    weights, metadata = _read(path.expanduser(), ema)
+    broken = [name for name, x in weights.items() if not np.isfinite(x).all()]
+    if broken:
+        raise UserError(f"{path}: {broken[0]} is not finite, {len(broken)} of {len(weights)} tensors are not.")
+    return weights, metadata
+
+
+def _read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if path.is_dir():
         from fcvit_jax.run import saved
 

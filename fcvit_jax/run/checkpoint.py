@@ -1,23 +1,26 @@
 """Checkpoints of a run: how they are written, and how damaged ones are survived."""
 
 import contextlib
+import glob
 import logging
 import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
 from fcvit_jax.devices.hosts import check_shared, errors_on_all_processes
 from fcvit_jax.errors import UserError, check_range, log
 from fcvit_jax.run import disk
-from fcvit_jax.run.saved import local_path
+from fcvit_jax.run.saved import load_variables, local_path
 from fcvit_jax.run.state import TrainState
 
 
@@ -30,8 +33,17 @@ def silence_orbax() -> None:
     sys.unraisablehook = lambda it: None if str(it.exc_value) == "Event loop is closed" else hook(it)
 
 
+def _glob(self: epath.Path, pattern: str) -> Iterator[epath.Path]:
+    """As `epath.Path.glob`, which however takes the folder's own name for a pattern too, such as "lr=[1e-3]".
+
+    Orbax looks so for the files that it has written, and leaves out of a checkpoint what it does not find.
+    """
+    return map(type(self), glob.iglob(f"{glob.escape(str(self))}/{pattern}"))
+
+
 class _Manager(ocp.CheckpointManager):
     def __init__(self, directory: Path, keep: int | None = None):
+        type(epath.Path(directory)).glob = _glob
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             # Two managers may save at once: processes must not take a barrier of one for a barrier of the other.
@@ -65,6 +77,10 @@ def _lock(workdir: Path) -> TextIO:
     return file
 
 
+def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
 def _agreed(ok: bool) -> bool:
     """Whether `ok` holds on every process."""
     return bool(np.all(multihost_utils.process_allgather(np.array(ok)))) if jax.process_count() > 1 else ok
@@ -73,7 +89,8 @@ def _agreed(ok: bool) -> bool:
 class Checkpointer:
     """Writes a run's checkpoints: `<workdir>/checkpoints/<step>/`, the newest few, and `<workdir>/best/<step>/`.
 
-    Saving is asynchronous; every process calls every method.
+    Saving is asynchronous, but the first checkpoint is read back before the run goes on; every process calls every
+    method.
 
     Args:
       workdir: the run's folder.
@@ -91,6 +108,7 @@ class Checkpointer:
         self.save_every = save_every
         self.directory = workdir / "checkpoints"
         self._lock, self._managers = None, []
+        self._unchecked, self._read_back = [], False
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             with disk.explained(f"write in {workdir}", "Choose another --workdir, or repair this one."):
@@ -112,16 +130,46 @@ class Checkpointer:
 
         Raises:
           UserError: this save or the one before it failed; earlier checkpoints are intact.
+          disk.NotFinite: the weights are not finite; nothing was saved.
         """
         manager, step = self._best if best else self._latest, int(state.step)
         with self._saving():
-            if not best:
-                # The metadata names the best so far, which must be on disk first, since the run may be killed any time.
-                self._best.wait_until_finished()
+            # The metadata names the best so far, which must be on disk first, since the run may be killed any time.
+            self._finish([self._best] if best else self._managers)
             # After a resume this step may already be on disk. The state is identical, so skip it. Its metadata may
             # predate the evaluation; in that case each start repeats the evaluation.
-            if step not in manager.all_steps():
-                manager.save(step, args=disk.save_args(disk.items(state), metadata), force=True)
+            if step in manager.all_steps():
+                return
+            manager.save(step, args=disk.save_args(disk.items(state), metadata), force=True)
+            self._unchecked.append((manager, step, disk.items(jax.tree.map(_abstract, state))))
+            if not self._read_back:
+                self._finish([manager])
+
+    def _finish(self, managers: Sequence[ocp.CheckpointManager]) -> None:
+        """Waits for saves under way; reads the first of this start back, of later ones only what they hold.
+
+        Raises:
+          UserError: a save cannot be read.
+        """
+        for manager in managers:
+            manager.wait_until_finished()
+        done = [saved for saved in self._unchecked if saved[0] in managers]
+        self._unchecked = [saved for saved in self._unchecked if saved[0] not in managers]
+        for manager, step, parts in done:
+            path = manager.directory / str(step)
+            with errors_on_all_processes():
+                try:
+                    if self._read_back:
+                        disk.read(str(path), lambda path=path, parts=parts: disk.check_shapes(path, parts))
+                    else:
+                        for name, part in parts.items():  # one at a time, to save memory
+                            self._restore_parts(manager, step, {name: part})
+                except disk.Damaged as error:
+                    raise UserError(
+                        f"The checkpoint {path} was written but cannot be read: {error}\nThe run ends here, since it "
+                        "would keep nothing. Try another --workdir, or another disk."
+                    ) from error
+            self._read_back = True
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """Restores the newest checkpoint that is not damaged, and says what was damaged or unfinished.
@@ -166,15 +214,21 @@ class Checkpointer:
         )
 
     def _restore_step(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        items = {name: ocp.args.StandardRestore(item) for name, item in disk.items(abstract).items()}
+        parts, metadata = self._restore_parts(self._latest, step, disk.items(abstract))
+        return TrainState(variables=parts["variables"], **parts["optimizer"], ema=parts.get("ema")), metadata
+
+    def _restore_parts(
+        self, manager: ocp.CheckpointManager, step: int, abstract: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Some parts of a checkpoint and its metadata, whose checksums are right."""
+        items = {name: ocp.args.StandardRestore(item) for name, item in abstract.items()}
         json_items = {name: ocp.args.JsonRestore() for name in ("metadata", "checksums")}
         args = ocp.args.Composite(**items, **json_items)
-        path = self.directory / str(step)
+        path = manager.directory / str(step)
         disk.load_metadata(path)  # before all else, since a newer format may have other items
-        restored = disk.read(str(path), lambda: self._latest.restore(step, args=args))
+        restored = disk.read(str(path), lambda: manager.restore(step, args=args))
         parts = {name: restored[name] for name in items}
-        metadata = disk.check(parts, restored["metadata"], restored["checksums"])
-        return TrainState(variables=parts["variables"], **parts["optimizer"], ema=parts.get("ema")), metadata
+        return parts, disk.check(parts, restored["metadata"], restored["checksums"])
 
     def _tidy(self, damaged: dict[int, str], step: int) -> None:
         """Sets aside what is newer than a step, and deletes what is left of saves that were killed."""
@@ -220,8 +274,7 @@ class Checkpointer:
           UserError: a save failed.
         """
         with self._saving():
-            self._latest.wait_until_finished()
-            self._best.wait_until_finished()
+            self._finish(self._managers)
 
     def _saving(self) -> contextlib.AbstractContextManager:
         advice = "Earlier checkpoints are intact. Free some space or repair the disk, then run the same command again."
@@ -255,6 +308,7 @@ def save_variables(path: str | Path, variables: dict[str, Any], metadata: dict[s
             with _Manager(path) as manager:
                 manager.save(0, args=disk.save_args({"variables": variables}, metadata), force=True)
                 manager.wait_until_finished()
+            load_variables(path)  # what cannot be read back is not kept
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)  # else it would be refused the next time
             raise

@@ -133,10 +133,10 @@ def check_config(config: ConfigDict, task: ModuleType) -> None:
         raise UserError("\n".join(faults))
     for key, value in values.items():
         try:
-            json.dumps(value)
-        except TypeError as error:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
             raise UserError(
-                f"{key}={value!r} cannot be written to config.json: give a number or a name, such as 'float32'."
+                f"{key}={value!r} cannot be written to config.json: give a finite number or a name, such as 'float32'."
             ) from error
     if not 0 <= config.seed < 2**32:  # JAX drops the higher bits
         raise UserError(f"seed={config.seed} must lie between 0 and {2**32 - 1}.")
@@ -229,6 +229,19 @@ def class_changes(old: Sequence[str], new: Sequence[str]) -> list[str]:
     if lines[10:]:
         lines[10:] = [f"  and {len(lines) - 10} more classes"]
     return lines
+
+
+def class_order(old: Sequence[str], new: Sequence[str]) -> list[int] | None:
+    """Where each of the new classes is among the old; None if the names are not the same, or some name is there twice.
+
+    Example::
+
+        class_order(["cat", "ant", "bee"], ["ant", "bee", "cat"])           # [1, 2, 0]
+    """
+    places = {name: place for place, name in enumerate(old)}
+    if not len(places) == len(old) == len(new) or places.keys() != set(new):
+        return None
+    return [places[name] for name in new]
 
 
 def check_data(config: ConfigDict, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

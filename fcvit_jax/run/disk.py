@@ -35,6 +35,10 @@ class Damaged(Exception):
     """A checkpoint whose files are missing, cannot be parsed, or hold other values than were saved."""
 
 
+class NotFinite(Exception):
+    """Weights that are to be saved hold a number that is not finite."""
+
+
 def items(state: TrainState) -> dict[str, Any]:
     """The parts of a state that are saved apart, so that weights can be read without the optimiser's state."""
     parts = {"variables": state.variables, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
@@ -42,12 +46,19 @@ def items(state: TrainState) -> dict[str, Any]:
 
 
 def save_args(parts: Mapping[str, Any], metadata: Mapping[str, Any]) -> ocp.args.Composite:
-    """What Orbax is to write for `parts`, as from `items`, and for metadata that JSON can hold."""
+    """What Orbax is to write for `parts`, as from `items`, and for metadata that JSON can hold.
+
+    Raises:
+      NotFinite: the weights or their averages are not finite.
+    """
     metadata = {**metadata, "format": FORMAT}
+    checksums, finite = _examine(parts, metadata)
+    if not all(finite[name] for name in parts if name != "optimizer"):  # which may well keep an infinity
+        raise NotFinite("weights that are not finite")
     return ocp.args.Composite(
         **{name: ocp.args.StandardSave(part) for name, part in parts.items()},
         metadata=ocp.args.JsonSave(metadata),
-        checksums=ocp.args.JsonSave(_checksums(parts, metadata)),
+        checksums=ocp.args.JsonSave(checksums),
     )
 
 
@@ -57,7 +68,7 @@ def check(parts: Mapping[str, Any], metadata: Mapping[str, Any], expected: Mappi
     Raises:
       Damaged: they differ.
     """
-    found = _checksums(parts, metadata)
+    found, _ = _examine(parts, metadata)
     wrong = [name for name in found if found[name] != expected.get(name)]
     if wrong:
         raise Damaged(f"{' and '.join(wrong)} differ from what was saved (checksum)")
@@ -65,26 +76,51 @@ def check(parts: Mapping[str, Any], metadata: Mapping[str, Any], expected: Mappi
 
 
 @jax.jit
-def _checksum(x: jax.Array) -> jax.Array:
-    """A checksum of every bit of an array, which is the same on any mesh, since integers add up exactly."""
+def _examine_array(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A checksum of every bit of an array, and whether it is finite.
+
+    The checksum is the same on any mesh, since integers add up exactly.
+    """
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
     # Odd weights: a change of any one element shows, and so do moved ones.
     weights = 2 * jax.lax.iota(jnp.uint32, x.size).reshape(x.shape) + 1
-    return (bits * weights).sum(dtype=jnp.uint32)
+    return (bits * weights).sum(dtype=jnp.uint32), jnp.isfinite(x).all()
 
 
-def _checksums(parts: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, int]:
-    """Checksums of what is saved; without them a flipped bit in a tensor would be read as a good one."""
+def _examine(parts: Mapping[str, Any], metadata: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, bool]]:
+    """Checksums of what is saved, and whether each part is finite.
+
+    Without checksums a flipped bit in a tensor would be read as a good one.
+    """
     # An array at a time: as one program, thousands of them take a minute to compile.
-    sums = {name: [] for name in parts}
+    found = {name: [] for name in parts}
     for name, part in parts.items():
         for x in jax.tree.leaves(part):
-            sums[name].append(_checksum(x))
+            found[name].append(_examine_array(x))
             # One at a time: several reductions across processes under way can deadlock on CPUs.
             if not getattr(x, "is_fully_replicated", True):
-                jax.block_until_ready(sums[name][-1])
-    checksums = {name: zlib.crc32(np.array(jax.device_get(values), np.uint32)) for name, values in sums.items()}
-    return checksums | {"metadata": zlib.crc32(json.dumps(dict(metadata), sort_keys=True).encode())}
+                jax.block_until_ready(found[name][-1])
+    found = jax.device_get(found)
+    checksums = {name: zlib.crc32(np.array([x for x, _ in pairs], np.uint32)) for name, pairs in found.items()}
+    checksums["metadata"] = zlib.crc32(json.dumps(dict(metadata), sort_keys=True).encode())
+    return checksums, {name: all(finite for _, finite in pairs) for name, pairs in found.items()}
+
+
+def check_shapes(step: Path, parts: Mapping[str, Any]) -> None:
+    """Compares what a checkpoint says that it holds with shapes and dtypes; reads no values.
+
+    Raises:
+      Damaged: they differ.
+    """
+    for name, part in parts.items():
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+            found = jax.tree.leaves(reader.metadata(step / name).tree)
+        if sorted((x.shape, str(x.dtype)) for x in found) != sorted(
+            (x.shape, str(x.dtype)) for x in jax.tree.leaves(part)
+        ):
+            raise Damaged(f"{name} is not all there")
+    for name in ("metadata", "checksums"):
+        load_json(step / name)
 
 
 def load_json(item: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,27 @@ from fcvit_jax.devices.sharding import bytes_per_device
 from fcvit_jax.errors import UserError, log
 from fcvit_jax.run.config import group_size
 from fcvit_jax.run.state import TrainState
+
+
+def as_json(value: Any) -> str:
+    """The JSON of a value, with null in place of each number that is not finite, since JSON has no such numbers."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: finite(x) for key, x in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(x) for x in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), allow_nan=False)
+
+
+def not_finite(metrics: Mapping[str, Any]) -> str:
+    """Lists all metrics, such as "loss nan, top1 0.0", if one of their numbers is not finite; otherwise ""."""
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
+    if all(map(math.isfinite, numbers.values())):
+        return ""
+    return ", ".join(f"{name} {value}" for name, value in numbers.items())
 
 
 class _TensorBoard:
@@ -103,7 +125,7 @@ class MetricsWriter:
             return
         epoch = round(step / self._steps_per_epoch, 4)
         with self._writing():
-            self._file.write(json.dumps({"step": step, "epoch": epoch, **metrics}) + "\n")
+            self._file.write(as_json({"step": step, "epoch": epoch, **metrics}) + "\n")
             self._file.flush()
             self._tensorboard.write(step, metrics)
         if self._on_metrics is not None:

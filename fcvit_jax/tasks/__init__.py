@@ -9,6 +9,7 @@ What a task has::
     model_fields(name) -> {field, ...}                                              # what config.model may have besides
     init_variables(model, key, jit) -> {"params": ..., ...}                     # drawn on the devices
     load_pretrained(path, model, data) -> {"params": ..., ...}                      # config.init_from
+    reorder_classes(variables, order) -> variables                                  # output i is what order[i] was
     make_prepare(model, *, ...) -> prepare(key, batch) -> batch                     # config.mixing; on the device
     make_optimizer(steps_per_epoch, epochs, batch_size, steps, *, ...) -> (optimiser, schedule)      # config.optim
     num_epochs(config) -> int                                                       # of a run without train.steps

@@ -22,7 +22,7 @@ from fcvit_jax.data import sources
 from fcvit_jax.data.loader import Data, Example, check_loading
 from fcvit_jax.errors import UserError, check_range, log
 from fcvit_jax.networks.normalize import normalize
-from fcvit_jax.run.config import class_changes
+from fcvit_jax.run.config import class_changes, class_order
 
 BEST = "top1"
 create_model, model_fields, init_variables = networks.create_model, networks.model_fields, networks.init_variables
@@ -166,7 +166,9 @@ def load_example(data: Data, record: tuple[bytes, int], rng: np.random.Generator
 
 
 def load_pretrained(path: str | Path, model: nn.Module, data: Data) -> dict[str, Any]:
-    """Reads the weights that a run starts from, and says where its classes are not theirs.
+    """Reads the weights that a run starts from; its classes are matched with theirs by name.
+
+    Where the names are not the same, the classes are matched by place, and a message says so.
 
     Raises:
       UserError: as `convert.load_pretrained`.
@@ -174,10 +176,21 @@ def load_pretrained(path: str | Path, model: nn.Module, data: Data) -> dict[str,
     variables = convert.load_pretrained(path, model)
     names = convert.read_metadata(path).get("class_names", ())
     changes = class_changes(names, data.class_names)
+    order = class_order(names, data.class_names)
+    if changes and order is not None:
+        log.info("%s has the classes of the data in another order: its head is matched by name", path)
+        return reorder_classes(variables, order)
     if changes and len(names) == data.num_classes:
         lines = ["The head's weights are loaded as well, although the class names differ:", *changes]
         log.info("\n".join(lines))
     return variables
+
+
+def reorder_classes(variables: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
+    """The variables of the same network with its outputs in another order: output i is what output order[i] was."""
+    heads = {name: head for name, head in variables["params"].items() if name in ("head", "head_dist")}
+    heads = jax.tree.map(lambda x: x[..., list(order)], heads)
+    return {**variables, "params": {**variables["params"], **heads}}
 
 
 def make_prepare(
@@ -356,9 +369,15 @@ def predict(
 
     Returns:
       For each image, the most probable class first: "class" (its name), "index" and "probability".
+
+    Raises:
+      UserError: a probability is not finite.
     """
     names, found = metadata["class_names"], []
-    for row in np.asarray(probabilities(model, variables, images)):
+    rows = np.asarray(probabilities(model, variables, images))
+    if not np.isfinite(rows).all():
+        raise UserError("The network's probabilities are not finite: its weights have diverged.")
+    for row in rows:
         best = np.argsort(-row, kind="stable")[:top].tolist()
         found.append([{"class": names[i], "index": i, "probability": float(row[i])} for i in best])
     return found

@@ -11,11 +11,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from helpers import abstract, contents, make_state, restore
 from jax.experimental import multihost_utils
 
 from fcvit_jax.devices.sharding import make_mesh, state_shardings
 from fcvit_jax.errors import UserError
+from fcvit_jax.run import checkpoint, disk
 from fcvit_jax.run.checkpoint import Checkpointer, save_variables
 from fcvit_jax.run.saved import find_step, load_metadata, load_variables
 
@@ -157,7 +159,8 @@ def test_a_full_disk_leaves_earlier_checkpoints_intact(workdir, mesh, states):
         checkpointer.close()
 
         checkpointer = Checkpointer(workdir)
-        checkpointer.save(make_state(mesh, 6), METADATA)
+        with pytest.raises(UserError, match="Could not save"):
+            checkpointer.save(make_state(mesh, 6), METADATA)
         checkpointer.close()  # which must not hide the error that ends a run
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -264,6 +267,54 @@ def test_changed_metadata_are_noticed(workdir, states, mesh):
     path = workdir / "checkpoints/4/metadata/metadata"
     path.write_text(json.dumps(METADATA | {"best": {"step": 2, "top1": 0.9}}))
     assert int(restore(workdir, states[4], mesh)[0].step) == 2
+
+
+@pytest.mark.parametrize("name", ["lr=[1e-3]", "[1]/a*b", "**", "?{a}", "with space", "ä", "100%"])
+def test_a_folder_may_have_any_name(tmp_path, states, mesh, name):
+    """Of brackets and stars too, which are patterns to those who look for files by them."""
+    checkpointer = Checkpointer(tmp_path / name)
+    for state in states.values():
+        checkpointer.save(state, METADATA)
+    checkpointer.wait()
+    checkpointer.close()
+    assert_same(restore(tmp_path / name, states[4], mesh)[0], states[4])
+    save_variables(tmp_path / name / "weights", states[2].variables, METADATA)
+    assert_same(load_variables(tmp_path / name / "weights"), states[2].variables)
+
+
+def test_a_save_that_cannot_be_read_ends_the_run(tmp_path, states, monkeypatch):
+    def forget_files():
+        monkeypatch.setattr(type(epath.Path(tmp_path)), "glob", lambda self, pattern: iter(()))
+
+    checkpointer = Checkpointer(tmp_path / "first")
+    forget_files()
+    with pytest.raises(UserError, match="checkpoints/2 was written but cannot be read"):
+        checkpointer.save(states[2], METADATA)
+    checkpointer.close()
+    with pytest.raises(UserError, match="Could not read"):
+        monkeypatch.setattr(checkpoint, "_glob", lambda self, pattern: iter(()))
+        save_variables(tmp_path / "weights", states[2].variables, METADATA)
+    assert not (tmp_path / "weights").exists()
+    monkeypatch.undo()
+
+    checkpointer = Checkpointer(tmp_path / "later")
+    checkpointer.save(states[2], METADATA)
+    forget_files()
+    checkpointer.save(states[4], METADATA)
+    with pytest.raises(UserError, match="checkpoints/4 was written but cannot be read"):
+        checkpointer.wait()
+    checkpointer.close()
+
+
+@pytest.mark.parametrize("part", ["variables", "ema"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_never_saved(workdir, states, part, value):
+    broken = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(value), getattr(states[4], part))
+    checkpointer = Checkpointer(workdir)
+    with pytest.raises(disk.NotFinite):
+        checkpointer.save(states[4].replace(step=jnp.int32(6), **{part: broken}), METADATA)
+    checkpointer.close()
+    assert find_step(workdir).name == "4"
 
 
 def test_numbers_out_of_range_and_unwritable_folders_are_refused(tmp_path):

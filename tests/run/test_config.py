@@ -13,7 +13,7 @@ from fcvit_jax.augment import mixing
 from fcvit_jax.configs import cifar10, digits, fcvit_s12, fcvit_s24, fcvit_s48, fcvit_tiny, finetune, imagenet
 from fcvit_jax.errors import UserError
 from fcvit_jax.networks.fcvit import create_model
-from fcvit_jax.run.config import check_config, check_workdir, write_config
+from fcvit_jax.run.config import check_config, check_workdir, class_order, write_config
 from fcvit_jax.run.saved import local_path
 from fcvit_jax.tasks import classification
 
@@ -154,3 +154,10 @@ def test_folders_that_are_no_good_are_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file cannot be written: File exists"):
         write_config(config, tmp_path / "file")
+
+
+def test_classes_are_matched_by_name_where_the_names_are_the_same():
+    assert class_order(["c", "a", "b"], ["a", "b", "c"]) == [1, 2, 0]
+    assert class_order(["c", "a", "b"], ["a", "b", "d"]) is None
+    assert class_order(["c", "a"], ["a", "c", "b"]) is None
+    assert class_order(["a", "a", "b"], ["a", "b", "a"]) is None

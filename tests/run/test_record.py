@@ -8,7 +8,7 @@ import resource
 import pytest
 
 from fcvit_jax.errors import UserError
-from fcvit_jax.run.record import MetricsWriter, Progress
+from fcvit_jax.run.record import MetricsWriter, Progress, as_json, not_finite
 
 
 def steps(workdir):
@@ -40,6 +40,21 @@ def test_what_will_be_written_again_is_dropped(tmp_path):
         {"step": 2, "epoch": 0.5, "train/loss": math.pi},
         {"step": 3, "epoch": 0.75, "train/loss": 1.0},
     ]
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(tmp_path):
+    writer = open_writer(tmp_path)
+    writer.write(4, {"eval/loss": math.nan, "train/grad_norm": -math.inf, "eval/top1": 0.5})
+    writer.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    values = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert values == {"step": 4, "epoch": 1.0, "eval/loss": None, "train/grad_norm": None, "eval/top1": 0.5}
+    assert json.loads(as_json({"a": [{"b": (math.inf, 1)}]})) == {"a": [{"b": [None, 1]}]}
+
+
+def test_what_is_not_finite_is_listed_with_the_rest():
+    assert not_finite({"loss": 1.0, "rows": [{"iou": None}], "count": 3}) == ""
+    assert not_finite({"loss": math.nan, "count": 3, "top1": 0.0}) == "loss nan, top1 0.0"
 
 
 def test_a_full_disk_is_told_of(tmp_path):
