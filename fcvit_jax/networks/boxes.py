@@ -245,11 +245,13 @@ class Samples(NamedTuple):
 
     Attributes:
       index: (number,) int32, of the box; arbitrary in unused places.
+      object: (number,) int32, of the object that the box is trained to find; 0 for negatives and in unused places.
       positive: (number,) bool.
       valid: (number,) bool; False: the place is unused.
     """
 
     index: jax.Array
+    object: jax.Array
     positive: jax.Array
     valid: jax.Array
 
@@ -276,4 +278,5 @@ def sample(key: jax.Array, assigned: jax.Array, number: int, max_positives: int)
     place = jnp.arange(number)
     positive = place < num_positives
     index = jnp.concatenate([positives, negatives])[jnp.where(positive, place, max_positives + place - num_positives)]
-    return Samples(index, positive, place < num_positives + num_negatives)
+    found = jnp.where(positive, assigned[index] - 1, 0)
+    return Samples(index, found, positive, place < num_positives + num_negatives)

@@ -1,6 +1,6 @@
 """The feature pyramid network: the neck between a backbone and a head that wants equal channels at every stride."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -50,11 +50,13 @@ class FPN(nn.Module):
 
     Attributes:
       channels: of every result.
+      kernel_init: draws the kernels; None: normal distributions of standard deviation sqrt(2 / (k * k * channels)).
       dtype: compute dtype.
       param_dtype: dtype of the parameters.
     """
 
     channels: int = 256
+    kernel_init: Callable[..., jax.Array] | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -73,11 +75,12 @@ class FPN(nn.Module):
           UserError: the sizes of the maps are others.
         """
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        sums = [Conv1x1(self.channels, name=f"lateral_{i}", **dtypes)(x) for i, x in enumerate(maps)]
+        init = self.kernel_init
+        sums = [Conv1x1(self.channels, kernel_init=init, name=f"lateral_{i}", **dtypes)(x) for i, x in enumerate(maps)]
         for i in reversed(range(1, len(sums))):
             sums[i - 1] += upsample_nearest(sums[i], *sums[i - 1].shape[1:3])
-        std = (2 / (9 * self.channels)) ** 0.5
+        init = init or normal((2 / (9 * self.channels)) ** 0.5)
         return tuple(
-            nn.Conv(self.channels, (3, 3), padding=1, kernel_init=normal(std), name=f"output_{i}", **dtypes)(x)
+            nn.Conv(self.channels, (3, 3), padding=1, kernel_init=init, name=f"output_{i}", **dtypes)(x)
             for i, x in enumerate(sums)
         )

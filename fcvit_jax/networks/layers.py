@@ -1,5 +1,6 @@
 """The network's basic layers: norms, convolutions and GELU, in the forms that XLA computes fast and exactly enough."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,22 +59,21 @@ class Conv1x1(nn.Module):
     Attributes:
       features: channels of the result.
       with_gelu: apply GELU to the result.
-      kernel_std: standard deviation of the initial kernel; None: sqrt(2 / features).
+      kernel_init: draws the kernel; None: a normal distribution of standard deviation sqrt(2 / features).
       dtype: compute dtype.
       param_dtype: dtype of the parameters.
     """
 
     features: int
     with_gelu: bool = False
-    kernel_std: float | None = None
+    kernel_init: Callable[..., jax.Array] | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = x.shape[-1], self.features
-        std = (2 / self.features) ** 0.5 if self.kernel_std is None else self.kernel_std
-        kernel = self.param("kernel", normal(std), shape, self.param_dtype)
+        kernel = self.param("kernel", self.kernel_init or normal((2 / self.features) ** 0.5), shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = _product(x, kernel)
@@ -136,14 +136,14 @@ class DepthwiseConv(nn.Module):
     Attributes:
       kernel_size: k, odd.
       with_gelu: apply GELU to the result.
-      kernel_std: standard deviation of the initial kernel; None: sqrt(2) / k.
+      kernel_init: draws the kernel; None: a normal distribution of standard deviation sqrt(2) / k.
       dtype: compute dtype.
       param_dtype: dtype of the parameters.
     """
 
     kernel_size: int
     with_gelu: bool = False
-    kernel_std: float | None = None
+    kernel_init: Callable[..., jax.Array] | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -151,8 +151,8 @@ class DepthwiseConv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         k, channels = self.kernel_size, x.shape[-1]
         # Not `variance_scaling(2, "fan_out")`, which takes all channels for outputs of one filter.
-        std = 2**0.5 / k if self.kernel_std is None else self.kernel_std
-        kernel = self.param("kernel", normal(std), (k, k, channels), self.param_dtype)
+        init = self.kernel_init or normal(2**0.5 / k)
+        kernel = self.param("kernel", init, (k, k, channels), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = depthwise_conv(x, kernel)

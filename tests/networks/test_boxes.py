@@ -174,13 +174,13 @@ KEYS = jax.random.split(jax.random.key(0), 4000)
 def test_samples_are_uniform_and_complete(positives, negatives, neither):
     """10 of 42 boxes, at most 4 of them positive: as many as there are, each as often as the others of its kind."""
     assigned = np.repeat([3, 0, -1], [positives, negatives, neither])
-    index, positive, valid = (np.asarray(x) for x in draw(KEYS, assigned, 10, 4))
+    index, found, positive, valid = (np.asarray(x) for x in draw(KEYS, assigned, 10, 4))
     num_positives = min(positives, 4)
     num_negatives = min(negatives, 10 - num_positives)
     places = np.arange(10)
     assert (positive == (places < num_positives)).all()
     assert (valid == (places < num_positives + num_negatives)).all()
-    assert (assigned[index][positive & valid] > 0).all()
+    assert (assigned[index][positive] > 0).all() and (found == np.where(positive, 2, 0)).all()
     assert (assigned[index][~positive & valid] == 0).all()
     drawn = np.array([np.bincount(i[v], minlength=42) for i, v in zip(index, valid, strict=True)])
     assert drawn.max() <= 1
@@ -192,5 +192,5 @@ def test_samples_are_uniform_and_complete(positives, negatives, neither):
 
 
 def test_fewer_boxes_than_samples():
-    index, positive, valid = (np.asarray(x) for x in boxes.sample(KEYS[0], jnp.array([0, 1, -1, 0]), 7, 3))
+    index, _, positive, valid = (np.asarray(x) for x in boxes.sample(KEYS[0], jnp.array([0, 1, -1, 0]), 7, 3))
     assert sorted(index[valid]) == [0, 1, 3] and index[positive].tolist() == [1]
