@@ -14,7 +14,7 @@ import fcvit_jax
 from fcvit_jax.convert.fcvit import layout, original_names
 from fcvit_jax.convert.layouts import to_ours
 from fcvit_jax.networks.boxes import Samples
-from fcvit_jax.networks.mask_rcnn import Objects
+from fcvit_jax.networks.objects import Objects
 
 DATA = np.load(Path(__file__).parent / "data" / "detection" / "detector_small.npz")
 META = json.loads(str(DATA["meta"]))

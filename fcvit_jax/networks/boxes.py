@@ -23,6 +23,11 @@ def map_sizes(height: int, width: int, strides: Sequence[int] = STRIDES) -> list
     return [(-(-height // s), -(-width // s)) for s in strides]
 
 
+def padded_size(sizes: jax.Array) -> jax.Array:
+    """Heights and widths, rounded up to multiples of 32 pixels: what the original pads an image to."""
+    return -(-sizes // 32) * 32
+
+
 def anchors(height: int, width: int, strides: Sequence[int] = STRIDES) -> jax.Array:
     """The anchors of a canvas: three boxes around the top left corner of every cell of every map.
 

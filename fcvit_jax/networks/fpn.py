@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax.linen.initializers import normal
 
 from fcvit_jax.errors import UserError
-from fcvit_jax.networks.layers import Conv1x1
+from fcvit_jax.networks.layers import Conv1x1, masked, valid_cells
 
 
 def upsample_nearest(x: jax.Array, height: int, width: int) -> jax.Array:
@@ -61,12 +61,14 @@ class FPN(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, maps: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    def __call__(self, maps: Sequence[jax.Array], sizes: jax.Array | None = None) -> tuple[jax.Array, ...]:
         """The maps with equal channels.
 
         Args:
           maps: (N, H_i, W_i, C_i) float, from the largest to the smallest; each half the size of the one before it,
             rounded up.
+          sizes: (N, 2) int, height and width of each image in cells of the first map, of which the image has the top
+            left: results are then those of the image alone, and 0 beyond it. None: the images fill the maps.
 
         Returns:
           As many arrays, (N, H_i, W_i, channels) of `dtype`.
@@ -80,7 +82,9 @@ class FPN(nn.Module):
         for i in reversed(range(1, len(sums))):
             sums[i - 1] += upsample_nearest(sums[i], *sums[i - 1].shape[1:3])
         init = init or normal((2 / (9 * self.channels)) ** 0.5)
-        return tuple(
-            nn.Conv(self.channels, (3, 3), padding=1, kernel_init=init, name=f"output_{i}", **dtypes)(x)
-            for i, x in enumerate(sums)
-        )
+        results = []
+        for i, x in enumerate(sums):
+            valid = valid_cells(sizes, x, 2**i)
+            conv = nn.Conv(self.channels, (3, 3), padding=1, kernel_init=init, name=f"output_{i}", **dtypes)
+            results.append(masked(conv(masked(x, valid)), valid))
+        return tuple(results)

@@ -12,6 +12,29 @@ from fcvit_jax.depthwise import depthwise_conv, primitives
 from fcvit_jax.errors import UserError
 
 
+def valid_cells(sizes: jax.Array | None, x: jax.Array, stride: int) -> jax.Array | None:
+    """Which cells of a map belong to the image, and not to the padding to the right of it and below it.
+
+    Args:
+      sizes: (N, 2) int, height and width of each image in pixels; None: there is no padding.
+      x: (N, H, W, C).
+      stride: pixels per cell.
+
+    Returns:
+      (N, H, W, 1) bool; None without sizes.
+    """
+    if sizes is None:
+        return None
+    height, width = jnp.moveaxis(-(-sizes // stride), -1, 0)
+    rows, columns = (jnp.arange(n) for n in x.shape[1:3])
+    return ((rows < height[:, None])[:, :, None] & (columns < width[:, None])[:, None, :])[..., None]
+
+
+def masked(x: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """x with zeros where it is not valid, which `valid_cells` says; x itself without padding."""
+    return x if valid is None else jnp.where(valid, x, 0)
+
+
 @jax.checkpoint  # recomputed in the backward pass, which otherwise would keep four arrays, not x alone
 def gelu(x: jax.Array, bias: jax.Array | float = 0) -> jax.Array:
     """The exact GELU of x + bias, in the dtype of x, computed in float32.
@@ -80,9 +103,10 @@ class Conv1x1(nn.Module):
         return gelu(y, bias) if self.with_gelu else y + bias
 
 
-def group_norm(**kwargs) -> nn.GroupNorm:
-    """GroupNorm with one group: statistics over H, W and C together, affine per channel."""
-    return nn.GroupNorm(num_groups=1, epsilon=1e-5, use_fast_variance=False, **kwargs)
+def group_norm(x: jax.Array, valid: jax.Array | None = None, **kwargs) -> jax.Array:
+    """GroupNorm with one group: statistics over H, W and C together, where `valid`, and affine per channel."""
+    norm = nn.GroupNorm(num_groups=1, epsilon=1e-5, use_fast_variance=False, **kwargs)
+    return norm(x, mask=None if valid is None else jnp.broadcast_to(valid, x.shape))
 
 
 def layer_norm(**kwargs) -> nn.LayerNorm:

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,54 +14,12 @@ from fcvit_jax.networks.boxes import Samples
 from fcvit_jax.networks.fcvit import Backbone, create_backbone
 from fcvit_jax.networks.fpn import FPN
 from fcvit_jax.networks.masks import crop_masks
+from fcvit_jax.networks.objects import Detections, Objects
 from fcvit_jax.networks.roi_align import pyramid_roi_align
 from fcvit_jax.networks.roi_heads import STDS, BoxHead, MaskHead, mask_loss, roi_losses, sample_rois, select
 from fcvit_jax.networks.rpn import RPN, Levels, Proposals
 
 Maps = Sequence[jax.Array]
-
-
-class Objects(NamedTuple):
-    """What is in the images of a batch, padded to G objects each.
-
-    Attributes:
-      boxes: (N, G, 4) float32, in pixels of the image as the network gets it.
-      labels: (N, G) int32, classes from 0.
-      valid: (N, G) bool; False: the place is unused.
-      masks: (N, G, h, w) bool or uint8, as they are or as they were before resizing; None for boxes alone.
-      rows: (N, H) int32, the row of the masks that each row of the canvas shows, -1: none; None: they are the same.
-      columns: (N, W) int32, likewise.
-    """
-
-    boxes: jax.Array
-    labels: jax.Array
-    valid: jax.Array
-    masks: jax.Array | None = None
-    rows: jax.Array | None = None
-    columns: jax.Array | None = None
-
-
-class Detections(NamedTuple):
-    """What was found in the images of a batch, the best first.
-
-    Attributes:
-      boxes: (N, D, 4) float32, in pixels of the original image.
-      scores: (N, D) float32, from 0 to 1.
-      labels: (N, D) int32, classes from 0.
-      valid: (N, D) bool; False: the place is unused.
-      masks: (N, D, 28, 28) float32, probabilities within each box, for `masks.paste_masks`; None without a mask branch.
-    """
-
-    boxes: jax.Array
-    scores: jax.Array
-    labels: jax.Array
-    valid: jax.Array
-    masks: jax.Array | None
-
-
-def padded_size(sizes: jax.Array) -> jax.Array:
-    """Heights and widths, rounded up to multiples of 32 pixels: what the original pads an image to."""
-    return -(-sizes // 32) * 32
 
 
 class MaskRCNN(nn.Module):
@@ -139,7 +96,7 @@ class MaskRCNN(nn.Module):
         Returns:
           `max_detections` places for each image.
         """
-        padded = None if sizes is None else padded_size(sizes)
+        padded = None if sizes is None else box_lib.padded_size(sizes)
         maps = self.neck(images, sizes=padded)
         if sizes is None:
             sizes = jnp.broadcast_to(jnp.array(images.shape[1:3]), (len(images), 2))
@@ -151,12 +108,14 @@ class MaskRCNN(nn.Module):
         Args:
           images: (N, H, W, 3), float, normalised.
           train: batch statistics, dropout and drop-path as in training.
-          sizes: (N, 2) int32, height and width in pixels that are not to be ignored, multiples of 32; None: the canvas.
+          sizes: (N, 2) int32, height and width in pixels of the part of the canvas, from its top left, that each image
+            has: results are then those of the image alone, and 0 beyond it. None: all of it.
 
         Returns:
           Five maps (N, ceil(H / s), ceil(W / s), neck_channels), with s = 4, 8, 16, 32 and 64.
         """
-        maps = self._neck(self.backbone(images, train))
+        cells = None if sizes is None else -(-sizes // 4)
+        maps = self._neck(self.backbone(images, train, sizes), cells)
         return (*maps, maps[-1][:, ::2, ::2])
 
     def rpn(self, images: jax.Array, train: bool = False, sizes: jax.Array | None = None) -> Levels:
@@ -194,15 +153,27 @@ class MaskRCNN(nn.Module):
         maps = self.neck(images, train)
         levels = self.rpn_head(maps)
         found = rpn.propose(levels, sizes, pre=self.train_nms_pre, number=self.train_proposals)
+        of_anchors, of_rois = self.draw_samples(levels, found, objects, sizes, key)
+        return self.sampled_losses(maps, levels, found, objects, of_anchors, of_rois)
+
+    def draw_samples(
+        self, levels: Levels, found: Proposals, objects: Objects, sizes: jax.Array, key: jax.Array
+    ) -> tuple[Samples, Samples]:
+        """Draws what `sampled_losses` are taken over: samples of anchors and of boxes.
+
+        Args:
+          levels, found: as in `sampled_losses`.
+          objects, sizes, key: as in `losses`; objects without width or height are left out.
+        """
         has_area = (objects.boxes[..., 2:] > objects.boxes[..., :2]).all(-1)
         objects = objects._replace(valid=objects.valid & has_area)
-        keys = jax.random.split(key, (2, len(images)))
+        keys = jax.random.split(key, (2, len(sizes)))
         draw = jax.vmap(functools.partial(rpn.sample_anchors, number=self.rpn_samples), (0, None, 0, 0, 0))
-        inside = rpn.inside(levels, padded_size(sizes))
+        inside = rpn.inside(levels, box_lib.padded_size(sizes))
         of_anchors = draw(keys[0], rpn.anchors(levels), inside, objects.boxes, objects.valid)
         draw = jax.vmap(functools.partial(sample_rois, number=self.roi_samples))
         of_rois = draw(keys[1], found.boxes, found.valid, objects.boxes, objects.valid)
-        return self.sampled_losses(maps, levels, found, objects, of_anchors, of_rois)
+        return of_anchors, of_rois
 
     def sampled_losses(
         self, maps: Maps, levels: Levels, found: Proposals, objects: Objects, of_anchors: Samples, of_rois: Samples

@@ -7,19 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from detection_golden import DATA, DETECTOR, IMAGES, META, PADDED, SCALE_FACTORS, SIZES, bits, nhwc
+from detection_golden import DATA, DETECTOR, IMAGES, META, PADDED, PLACES, SCALE_FACTORS, SIZES, bits, nhwc
 from equality import assert_close
 from flax import traverse_util
 
 import fcvit_jax
 from fcvit_jax.errors import UserError
 from fcvit_jax.networks import boxes, rpn
-from fcvit_jax.networks.mask_rcnn import Objects
 from fcvit_jax.networks.masks import paste_masks
-from fcvit_jax.networks.roi_heads import BoxHead, MaskHead, mask_loss, select
-from fcvit_jax.networks.rpn import RPN
-
-NMS = np.load(golden.Path(__file__).parents[1] / "data" / "detection" / "nms.npz")
+from fcvit_jax.networks.objects import Objects
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +191,29 @@ def test_drawn_losses(small_batch, plain_variables):
     assert nothing["rpn_box_loss"] == nothing["box_loss"] == nothing["mask_loss"] == 0
 
 
+def test_samples_are_of_the_images_and_their_objects(trained, objects):
+    """All that can be drawn: anchors within the padded images, and boxes that are there."""
+    _, (_, levels, found), _ = trained
+    model = DETECTOR.clone(rpn_samples=8192, roi_samples=1024)
+    no_width = objects.boxes[0, 1].copy()
+    no_width[2] = no_width[0]
+    boxes_of = np.stack(
+        [np.concatenate([objects.boxes[0, :1], no_width[None], objects.boxes[0, 2:]]), objects.boxes[1]]
+    )
+    found = found._replace(valid=found.valid.at[:, -1].set(False))
+    draw = jax.jit(lambda *args: model.apply({}, *args, method="draw_samples"))
+    of_anchors, of_rois = draw(levels, found, objects._replace(boxes=boxes_of), SIZES, jax.random.key(0))
+    inside = jax.jit(rpn.inside)(levels, PADDED)
+    for i in range(2):
+        drawn = np.zeros(inside.shape[1], bool)
+        drawn[of_anchors.index[i][of_anchors.valid[i]]] = True
+        assert not drawn[~inside[i]].any() and drawn.sum() > 0.7 * inside[i].sum()  # some are neither
+        drawn = np.zeros(PLACES + found.valid.shape[1], bool)
+        drawn[of_rois.index[i][of_rois.valid[i]]] = True
+        there = objects.valid[i] & (np.arange(PLACES) != 1 if i == 0 else True)
+        np.testing.assert_array_equal(drawn, np.concatenate([there, found.valid[i]]))
+
+
 def test_a_batch_without_masks(small_batch, plain_variables):
     images, objects, sizes = small_batch
     batch = images, objects._replace(masks=None), sizes, jax.random.key(1)
@@ -221,6 +240,16 @@ def test_evaluation(variables):
         assert_detects(jax.tree.map(lambda x, i=i: x[i], found), f"eval/{{}}{i}", image["ori_shape"])
 
 
+def test_every_image_is_evaluated_as_if_it_were_alone(variables):
+    """On a shared canvas, whatever is beyond the image's own padding."""
+    images = IMAGES.copy()
+    images[1, PADDED[1, 0] :] = images[1, :, PADDED[1, 1] :] = 7
+    found = jax.jit(DETECTOR.apply)(variables, images, SIZES, SCALE_FACTORS)
+    # The first image's own canvas is the shared one.
+    for i, name in enumerate(("eval/{}0", "eval_alone1/{}0")):
+        assert_detects(jax.tree.map(lambda x, i=i: x[i], found), name, META["images"][i]["ori_shape"])
+
+
 def assert_detects(found, name, size):
     """Compares what was found in one image, and its masks at the size of the original one."""
     expected = DATA[name.format("dets")]
@@ -230,61 +259,6 @@ def assert_detects(found, name, size):
     np.testing.assert_allclose(found.scores, expected[:, 4], rtol=0, atol=1e-5)
     pasted = paste_masks(np.asarray(found.masks), np.asarray(found.boxes), size)
     assert (pasted != bits(name.format("masks"), size[1])).mean() < 1e-3
-
-
-@pytest.mark.parametrize("number", [100, 20])
-def test_selection_over_classes(number):
-    corners, scores = NMS["multiclass/boxes"], NMS["multiclass/scores"]
-    valid = np.arange(50) < 48
-    padded = [np.pad(x, ((0, 2), *((0, 0),) * (x.ndim - 1)), constant_values=1) for x in (corners, scores[:, :-1])]
-    options = {"score_threshold": 0.05, "nms_threshold": 0.5, "number": number + 1000}
-    index, found, used = (np.asarray(x) for x in select(*padded, valid, **options))
-    # The best of more are the same as the best of fewer.
-    np.testing.assert_array_equal(index[:number], NMS[f"multiclass{number}/inds"])
-    np.testing.assert_array_equal(index[:number] % 7, NMS[f"multiclass{number}/labels"])
-    np.testing.assert_array_equal(found[:number], NMS[f"multiclass{number}/dets"][:, 4])
-    assert used.sum() < 48 * 7 and (found[used] > 0.05).all() and not found[~used].any()
-
-
-def test_loss_of_masks_is_over_positives_and_the_right_class():
-    rng = np.random.default_rng(0)
-    logits, targets = rng.normal(0, 2, (4, 3, 3, 5)).astype(np.float32), rng.integers(0, 2, (4, 3, 3)) > 0
-    labels, positive = np.array([4, 0, 2, 2]), np.array([True, False, True, False])
-    chosen = np.stack([logits[0, ..., 4], logits[2, ..., 2]]).astype(np.float64)
-    probability = 1 / (1 + np.exp(-chosen))
-    expected = -np.log(np.where(targets[[0, 2]], probability, 1 - probability)).sum()
-    total, number = mask_loss(logits, targets, labels, positive)
-    assert number == 18
-    np.testing.assert_allclose(total, expected, rtol=1e-5)
-
-
-def assert_std(x, std):
-    """Of normal numbers; five standard deviations of the estimate."""
-    x = np.asarray(x)
-    np.testing.assert_allclose(x.std(), std, rtol=5 / (2 * x.size) ** 0.5)
-    assert abs(x.mean()) < 5 * std / x.size**0.5 and np.abs(x).max() > 2.5 * std
-
-
-def test_initial_weights():
-    """Those of the heads, at their real sizes where it costs nothing."""
-
-    def initial(module, *args):
-        flat = traverse_util.flatten_dict(jax.jit(module.init)(jax.random.key(0), *args)["params"], sep="/")
-        assert all(not np.asarray(x).any() for path, x in flat.items() if path.endswith("bias"))
-        return {path.removesuffix("/kernel"): x for path, x in flat.items() if path.endswith("kernel")}
-
-    kernels = initial(RPN(64), [jnp.zeros((1, 2, 2, 64))])
-    for x in kernels.values():
-        assert_std(x, 0.01)
-    kernels = initial(BoxHead(80, 64), jnp.zeros((1, 7, 7, 32)))
-    assert kernels["hidden_0"].shape == (7, 7, 32, 64)
-    stds = {"hidden_0": (2 / (49 * 32 + 64)) ** 0.5, "hidden_1": (2 / 128) ** 0.5, "logits": 0.01, "deltas": 0.001}
-    for name, std in stds.items():
-        assert_std(kernels[name], std)
-    kernels = initial(MaskHead(80, 32), jnp.zeros((1, 14, 14, 64)))
-    for name, x in kernels.items():
-        fan_out = {"doubling": 4 * 32, "logits": 80}.get(name, 9 * 32)
-        assert_std(x, (2 / fan_out) ** 0.5)
 
 
 def test_the_neck_starts_uniformly():
