@@ -1,7 +1,8 @@
 """Mask R-CNN (He et al., 2017) over a pyramid of features, as MMDetection 2.19 trains and evaluates it."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from flax import linen as nn
 
 from fcvit_jax.errors import UserError, check_range
 from fcvit_jax.networks import boxes as box_lib
-from fcvit_jax.networks import rpn
+from fcvit_jax.networks import fcvit, rpn
 from fcvit_jax.networks.boxes import Samples
 from fcvit_jax.networks.fcvit import Backbone, create_backbone
 from fcvit_jax.networks.fpn import FPN
@@ -280,6 +281,30 @@ class MaskRCNN(nn.Module):
         size = self.backbone.bn_group_size or len(sums)
         sums, numbers = (x.reshape(-1, size).sum(1) for x in (sums, numbers))
         return (sums / jnp.maximum(numbers, 1)).mean()
+
+
+def init_decoder(model: MaskRCNN, key: jax.Array) -> dict[str, Any]:
+    """Draws the initial weights of neck and heads alone: {"params": {"neck": ..., "rpn": ..., ...}}."""
+
+    def touch(model):
+        channels = [info["channels"] for info in model.backbone.feature_info]
+        maps = model._neck([jnp.zeros((1, 8 >> i, 8 >> i, c)) for i, c in enumerate(channels)])
+        model._rpn(maps)
+        model.box_head(jnp.zeros((1, 7, 7, model.neck_channels)))
+        if model.masks:
+            model.mask_head(jnp.zeros((1, 14, 14, model.neck_channels)))
+
+    return model.init(key, method=touch)
+
+
+def init_variables(
+    model: MaskRCNN, key: jax.Array, jit: Callable = lambda function, *args: jax.jit(function)
+) -> dict[str, Any]:
+    """Draws the initial weights of a detector, its backbone's block by block; see `fcvit.init_variables`."""
+    backbone_key, decoder_key = jax.random.split(key)
+    variables = fcvit.init_variables(model.backbone, backbone_key, jit)
+    decoder = jit(functools.partial(init_decoder, model), decoder_key)(decoder_key)
+    return {name: {"backbone": tree, **decoder.get(name, {})} for name, tree in variables.items()}
 
 
 def create_detector(
