@@ -6,6 +6,7 @@ import importlib.util
 from fcvit_jax.errors import show_log
 from fcvit_jax.networks import create_model
 from fcvit_jax.networks.fcvit import VARIANTS, FCViT, create_backbone
+from fcvit_jax.networks.mask_rcnn import create_detector
 from fcvit_jax.networks.normalize import normalize
 from fcvit_jax.networks.semantic_fpn import create_segmenter
 
@@ -15,6 +16,7 @@ __all__ = [
     "VARIANTS",
     "FCViT",
     "create_backbone",
+    "create_detector",
     "create_model",
     "create_segmenter",
     "load_pretrained",

@@ -12,9 +12,11 @@ from fcvit_jax.convert import vit
 from fcvit_jax.convert.files import is_ours, read
 from fcvit_jax.convert.weights import KINDS, Network, fields_of, fit, infer, kind_of, with_timm_names
 from fcvit_jax.errors import UserError, log
+from fcvit_jax.networks import mask_rcnn, semantic_fpn
 from fcvit_jax.networks.convnext import ConvNeXt
 from fcvit_jax.networks.fcvit import Backbone, FCViT, abstract_variables
-from fcvit_jax.networks.semantic_fpn import SemanticFPN, init_decoder
+from fcvit_jax.networks.mask_rcnn import MaskRCNN
+from fcvit_jax.networks.semantic_fpn import SemanticFPN
 from fcvit_jax.networks.vit import ViT
 
 
@@ -25,7 +27,7 @@ def load_pretrained(
 
     What the file does not hold starts afresh, always the same, and a warning says so: the classifying layer, if the
     file has another number of classes (or no head); the norms of a pyramid that is given a classifier's weights; neck
-    and head of a segmenter that is given a classifier's or a pyramid's.
+    and heads of a segmenter or a detector that is given a classifier's or a pyramid's.
 
     Example::
 
@@ -33,6 +35,7 @@ def load_pretrained(
         variables = load_pretrained("fcvit_b12.pth.tar", model)
         variables = load_pretrained("fcvit_b12.pth.tar", create_backbone("fcvit_s12"))
         variables = load_pretrained("fcvit_b12.pth.tar", create_segmenter("fcvit_s12"))
+        variables = load_pretrained("fcvit_b12.pth.tar", create_detector("fcvit_s12"))
 
     Args:
       path: a .pth or .pth.tar of the original, a .npz of ours, or the folder of a run or of one Orbax checkpoint.
@@ -93,8 +96,20 @@ def _load_pyramid(path: str | Path, weights: Mapping[str, np.ndarray], model: Ba
     return variables | {"params": params}, "holds a classifier", "the norms of the pyramid start afresh"
 
 
-def _load_segmenter(path: str | Path, weights: Mapping[str, np.ndarray], model: SemanticFPN) -> Loaded:
-    if kind_of(weights) is SemanticFPN:
+def _load_over_backbone(path: str | Path, weights: Mapping[str, np.ndarray], model: SemanticFPN | MaskRCNN) -> Loaded:
+    """A segmenter, or a detector."""
+    if kind_of(weights) is type(model) is MaskRCNN:
+        outputs = _count_classes(weights, "params/box_head/logits/kernel", "roi_head.bbox_head.fc_cls.weight")
+        classes = max(outputs - 1, 1)  # without the background
+        variables = _fit(path, weights, model.clone(num_classes=classes))
+        if classes == model.num_classes:
+            return variables, "", ""
+        for head, tree in _fresh_decoder(model)["params"].items():
+            if head in ("box_head", "mask_head"):
+                variables["params"][head] |= {name: x for name, x in tree.items() if name in ("logits", "deltas")}
+        lack = f"has {classes} classes, the model {model.num_classes}"
+        return variables, lack, "the last layers of the heads start afresh"
+    if kind_of(weights) is type(model):
         classes = _count_classes(weights, "params/head/classifier/kernel", "decode_head.conv_seg.weight")
         variables = _fit(path, weights, model.clone(num_classes=classes))
         if classes == model.num_classes:
@@ -103,9 +118,11 @@ def _load_segmenter(path: str | Path, weights: Mapping[str, np.ndarray], model: 
         lack = f"has {classes} classes, the model {model.num_classes}"
         return variables, lack, "the classifier starts afresh"
     backbone, lack, _ = _load_pyramid(path, weights, model.backbone)
-    variables = {name: {"backbone": backbone[name], **tree} for name, tree in _fresh_decoder(model).items()}
+    fresh = _fresh_decoder(model)
+    variables = {name: {"backbone": tree, **fresh.get(name, {})} for name, tree in backbone.items()}
     norms = "the norms of the pyramid, " if lack else ""
-    return variables, lack or "holds a feature pyramid", f"{norms}the neck and the head start afresh"
+    heads = "heads" if isinstance(model, MaskRCNN) else "head"
+    return variables, lack or "holds a feature pyramid", f"{norms}the neck and the {heads} start afresh"
 
 
 def _fit(path: str | Path, weights: Mapping[str, np.ndarray], model: Network) -> dict[str, Any]:
@@ -135,7 +152,7 @@ def _sizes(model: Network) -> str:
 
 
 def _backbone(model: Network) -> Network:
-    return model.backbone if isinstance(model, SemanticFPN) else model
+    return model.backbone if isinstance(model, SemanticFPN | MaskRCNN) else model
 
 
 def _count_classes(weights: Mapping[str, np.ndarray], ours: str, theirs: str) -> int:
@@ -144,11 +161,12 @@ def _count_classes(weights: Mapping[str, np.ndarray], ours: str, theirs: str) ->
     return weights[kernel].shape[axis] if kernel in weights and weights[kernel].ndim > 1 else 0
 
 
-def _fresh_decoder(model: SemanticFPN) -> dict[str, Any]:
-    """Variables of neck and head as training from scratch would start with, always the same."""
-    return jax.device_get(jax.jit(functools.partial(init_decoder, model))(jax.random.key(0)))
+def _fresh_decoder(model: SemanticFPN | MaskRCNN) -> dict[str, Any]:
+    """Variables of neck and heads as training from scratch would start with, always the same."""
+    init = mask_rcnn.init_decoder if isinstance(model, MaskRCNN) else semantic_fpn.init_decoder
+    return jax.device_get(jax.jit(functools.partial(init, model))(jax.random.key(0)))
 
 
 # What a network can start from besides weights of its own kind and a classifier's, and how it does.
-_STARTS = {SemanticFPN: (Backbone,)}
-_LOADERS = {Backbone: _load_pyramid, SemanticFPN: _load_segmenter}
+_STARTS = {SemanticFPN: (Backbone,), MaskRCNN: (Backbone,)}
+_LOADERS = {Backbone: _load_pyramid, SemanticFPN: _load_over_backbone, MaskRCNN: _load_over_backbone}

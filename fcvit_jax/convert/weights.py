@@ -16,14 +16,16 @@ from fcvit_jax.convert.layouts import their_shape, to_ours, to_theirs
 from fcvit_jax.errors import UserError
 from fcvit_jax.networks.convnext import ConvNeXt, create_convnext
 from fcvit_jax.networks.fcvit import Backbone, FCViT, abstract_variables, create_backbone, create_model
+from fcvit_jax.networks.mask_rcnn import MaskRCNN, create_detector
 from fcvit_jax.networks.semantic_fpn import SemanticFPN, create_segmenter
 from fcvit_jax.networks.vit import ViT, create_vit
 
-Network = FCViT | Backbone | SemanticFPN | ViT | ConvNeXt
+Network = FCViT | Backbone | SemanticFPN | MaskRCNN | ViT | ConvNeXt
 KINDS = {
     FCViT: "a classifier",
     Backbone: "a feature pyramid",
     SemanticFPN: "a segmenter",
+    MaskRCNN: "a detector",
     ViT: "a Vision Transformer",
     ConvNeXt: "a ConvNeXt",
 }
@@ -31,16 +33,22 @@ CREATE = {
     FCViT: create_model,
     Backbone: create_backbone,
     SemanticFPN: create_segmenter,
+    MaskRCNN: create_detector,
     ViT: create_vit,
     ConvNeXt: create_convnext,
 }
 VARIANTS = {
-    **dict.fromkeys((FCViT, Backbone, SemanticFPN), networks.fcvit.VARIANTS),
+    **dict.fromkeys((FCViT, Backbone, SemanticFPN, MaskRCNN), networks.fcvit.VARIANTS),
     ViT: networks.vit.VARIANTS,
     ConvNeXt: networks.convnext.VARIANTS,
 }
 # The modules that know how the original names and lays out the tensors.
-_NAMES = {FCViT: fcvit, Backbone: fcvit, SemanticFPN: detectors, ViT: vit, ConvNeXt: convnext}
+_NAMES = {
+    **dict.fromkeys((FCViT, Backbone), fcvit),
+    **dict.fromkeys((SemanticFPN, MaskRCNN), detectors),
+    ViT: vit,
+    ConvNeXt: convnext,
+}
 
 
 def _names(model: Network) -> ModuleType:
@@ -52,6 +60,8 @@ def kind_of(names: Iterable[str]) -> type[Network]:
     names = list(names)
     if detectors.is_segmenter(names):
         return SemanticFPN
+    if detectors.is_detector(names):
+        return MaskRCNN
     if vit.is_vit(names):
         return ViT
     if convnext.is_convnext(names):
@@ -118,7 +128,7 @@ def from_torch(state_dict: Mapping[str, np.ndarray], model: Network) -> dict[str
             del found[name]
     _check(found, expected)
     flat = {
-        path: np.array(to_ours(as_numpy(state_dict[names[path]]), layout(path)), x.dtype, order="C")
+        path: np.array(to_ours(as_numpy(state_dict[names[path]]), layout(path), x.shape), x.dtype, order="C")
         for path, x in abstract.items()
     }
     return traverse_util.unflatten_dict(flat, sep="/")

@@ -12,18 +12,23 @@ from flax import linen as nn
 from flax.linen.initializers import normal
 
 from fcvit_jax.errors import UserError
-from fcvit_jax.networks.layers import Conv1x1, DepthwiseConv, gelu, group_norm
+from fcvit_jax.networks.layers import Conv1x1, DepthwiseConv, gelu, group_norm, masked
 
 
-def standardize(x: jax.Array) -> jax.Array:
+def standardize(x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
     """Zero mean and unit standard deviation over all axes but the first; the gradient stays finite where x is constant.
 
     Args:
       x: float32, (N, ...). Bessel's correction is applied, and 1e-5 added to the standard deviation.
+      valid: bool, of a shape that broadcasts to that of x: what the statistics are of; None: all.
     """
     axes = tuple(range(1, x.ndim))
-    centred = x - x.mean(axes, keepdims=True)
-    variance = jnp.square(centred).sum(axes, keepdims=True) / max(math.prod(x.shape[1:]) - 1, 1)
+    centred = x - jnp.mean(x, axes, keepdims=True, where=valid)
+    if valid is None:
+        number = max(math.prod(x.shape[1:]) - 1, 1)
+    else:
+        number = jnp.maximum(jnp.broadcast_to(valid, x.shape).sum(axes, keepdims=True) - 1, 1)
+    variance = jnp.square(centred).sum(axes, keepdims=True, where=valid) / number
     # Two wheres: sqrt has an infinite slope at 0, and infinity times the outer where's 0 would be NaN.
     std = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)
     return centred / (std + 1e-5)
@@ -49,10 +54,15 @@ class GlobalContext(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (N, H, W, C). Returns the context, (N, H, W, C) of `dtype`; the same everywhere if `weighted` is off."""
+    def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+        """The context, (N, H, W, C) of `dtype`; the same everywhere if `weighted` is off.
+
+        Args:
+          x: (N, H, W, C).
+          valid: (N, H, W, 1) bool, the positions that the statistics are of; None: all.
+        """
         n, height, width, channels = x.shape
-        mean = x.mean((1, 2), dtype=jnp.float32)
+        mean = jnp.mean(x, (1, 2), dtype=jnp.float32, where=valid)
         linear = functools.partial(nn.Dense, kernel_init=normal(0.02), dtype=self.dtype, param_dtype=self.param_dtype)
         if not (bottleneck := channels // self.reduction):
             raise UserError(f"context_reduction={self.reduction} leaves none of the {channels} channels of a stage.")
@@ -73,7 +83,8 @@ class GlobalContext(nn.Module):
         tokens = x.reshape(n, height * width, channels)
         query = (mean[:, :, None] * (in_head * head_dim**-0.5)).astype(x.dtype)
         similarity = jnp.einsum("npc,nch->nph", tokens, query, preferred_element_type=jnp.float32)
-        similarity = standardize(similarity)
+        of_tokens = None if valid is None else valid.reshape(n, height * width, 1)
+        similarity = masked(standardize(similarity, of_tokens), of_tokens)
         self.sow("intermediates", "similarity", similarity.reshape(n, height, width, self.heads))
         scale = self.param("scale", nn.initializers.ones, (self.heads,), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.heads,), self.param_dtype)
@@ -89,11 +100,11 @@ class SpatialAttention(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
         channels, dtypes = x.shape[-1], {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if not (bottleneck := channels // 8):
             raise UserError(f"spatial_attention needs stages of at least 8 channels, not {channels}.")
-        gate = DepthwiseConv(3, name="depthwise", **dtypes)(x)
+        gate = DepthwiseConv(3, name="depthwise", **dtypes)(masked(x, valid))
         gate = Conv1x1(bottleneck, with_gelu=True, name="reduce", **dtypes)(gate)
         return x * nn.sigmoid(Conv1x1(channels, name="expand", **dtypes)(gate))
 
@@ -105,7 +116,7 @@ class ChannelAttention(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
         def channel_conv(taps: int, name: str) -> nn.Conv:
             def init(key, shape, dtype):
                 return jax.random.uniform(key, shape, dtype, -(taps**-0.5), taps**-0.5)
@@ -113,7 +124,7 @@ class ChannelAttention(nn.Module):
             dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
             return nn.Conv(1, taps, padding=taps // 2, kernel_init=init, bias_init=init, name=name, **dtypes)
 
-        mean = gelu(x).mean((1, 2), dtype=jnp.float32)[..., None]
+        mean = gelu(x).mean((1, 2), dtype=jnp.float32, where=valid)[..., None]
         weights = channel_conv(5, "conv2")(gelu(channel_conv(3, "conv1")(mean)))
         return x + weights[:, None, None, :, 0]
 
@@ -144,7 +155,7 @@ class TokenMixer(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
         channels, dtypes = x.shape[-1], {"dtype": self.dtype, "param_dtype": self.param_dtype}
         for i, kernel_size in enumerate(self.kernel_sizes, 1):
             if self.use_context:
@@ -155,14 +166,14 @@ class TokenMixer(nn.Module):
                     competition=self.competition,
                     name=f"context{i}",
                     **dtypes,
-                )(x)
-            x = DepthwiseConv(kernel_size, name=f"depthwise{i}", **dtypes)(x)
+                )(x, valid)
+            x = DepthwiseConv(kernel_size, name=f"depthwise{i}", **dtypes)(masked(x, valid))
             if self.mix_reduction != 1:
                 bottleneck = max(channels // self.mix_reduction, self.mix_min_dim)
                 x = Conv1x1(bottleneck, with_gelu=True, name=f"reduce{i}", **dtypes)(x)
             x = Conv1x1(channels, with_gelu=True, name=f"expand{i}", **dtypes)(x)
         if self.spatial_attention:
-            x = SpatialAttention(name="spatial_attention", **dtypes)(x)
+            x = SpatialAttention(name="spatial_attention", **dtypes)(x, valid)
         return x
 
 
@@ -186,16 +197,16 @@ class ChannelMixer(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, valid: jax.Array | None = None) -> jax.Array:
         channels, dtypes = x.shape[-1], {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = Conv1x1(self.ratio * channels, with_gelu=self.kernel_size is None, name="expand", **dtypes)(x)
         if self.kernel_size is not None:
-            x = DepthwiseConv(self.kernel_size, with_gelu=True, name="depthwise", **dtypes)(x)
+            x = DepthwiseConv(self.kernel_size, with_gelu=True, name="depthwise", **dtypes)(masked(x, valid))
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         x = Conv1x1(channels, name="reduce", **dtypes)(x)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         if self.channel_attention:
-            x = ChannelAttention(name="channel_attention", **dtypes)(x)
+            x = ChannelAttention(name="channel_attention", **dtypes)(x, valid)
         return x
 
 
@@ -234,7 +245,9 @@ class Block(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, drop_path: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool, drop_path: jax.Array | None = None, valid: jax.Array | None = None
+    ) -> jax.Array:
         """x: (N, H, W, C); drop_path: (2, N) float32 as `drop_path_factors` draws them, None: all branches stay."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
@@ -245,7 +258,7 @@ class Block(nn.Module):
                 y = y * scale.astype(self.dtype)
             return y if drop_path is None else (y * drop_path[branch, :, None, None, None]).astype(self.dtype)
 
-        y = self.token_mixer(name="token_mixer")(group_norm(name="norm1", **dtypes)(x))
+        y = self.token_mixer(name="token_mixer")(group_norm(x, valid, name="norm1", **dtypes), valid)
         x = x + branch_end(y, 0)
-        y = self.channel_mixer(name="channel_mixer")(group_norm(name="norm2", **dtypes)(x), train)
+        y = self.channel_mixer(name="channel_mixer")(group_norm(x, valid, name="norm2", **dtypes), train, valid)
         return x + branch_end(y, 1)

@@ -47,10 +47,10 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, drop_path: jax.Array | None = None) -> jax.Array:
         """x: (N, H, W, C); drop_path: (N,) float32, 0 or 1 / (1 - rate) for each image, None: the branch stays."""
         channels, dtypes = x.shape[-1], {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        y = DepthwiseConv(7, kernel_std=0.02, name="depthwise", **dtypes)(x)
+        y = DepthwiseConv(7, kernel_init=normal(0.02), name="depthwise", **dtypes)(x)
         y = layer_norm(name="norm", **dtypes)(y)
-        y = Conv1x1(4 * channels, with_gelu=True, kernel_std=0.02, name="expand", **dtypes)(y)
-        y = Conv1x1(channels, kernel_std=0.02, name="reduce", **dtypes)(y)
+        y = Conv1x1(4 * channels, with_gelu=True, kernel_init=normal(0.02), name="expand", **dtypes)(y)
+        y = Conv1x1(channels, kernel_init=normal(0.02), name="reduce", **dtypes)(y)
         if self.layer_scale_init is not None:
             init = nn.initializers.constant(self.layer_scale_init)
             y = y * self.param("layer_scale", init, (channels,), self.param_dtype).astype(self.dtype)

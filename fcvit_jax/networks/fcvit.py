@@ -13,7 +13,7 @@ from flax.linen.initializers import normal
 from fcvit_jax.errors import UserError, check_range
 from fcvit_jax.networks.blocks import Block, ChannelMixer, TokenMixer, drop_path_factors
 from fcvit_jax.networks.checks import check_counts, check_dtypes, check_images, check_tuples
-from fcvit_jax.networks.layers import Downsample, group_norm
+from fcvit_jax.networks.layers import Downsample, group_norm, masked, valid_cells
 from fcvit_jax.networks.normalize import MEAN, STD
 
 VARIANTS = {
@@ -72,12 +72,15 @@ class _Stages(nn.Module):
         return tuple({"channels": dim, "stride": 4 * 2**s} for s, dim in enumerate(self.dims))
 
     @nn.compact
-    def features(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, ...]:
+    def features(self, images: jax.Array, train: bool = False, sizes: jax.Array | None = None) -> tuple[jax.Array, ...]:
         """The four stage outputs.
 
         Args:
           images: (N, H, W, 3), float, normalised; any H and W from 32 up.
           train: batch statistics, dropout and drop-path as in training.
+          sizes: (N, 2) int, height and width in pixels of each image, which lies at the top left of a larger canvas:
+            results are then those of the image alone, and 0 beyond it. (Batch statistics in training are of the whole
+            canvas all the same.) None: the images fill the canvas.
 
         Returns:
           Four arrays (N, ceil(H / s), ceil(W / s), dims[i]) of `dtype`, with s = 4, 8, 16 and 32.
@@ -108,7 +111,7 @@ class _Stages(nn.Module):
         if train and self.drop_path_rate > 0:
             rates = np.linspace(0, self.drop_path_rate, len(drop_path))
             drop_path = drop_path_factors(self.make_rng("dropout"), rates, images.shape[0])
-        x, maps, train_bn = images, [], train and not self.freeze_bn
+        x, maps, train_bn = masked(images, valid_cells(sizes, images, 1)), [], train and not self.freeze_bn
         for s, (depth, dim, ratio) in enumerate(zip(self.depths, self.dims, self.mlp_ratios, strict=True)):
             if s == 0:
                 x = downsample(dim, kernel_size=7, stride=4, name="stem")(x, train_bn)
@@ -122,6 +125,7 @@ class _Stages(nn.Module):
                 dropout_rate=self.dropout_rate,
                 **dtypes,
             )
+            valid = valid_cells(sizes, x, 4 * 2**s)
             for i in range(depth):
                 x = block(
                     token_mixer=token_mixer,
@@ -129,7 +133,8 @@ class _Stages(nn.Module):
                     layer_scale_init=self.layer_scale_init,
                     name=f"stages_{s}_block_{i}",
                     **dtypes,
-                )(x, train, drop_path[sum(self.depths[:s]) + i])
+                )(x, train, drop_path[sum(self.depths[:s]) + i], valid)
+            x = masked(x, valid)
             maps.append(x)
         return tuple(maps)
 
@@ -184,18 +189,21 @@ class FCViT(_Stages):
     num_classes: int = 1000
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, images: jax.Array, train: bool = False, sizes: jax.Array | None = None) -> jax.Array:
         """The logits.
 
         Args:
           images: (N, H, W, 3), float, normalised; any H and W from 32 up.
           train: batch statistics, dropout and drop-path as in training.
+          sizes: as in `features`.
 
         Returns:
           (N, num_classes) float32; with num_classes=0 the pooled features, (N, dims[-1]) float32.
         """
-        x = self.features(images, train)[-1]
-        x = group_norm(dtype=jnp.float32, param_dtype=self.param_dtype, name="norm")(x).mean((1, 2))
+        x = self.features(images, train, sizes)[-1]
+        valid = valid_cells(sizes, x, 32)
+        x = group_norm(x, valid, dtype=jnp.float32, param_dtype=self.param_dtype, name="norm")
+        x = x.mean((1, 2), where=valid)
         if self.num_classes == 0:
             return x
         return nn.Dense(
@@ -212,19 +220,23 @@ class Backbone(_Stages):
     layer_scale_init: float | None = 1e-6
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, ...]:
+    def __call__(self, images: jax.Array, train: bool = False, sizes: jax.Array | None = None) -> tuple[jax.Array, ...]:
         """The pyramid.
 
         Args:
           images: (N, H, W, 3), float, normalised; any H and W from 32 up.
           train: batch statistics, dropout and drop-path as in training.
+          sizes: as in `features`; results are 0 beyond them.
 
         Returns:
           Four arrays (N, ceil(H / s), ceil(W / s), dims[i]) of `dtype`, with s = 4, 8, 16 and 32.
         """
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        maps = self.features(images, train)
-        return tuple(group_norm(name=f"norm_{i}", **dtypes)(x) for i, x in enumerate(maps))
+        maps = []
+        for i, x in enumerate(self.features(images, train, sizes)):
+            valid = valid_cells(sizes, x, 4 * 2**i)
+            maps.append(masked(group_norm(x, valid, name=f"norm_{i}", **dtypes), valid))
+        return tuple(maps)
 
 
 def with_fields(model: nn.Module, **fields) -> nn.Module:

@@ -1,6 +1,6 @@
 """The feature pyramid network: the neck between a backbone and a head that wants equal channels at every stride."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax.linen.initializers import normal
 
 from fcvit_jax.errors import UserError
-from fcvit_jax.networks.layers import Conv1x1
+from fcvit_jax.networks.layers import Conv1x1, masked, valid_cells
 
 
 def upsample_nearest(x: jax.Array, height: int, width: int) -> jax.Array:
@@ -50,21 +50,25 @@ class FPN(nn.Module):
 
     Attributes:
       channels: of every result.
+      kernel_init: draws the kernels; None: normal distributions of standard deviation sqrt(2 / (k * k * channels)).
       dtype: compute dtype.
       param_dtype: dtype of the parameters.
     """
 
     channels: int = 256
+    kernel_init: Callable[..., jax.Array] | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, maps: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    def __call__(self, maps: Sequence[jax.Array], sizes: jax.Array | None = None) -> tuple[jax.Array, ...]:
         """The maps with equal channels.
 
         Args:
           maps: (N, H_i, W_i, C_i) float, from the largest to the smallest; each half the size of the one before it,
             rounded up.
+          sizes: (N, 2) int, height and width of each image in cells of the first map, of which the image has the top
+            left: results are then those of the image alone, and 0 beyond it. None: the images fill the maps.
 
         Returns:
           As many arrays, (N, H_i, W_i, channels) of `dtype`.
@@ -73,11 +77,14 @@ class FPN(nn.Module):
           UserError: the sizes of the maps are others.
         """
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        sums = [Conv1x1(self.channels, name=f"lateral_{i}", **dtypes)(x) for i, x in enumerate(maps)]
+        init = self.kernel_init
+        sums = [Conv1x1(self.channels, kernel_init=init, name=f"lateral_{i}", **dtypes)(x) for i, x in enumerate(maps)]
         for i in reversed(range(1, len(sums))):
             sums[i - 1] += upsample_nearest(sums[i], *sums[i - 1].shape[1:3])
-        std = (2 / (9 * self.channels)) ** 0.5
-        return tuple(
-            nn.Conv(self.channels, (3, 3), padding=1, kernel_init=normal(std), name=f"output_{i}", **dtypes)(x)
-            for i, x in enumerate(sums)
-        )
+        init = init or normal((2 / (9 * self.channels)) ** 0.5)
+        results = []
+        for i, x in enumerate(sums):
+            valid = valid_cells(sizes, x, 2**i)
+            conv = nn.Conv(self.channels, (3, 3), padding=1, kernel_init=init, name=f"output_{i}", **dtypes)
+            results.append(masked(conv(masked(x, valid)), valid))
+        return tuple(results)

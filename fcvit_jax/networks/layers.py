@@ -1,5 +1,6 @@
 """The network's basic layers: norms, convolutions and GELU, in the forms that XLA computes fast and exactly enough."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +10,29 @@ from flax.linen.initializers import normal
 
 from fcvit_jax.depthwise import depthwise_conv, primitives
 from fcvit_jax.errors import UserError
+
+
+def valid_cells(sizes: jax.Array | None, x: jax.Array, stride: int) -> jax.Array | None:
+    """Which cells of a map belong to the image, and not to the padding to the right of it and below it.
+
+    Args:
+      sizes: (N, 2) int, height and width of each image in pixels; None: there is no padding.
+      x: (N, H, W, C).
+      stride: pixels per cell.
+
+    Returns:
+      (N, H, W, 1) bool; None without sizes.
+    """
+    if sizes is None:
+        return None
+    height, width = jnp.moveaxis(-(-sizes // stride), -1, 0)
+    rows, columns = (jnp.arange(n) for n in x.shape[1:3])
+    return ((rows < height[:, None])[:, :, None] & (columns < width[:, None])[:, None, :])[..., None]
+
+
+def masked(x: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """x with zeros where it is not valid, which `valid_cells` says; x itself without padding."""
+    return x if valid is None else jnp.where(valid, x, 0)
 
 
 @jax.checkpoint  # recomputed in the backward pass, which otherwise would keep four arrays, not x alone
@@ -58,31 +82,31 @@ class Conv1x1(nn.Module):
     Attributes:
       features: channels of the result.
       with_gelu: apply GELU to the result.
-      kernel_std: standard deviation of the initial kernel; None: sqrt(2 / features).
+      kernel_init: draws the kernel; None: a normal distribution of standard deviation sqrt(2 / features).
       dtype: compute dtype.
       param_dtype: dtype of the parameters.
     """
 
     features: int
     with_gelu: bool = False
-    kernel_std: float | None = None
+    kernel_init: Callable[..., jax.Array] | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = x.shape[-1], self.features
-        std = (2 / self.features) ** 0.5 if self.kernel_std is None else self.kernel_std
-        kernel = self.param("kernel", normal(std), shape, self.param_dtype)
+        kernel = self.param("kernel", self.kernel_init or normal((2 / self.features) ** 0.5), shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = _product(x, kernel)
         return gelu(y, bias) if self.with_gelu else y + bias
 
 
-def group_norm(**kwargs) -> nn.GroupNorm:
-    """GroupNorm with one group: statistics over H, W and C together, affine per channel."""
-    return nn.GroupNorm(num_groups=1, epsilon=1e-5, use_fast_variance=False, **kwargs)
+def group_norm(x: jax.Array, valid: jax.Array | None = None, **kwargs) -> jax.Array:
+    """GroupNorm with one group: statistics over H, W and C together, where `valid`, and affine per channel."""
+    norm = nn.GroupNorm(num_groups=1, epsilon=1e-5, use_fast_variance=False, **kwargs)
+    return norm(x, mask=None if valid is None else jnp.broadcast_to(valid, x.shape))
 
 
 def layer_norm(**kwargs) -> nn.LayerNorm:
@@ -136,14 +160,14 @@ class DepthwiseConv(nn.Module):
     Attributes:
       kernel_size: k, odd.
       with_gelu: apply GELU to the result.
-      kernel_std: standard deviation of the initial kernel; None: sqrt(2) / k.
+      kernel_init: draws the kernel; None: a normal distribution of standard deviation sqrt(2) / k.
       dtype: compute dtype.
       param_dtype: dtype of the parameters.
     """
 
     kernel_size: int
     with_gelu: bool = False
-    kernel_std: float | None = None
+    kernel_init: Callable[..., jax.Array] | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -151,8 +175,8 @@ class DepthwiseConv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         k, channels = self.kernel_size, x.shape[-1]
         # Not `variance_scaling(2, "fan_out")`, which takes all channels for outputs of one filter.
-        std = 2**0.5 / k if self.kernel_std is None else self.kernel_std
-        kernel = self.param("kernel", normal(std), (k, k, channels), self.param_dtype)
+        init = self.kernel_init or normal(2**0.5 / k)
+        kernel = self.param("kernel", init, (k, k, channels), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = depthwise_conv(x, kernel)
