@@ -613,10 +613,7 @@ def test_evaluating_a_checkpoint_gives_the_numbers_of_the_run(undisturbed, confi
     assert "->" not in capsys.readouterr().out
     replace_data(monkeypatch, class_names=TEN_FOR_0)
     assert evaluate_checkpoint(config, workdir) == undisturbed["result"]
-    assert (
-        f"the classes of {workdir / 'checkpoints/20'} -> those of the data, which are matched by place:\n  class 0: 0 -> ten\n"
-        in (capsys.readouterr().out)
-    )
+    assert "-> those of the data, which are matched by place:\n  class 0: 0 -> ten\n" in (capsys.readouterr().out)
     config.data.crop_pct = 0.8
     evaluate_checkpoint(config, workdir)
     assert "is of a run with data.crop_pct=1.0; this evaluation is with 0.8" in capsys.readouterr().out
