@@ -122,3 +122,14 @@ def test_the_exit_code_is_1_and_there_is_no_traceback(tmp_path):
     done = subprocess.run([*command, "--config.optim.lrr=2"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == 'error: no such config key: \'lrr\'\nDid you mean "lr" instead of "lrr"?\n'
+
+
+def test_a_recipe_takes_the_name_of_a_variant(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where there are no configs: the recipe is the package's
+    for argument in ("configs/imagenet.py:fcvit_s24", "imagenet:fcvit_s24"):
+        monkeypatch.setattr(sys, "argv", ["main.py", f"--config={argument}", "--workdir=run", "--config.seed=5"])
+        with flagsaver.flagsaver():
+            main.parse_flags(sys.argv)
+            config = flags.FLAGS.config
+            assert (config.model.name, config.data.crop_pct, config.seed) == ("fcvit_s24", 0.95, 5)
+    flags.FLAGS.mark_as_parsed()
