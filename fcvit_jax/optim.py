@@ -128,7 +128,8 @@ def make_optimizer(
     """Makes AdamW with its schedule; the rate, given for `lr_batch_size` images per update, scales with the batch.
 
     Weight decay is decoupled and follows the current rate. It acts on parameters of two or more dimensions: not on
-    biases (of any shape), layer scales and the affine parameters of norms and contexts.
+    biases (of any shape), layer scales and the affine parameters of norms and contexts, nor on a ViT's tokens and
+    position embedding.
 
     Example::
 
@@ -186,9 +187,19 @@ def scale_lr(lr: float, lr_batch_size: int | None, batch_size: int) -> float:
 
 
 def decay_mask(params: Any) -> Any:
-    """Which parameters decay: those of two or more dimensions that are no biases; a tree of bool like `params`."""
+    """Which parameters decay: those of two or more dimensions that are no biases and no positions.
+
+    DeiT and timm spare the position embedding of a ViT, and its tokens, which have one dimension here.
+
+    Args:
+      params: a tree of arrays.
+
+    Returns:
+      A tree of bool like `params`.
+    """
+    spared = ("bias", "pos_embed")
     return jax.tree.map_with_path(
-        lambda path, p: p.ndim > 1 and not jax.tree_util.keystr(path, simple=True).endswith("bias"), params
+        lambda path, p: p.ndim > 1 and not jax.tree_util.keystr(path, simple=True).endswith(spared), params
     )
 
 

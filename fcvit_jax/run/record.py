@@ -249,7 +249,9 @@ def describe_run(
 ) -> str:
     """The first line of a run: what runs where, for how many steps, and at which learning rate."""
     processes, parameters = jax.process_count(), sum(x.size for x in jax.tree.leaves(abstract.variables["params"]))
-    group = group_size(model) or data.batch_size // config.train.accumulate
+    group = ""
+    if "batch_stats" in abstract.variables:
+        group = f", BatchNorm groups of {group_size(model) or data.batch_size // config.train.accumulate}"
     scaled = ""
     if "lr_batch_size" in config.optim and config.optim.lr_batch_size:
         scaled = f" (optim.lr {config.optim.lr:.3g} x batch {data.batch_size} / {config.optim.lr_batch_size})"
@@ -261,7 +263,7 @@ def describe_run(
             f"mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}",
             f"{parameters:,} parameters, computing in {jnp.dtype(model.dtype)}",
             f"{bytes_per_device(abstract) / 2**20:.1f} MiB of state per device",
-            f"batch {data.batch_size}, BatchNorm groups of {group}",
+            f"batch {data.batch_size}{group}",
             f"{data.num_train:,} training and {data.num_eval:,} validation images",
             f"{total:,} steps, {data.steps_per_epoch:,} an epoch",
             f"learning rate{scaled} at most {highest:.3g} in this run",
