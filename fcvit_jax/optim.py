@@ -129,7 +129,8 @@ def make_optimizer(
     """Makes AdamW and its schedule. The rate `lr` is for `lr_batch_size` images and is scaled to the batch.
 
     Weight decay is decoupled and is multiplied by the current rate. It acts on parameters of two or more dimensions. It
-    does not act on biases, layer scales, or the affine parameters of norms and contexts.
+    does not act on biases, layer scales, the affine parameters of norms and contexts, or a ViT's tokens and position
+    embedding.
 
     Example::
 
@@ -188,9 +189,19 @@ def scale_lr(lr: float, lr_batch_size: int | None, batch_size: int) -> float:
 
 
 def decay_mask(params: Any) -> Any:
-    """A tree like `params` of bool: True for parameters of two or more dimensions that are no biases, which decay."""
+    """Which parameters decay: those of two or more dimensions that are no biases and no positions.
+
+    DeiT and timm spare the position embedding of a ViT, and its tokens, which have one dimension here.
+
+    Args:
+      params: a tree of arrays.
+
+    Returns:
+      A tree of bool like `params`.
+    """
+    spared = ("bias", "pos_embed")
     return jax.tree.map_with_path(
-        lambda path, p: p.ndim > 1 and not jax.tree_util.keystr(path, simple=True).endswith("bias"), params
+        lambda path, p: p.ndim > 1 and not jax.tree_util.keystr(path, simple=True).endswith(spared), params
     )
 
 

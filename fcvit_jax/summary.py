@@ -4,15 +4,18 @@ import argparse
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from fcvit_jax import networks
 from fcvit_jax.errors import UserError, exit_on_error
+from fcvit_jax.networks import vit
 from fcvit_jax.networks.blocks import GlobalContext
-from fcvit_jax.networks.fcvit import VARIANTS, create_model
+from fcvit_jax.networks.fcvit import VARIANTS
 from fcvit_jax.networks.layers import Conv1x1, DepthwiseConv
 from fcvit_jax.predict import CHECKPOINT_HELP
 from fcvit_jax.run.saved import load
@@ -45,13 +48,15 @@ def summarize(model: nn.Module, image_size: int = 224) -> dict[str, Part]:
       image_size: side of the images in pixels.
 
     Returns:
-      Parts by name, in their order: "stem", "stages 0", "downsample 1", ..., "norm", "head", and "total".
+      Parts by name: those of the network itself, such as "pos embed", then those of its layers, in their order: "stem",
+      "stages 0", "downsample 1", ..., "norm", "head", and "total".
 
     Raises:
-      UserError: the images are too small.
+      UserError: the network takes no images of this size.
     """
-    if image_size < 32:
-        raise UserError(f"--image-size={image_size}: the network needs at least 32 pixels a side.")
+    least = getattr(model, "patch_size", 32)
+    if image_size < least:
+        raise UserError(f"--image-size={image_size}: the network needs at least {least} pixels a side.")
     parts: dict[str, Part] = {}
 
     def count(call, args, kwargs, context):
@@ -67,17 +72,22 @@ def summarize(model: nn.Module, image_size: int = 224) -> dict[str, Part]:
             part.multiply_adds += module.variables["params"]["kernel"].size * math.prod(out.shape[:-1])
         elif isinstance(module, GlobalContext) and module.weighted:
             part.multiply_adds += args[0].size  # the similarity multiplies every value by its head's query
+        elif isinstance(module, vit.Block):
+            n, tokens, channels = out.shape
+            part.multiply_adds += 2 * n * tokens**2 * channels  # queries by keys, attention by values
         return out
 
     with nn.intercept_methods(count):
-        jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, image_size, image_size, 3))))
+        params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, image_size, image_size, 3)))["params"]
+    own = {_part_name(name): Part(x.shape, x.size) for name, x in params.items() if not isinstance(x, Mapping)}
+    parts = own | parts
     costs = [field.name for field in dataclasses.fields(Part) if field.name != "shape"]
     return parts | {"total": Part((), *(sum(getattr(part, name) for part in parts.values()) for name in costs))}
 
 
 def _part_name(module_name: str) -> str:
-    """The name of the part that a module belongs to. All blocks of a stage are one part."""
-    return re.sub(r"_block_\d+$", "", module_name).replace("_", " ")
+    """The name of the part that a module belongs to. All blocks of a stage, or of a ViT, are one part."""
+    return re.sub(r"^block_\d+$", "blocks", re.sub(r"_block_\d+$", "", module_name)).replace("_", " ")
 
 
 def _summary(args: argparse.Namespace) -> None:
@@ -85,17 +95,17 @@ def _summary(args: argparse.Namespace) -> None:
     if args.checkpoint:
         _, model, _, metadata = load(args.checkpoint)
     elif args.name:
-        model = create_model(args.name)
+        model, metadata = networks.create_model(args.name), networks.settings(args.name)
     size = metadata["image_size"] if args.image_size is None else args.image_size
     if model is not None:
         what = f"{args.name or args.checkpoint}, {model.num_classes} classes, {jnp.dtype(model.dtype)}"
         header = ["part", "output"]
         rows = [(name, " x ".join(map(str, part.shape)), part) for name, part in summarize(model, size).items()]
     else:
-        what, header, rows = "all variants, 1000 classes, float32", ["name", "blocks x channels"], []
+        what, header, rows = "all FCViTs, 1000 classes, float32", ["name", "blocks x channels"], []
         for name, sizes in VARIANTS.items():
             stages = " ".join(f"{depth}x{dim}" for depth, dim in zip(sizes["depths"], sizes["dims"], strict=True))
-            rows.append((name, stages, summarize(create_model(name), size)["total"]))
+            rows.append((name, stages, summarize(networks.create_model(name), size)["total"]))
     print(f"{what}, one image of {size} x {size}\n")
     first, second = (max(len(row[i]) for row in [header, *rows]) for i in range(2))
     print(f"{header[0]:{first}}  {header[1]:{second}}  parameters   multiply-adds")
@@ -111,11 +121,10 @@ def main(argv: list[str] | None = None) -> None:
         epilog="example: python -m fcvit_jax.summary fcvit_s12 --image-size 384",
     )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("name", nargs="?", metavar="NAME", help=f"{', '.join(VARIANTS)}; without it: compare all")
+    names = f"{', '.join(VARIANTS)}, or any ViT or ConvNeXt; without it: compare the FCViTs"
+    which.add_argument("name", nargs="?", metavar="NAME", help=names)
     which.add_argument("--checkpoint", type=Path, help=CHECKPOINT_HELP)
-    parser.add_argument(
-        "--image-size", type=int, metavar="PIXELS", help="side of the images (default: the checkpoint's, else 224)"
-    )
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images (default: the network's)")
     args = parser.parse_args(argv)
     with exit_on_error():
         _summary(args)

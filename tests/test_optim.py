@@ -10,6 +10,7 @@ import pytest
 import fcvit_jax.networks.fcvit
 from fcvit_jax import optim
 from fcvit_jax.errors import UserError
+from fcvit_jax.networks import create_model
 
 DATA = pathlib.Path(__file__).parent / "data"
 
@@ -95,6 +96,22 @@ def test_decay_spares_what_the_original_spares(name, decayed, spared):
     sizes = [p.size for p in jax.tree.leaves(params)]
     assert sum(s for s, m in zip(sizes, mask, strict=True) if m) == decayed
     assert sum(s for s, m in zip(sizes, mask, strict=True) if not m) == spared
+
+
+def test_decay_spares_the_tokens_and_positions_of_a_vit():
+    """As timm's parameter groups for this network: two-dimensional weights decay, but for the position embedding."""
+    model = create_model("deit_tiny_distilled_patch16_224")
+    params = fcvit_jax.networks.fcvit.abstract_variables(model)["params"]
+    spared = [(path[0].key, p.size) for (path, p), decays in masked(params) if not decays and p.ndim > 1]
+    assert spared == [("pos_embed", 198 * 192)]
+    decayed = sum(p.size for (_, p), decays in masked(params) if decays)
+    blocks = 12 * 12 * 192**2  # qkv, proj and the two layers of the MLP
+    assert decayed == blocks + 16 * 16 * 3 * 192 + 2 * 192 * 1000
+    assert not any(decays for (path, _), decays in masked(params) if path[0].key in ("cls_token", "dist_token"))
+
+
+def masked(params):
+    return zip(jax.tree.leaves_with_path(params), jax.tree.leaves(optim.decay_mask(params)), strict=True)
 
 
 PARAMS = {"norm": {"scale": np.ones(3, np.float32)}, "head": {"kernel": np.ones((3, 2), np.float32)}}

@@ -3,11 +3,13 @@
 import re
 
 import jax
+import pytest
 from helpers import TINY, exit_of, save_tiny
 
-from fcvit_jax import summary
+from fcvit_jax import networks, summary
 from fcvit_jax.networks.fcvit import create_model
 from fcvit_jax.networks.layers import Downsample
+from fcvit_jax.networks.vit import create_vit
 from fcvit_jax.summary import summarize
 
 
@@ -53,6 +55,55 @@ def test_a_checkpoint_is_summarised_without_being_run(tmp_path, capsys, monkeypa
     assert rows["stages 0"] == "18 x 18 x 16" and rows["stages 3"] == "3 x 3 x 32" and rows["head"] == "3"
 
 
-def test_small_images_are_refused():
-    assert exit_of(summary.main, "fcvit_tiny", "--image-size", 31).startswith("error: --image-size=31")
+# Parameters: counted by timm. Multiply-adds in millions: by hand below, and 4.6 and 4.5 thousand in the papers.
+@pytest.mark.parametrize(
+    ("name", "parameters", "millions"),
+    [
+        ("deit_small_patch16_224", 22_050_664, 4_599),
+        ("deit_tiny_distilled_patch16_224", 5_910_800, None),
+        ("vit_base_patch16_384", 86_859_496, None),
+        ("vit_small_patch14_dinov2", 22_056_192 + 385 * 1000, None),
+        ("convnext_tiny", 28_589_128, 4_456),
+    ],
+)
+def test_costs_of_vit_and_convnext(name, parameters, millions):
+    total = summarize(networks.create_model(name), networks.settings(name)["image_size"])["total"]
+    assert total.parameters == parameters
+    assert millions is None or round(total.multiply_adds / 1e6) == millions
+
+
+def test_costs_of_a_narrow_convnext():
+    """The parameters were counted by timm."""
+    fields = {"depths": (2, 2, 5, 1), "dims": (32, 64, 128, 256)}
+    costs = summarize(networks.create_model("convnext_tiny", 10, **fields), 64)["total"]
+    assert costs.parameters == 1_502_314 and round(costs.multiply_adds / 1e6) == 25
+
+
+def test_multiply_adds_of_a_vit_by_hand():
+    c, tokens = 12, 2 + 3 * 3
+    model = create_vit("deit_tiny_distilled_patch16_224", 5, dim=c, depth=2, heads=3, patch_size=8, image_size=16)
+    parts = summarize(model, 24)
+    assert parts["patch embed"].multiply_adds == 9 * 8 * 8 * 3 * c
+    # The layers qkv, proj, fc1 and fc2; then two products, each of every pair of tokens over the channels of all heads.
+    assert parts["blocks"].multiply_adds == 2 * (tokens * 12 * c * c + 2 * tokens**2 * c)
+    assert parts["head"].multiply_adds == parts["head dist"].multiply_adds == 5 * c
+    assert parts["pos embed"] == summary.Part((6, c), 6 * c, 0) and parts["cls token"].parameters == c
+    assert parts["blocks"].shape == (tokens, c)
+
+
+def test_the_tool_takes_the_names_and_the_image_size_of_vits(capsys):
+    summary.main(["vit_base_patch16_384"])
+    out = capsys.readouterr().out
+    assert "one image of 384 x 384" in out and "577 x 768" in out and "86,859,496" in out
+
+
+def test_sizes_that_the_network_does_not_take_are_refused():
+    for name, size, message in (
+        ("fcvit_tiny", 31, "--image-size=31: the network needs at least 32"),
+        ("convnext_tiny", 31, "at least 32"),
+        ("deit_small_patch16_224", 15, "at least 16"),
+        ("deit_small_patch16_224", 40, "40 x 40 pixels cannot be cut into patches"),
+    ):
+        code = exit_of(summary.main, name, "--image-size", size)
+        assert code.startswith("error: ") and message in code and "\n" not in code
     assert "Unknown model 'resnet'" in exit_of(summary.main, "resnet")

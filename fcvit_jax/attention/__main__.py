@@ -40,9 +40,15 @@ def measure_images(checkpoint: str, paths: Sequence[Path], batch_size: int) -> d
         images = [read_image(path, metadata) for path in paths[start : start + size]]
         # Filled up to one size, so that one program serves all batches.
         batch = np.stack(images + images[:1] * (size - len(images)))
-        found = jax.device_get(block_measures(model, variables, normalize(batch, model.mean, model.std)))
-        batches.append({block: {name: x[: len(images)] for name, x in y.items()} for block, y in found.items()})
+        found = block_measures(model, variables, normalize(batch, model.mean, model.std))
+        # Not by jax.device_get of the whole, which would sort the blocks by their names: block_10 before block_2.
+        batches.append({block: {k: np.asarray(x)[: len(images)] for k, x in y.items()} for block, y in found.items()})
     return summarise(batches)
+
+
+def _or_none(x: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(x) else x
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -211,10 +211,12 @@ def _frame(axis: Axes, image: np.ndarray, grid: tuple[int, int], query: tuple[in
 
 
 def _wrapped(name: str) -> str:
-    """A network's name in lines that fit over a column."""
-    lines = [""]
-    for part in re.findall(r"[^_/]*[_/]?", name):
-        if lines[-1] and len(lines[-1]) + len(part) > 18:
-            lines.append("")
-        lines[-1] += part
+    """A network's name in lines that fit over a column; new ones begin after commas, and else after "_" and "/"."""
+    lines = []
+    for whole in name.split(", "):
+        lines.append("")
+        for part in re.findall(r"[^_/]*[_/]?", whole):
+            if lines[-1] and len(lines[-1]) + len(part) > 18:
+                lines.append("")
+            lines[-1] += part
     return literal("\n".join(lines))

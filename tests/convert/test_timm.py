@@ -20,8 +20,10 @@ from fcvit_jax.convert import convnext, files, vit
 from fcvit_jax.convert.layouts import to_theirs
 from fcvit_jax.errors import UserError
 from fcvit_jax.networks.convnext import ConvNeXt, create_convnext
-from fcvit_jax.networks.fcvit import FCViT
+from fcvit_jax.networks.fcvit import FCViT, abstract_variables, create_backbone
+from fcvit_jax.networks.normalize import MEAN
 from fcvit_jax.networks.vit import ViT, create_vit
+from fcvit_jax.run import saved
 
 DATA = Path(__file__).parent.parent / "data" / "attention"
 VIT = {"dim": 64, "depth": 2, "heads": 1, "patch_size": 4, "image_size": 12, "num_classes": 3}
@@ -221,6 +223,25 @@ def test_the_metadata_name_the_nearest_variant_or_the_one_that_is_given(tmp_path
     assert convert.read_metadata(dest)["model"] == {"name": "vit_tiny_patch16_224", "num_classes": 2}
     with pytest.raises(UserError, match="fit the model"):
         convert.convert(source, dest, name="vit_small_patch16_224")
+    half, metadata = (saved.load(f"{source}:vit_tiny_patch16_224")[i] for i in (1, 3))
+    assert half.mean == half.std == (0.5, 0.5, 0.5) and metadata["crop_pct"] == 0.9
+    assert saved.load(source).model.mean == MEAN
+
+
+def test_what_tells_deit_and_dinov2_apart_from_vit_needs_no_name(tmp_path, caplog):
+    for i, options in enumerate(VITS[1:]):
+        save_file(weights_of(torch_vit.ViT(**VIT | options), 0), tmp_path / f"{i}.safetensors")
+        with caplog.at_level("WARNING", "fcvit_jax"):
+            assert convert.load_network(tmp_path / f"{i}.safetensors")[0].mean == MEAN
+    assert "mean" not in caplog.text
+
+
+def test_a_file_of_another_task_is_refused(tmp_path):
+    backbone = create_backbone("fcvit_tiny", depths=(1,), dims=(16,), mlp_ratios=(1,), kernel_sizes=(3,))
+    variables = jax.tree.map(lambda x: np.ones(x.shape, np.float32), abstract_variables(backbone))
+    np.savez(tmp_path / "pyramid.npz", **traverse_util.flatten_dict(variables, sep="/"))
+    with pytest.raises(UserError, match="pyramid.npz holds a feature pyramid, [^\n]*classification"):
+        saved.load(tmp_path / "pyramid.npz")
 
 
 def test_pretrained_weights_get_new_heads_and_positions_and_nothing_else(caplog):

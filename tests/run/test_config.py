@@ -8,9 +8,20 @@ import numpy as np
 import pytest
 import tiny_config
 
-from fcvit_jax import optim
+from fcvit_jax import networks, optim
 from fcvit_jax.augment import mixing
-from fcvit_jax.configs import cifar10, digits, fcvit_s12, fcvit_s24, fcvit_s48, fcvit_tiny, finetune, imagenet
+from fcvit_jax.configs import (
+    cifar10,
+    deit_small,
+    digits,
+    digits_vit,
+    fcvit_s12,
+    fcvit_s24,
+    fcvit_s48,
+    fcvit_tiny,
+    finetune,
+    imagenet,
+)
 from fcvit_jax.errors import UserError
 from fcvit_jax.networks.fcvit import create_model
 from fcvit_jax.run.config import check_config, check_workdir, class_order, write_config
@@ -20,11 +31,35 @@ from fcvit_jax.tasks import classification
 
 @pytest.mark.parametrize(
     "module",
-    [cifar10, digits, fcvit_s12, fcvit_s24, fcvit_s48, fcvit_tiny, finetune, imagenet, tiny_config],
+    [
+        cifar10,
+        deit_small,
+        digits,
+        digits_vit,
+        fcvit_s12,
+        fcvit_s24,
+        fcvit_s48,
+        fcvit_tiny,
+        finetune,
+        imagenet,
+        tiny_config,
+    ],
     ids=lambda module: module.__name__,
 )
 def test_the_configs_hold_what_is_read_and_nothing_else(module):
     check_config(module.get_config(), classification)
+
+
+@pytest.mark.parametrize(
+    "name", ["fcvit_b12", "vit_base_patch16_384", "deit_small_distilled_patch16_224", "convnext_tiny"]
+)
+def test_the_recipe_serves_every_network(name):
+    config = imagenet.get_config(name)
+    check_config(config, classification)
+    model, usual = networks.create_model(**config.model), networks.settings(name)
+    assert model.drop_path_rate == usual["drop_path_rate"]
+    assert (config.data.image_size, config.data.crop_pct) == (usual["image_size"], usual["crop_pct"])
+    assert ("bn_group_size" in config.model) == (name == "fcvit_b12")
 
 
 def test_a_part_of_the_config_is_what_one_function_takes():
