@@ -613,7 +613,9 @@ def test_evaluating_a_checkpoint_gives_the_numbers_of_the_run(undisturbed, confi
     assert "->" not in capsys.readouterr().out
     replace_data(monkeypatch, class_names=TEN_FOR_0)
     assert evaluate_checkpoint(config, workdir) == undisturbed["result"]
-    assert "-> those of the data, which are matched by place:\n  class 0: 0 -> ten\n" in (capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert f"the classes of {workdir / 'checkpoints/20'} -> those of the data, which are matched by place:\n" in out
+    assert "\n  class 0: 0 -> ten\n" in out
     config.data.crop_pct = 0.8
     evaluate_checkpoint(config, workdir)
     assert "is of a run with data.crop_pct=1.0; this evaluation is with 0.8" in capsys.readouterr().out

@@ -46,11 +46,6 @@ def measure_images(checkpoint: str, paths: Sequence[Path], batch_size: int) -> d
     return summarise(batches)
 
 
-def _or_none(x: float) -> float | None:
-    """JSON has no NaN."""
-    return None if math.isnan(x) else x
-
-
 def _report(args: argparse.Namespace) -> None:
     if args.batch_size < 1 or args.limit < 1:
         raise UserError("--batch-size and --limit must be at least 1.")

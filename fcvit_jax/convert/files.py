@@ -1,20 +1,26 @@
 """The files that hold weights: what is in them, whoever wrote them, and writing them whole."""
 
 import argparse
+import codecs
 import contextlib
+import datetime
 import json
 import os
+import pathlib
 import re
+import types
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO
 
 import numpy as np
 from flax import traverse_util
 
-from fcvit_jax.errors import UserError, log
+from fcvit_jax.convert.wrappings import is_array, unwrap
+from fcvit_jax.errors import UserError
 
 # Where a .npz keeps what it says of itself, as JSON.
 METADATA = "__metadata__"
@@ -43,16 +49,18 @@ def _read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str
     ending = path.suffix.lower()
     if ending not in (".npz", ".safetensors"):
         return _read_torch(path, ema), {}
-    if ema:
-        raise UserError(f"{path} is a {ending}: it holds one set of weights, no moving averages.")
     if ending == ".safetensors":
         with _open_safetensors(path) as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}
         # NumPy alone does not know bfloat16, and float32 holds all its values.
         weights = {name: x.astype(np.float32) if x.dtype.name == "bfloat16" else x for name, x in weights.items()}
-        return weights, read_metadata(path)
-    with _open_npz(path) as file:
-        weights = {name: file[name] for name in file if name != METADATA}
+    else:
+        with _open_npz(path) as file:
+            weights = {name: file[name] for name in file if name != METADATA}
+    if is_ours(weights) and ema:
+        raise UserError(f"{path} is a {ending}: it holds one set of weights, no moving averages.")
+    if not is_ours(weights):
+        weights = unwrap(path, weights, ema, is_array)
     return weights, read_metadata(path)
 
 
@@ -127,30 +135,42 @@ def _read_torch(path: Path, ema: bool | None) -> dict[str, np.ndarray]:
     except OSError as error:
         raise UserError(f"Could not read {path}: {error.strerror}.") from error
     try:
-        # timm's files hold their command line, which can do no harm; nothing else may be built, let alone run.
-        with file, torch.serialization.safe_globals([argparse.Namespace]):
+        with file, torch.serialization.safe_globals(_harmless(torch)):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler stumbles over; what it says advises to run such code
         if code := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(f"Refused to read {path}: it wants to run code when read ({code[1]}).") from error
+            raise UserError(
+                f"Refused to read {path}: it wants to run code when read ({code[1]}). Where it was made, save its "
+                "weights alone: torch.save(model.state_dict(), FILE)."
+            ) from error
         raise UserError(f"Could not read {path}: it is damaged, or no file of PyTorch's.") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict.")
-    keys = ("state_dict_ema",) if ema else ("state_dict", "model", "state_dict_ema")
-    key = next((key for key in keys if isinstance(content.get(key), Mapping)), None)
-    if ema and key is None:
-        raise UserError(f"{path} holds no exponential moving averages (state_dict_ema).")
-    if key == "state_dict_ema" and not ema:
-        if ema is False:
-            raise UserError(f"{path} holds exponential moving averages alone (state_dict_ema), no plain weights.")
-        log.warning("%s holds exponential moving averages alone: they are used.", path)
-    state_dict = content if key is None else content[key]
-    arrays = {}
-    for name, x in state_dict.items():
-        if not isinstance(x, torch.Tensor):
-            raise UserError(f"{path}: {name} is a {type(x).__name__}, not a tensor.")
-        arrays[name.removeprefix("module.")] = as_numpy(x)
-    return arrays
+    tensors = unwrap(path, content, ema, lambda x: isinstance(x, torch.Tensor | np.ndarray))
+    return {name: as_numpy(x) for name, x in tensors.items()}
+
+
+def _harmless(torch: ModuleType) -> list[Any]:
+    """What training scripts keep beside weights, and what can do no harm when it is read: values, arrays and paths."""
+    values = [argparse.Namespace, types.SimpleNamespace, dict, list, set, frozenset, codecs.encode]
+    values += [datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone]
+    values += [(_plain_dict, "collections.defaultdict")]
+    dtypes = [np.dtype, *(x for x in vars(np.dtypes).values() if isinstance(x, type))]
+    # Files name them as they are called where these were written: by NumPy 1 and on Windows too.
+    arrays = [(np.ndarray, "numpy.ndarray")]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        arrays += [(getattr(np._core.multiarray, name), f"{module}.{name}") for name in ("scalar", "_reconstruct")]
+    paths = [
+        (getattr(pathlib, f"Pure{system}Path"), f"{module}.{kind}{system}Path")
+        for module in ("pathlib", "pathlib._local")
+        for system in ("Posix", "Windows")
+        for kind in ("", "Pure")
+    ]
+    return [*values, *dtypes, *arrays, *paths]
+
+
+def _plain_dict(*_) -> dict:
+    return {}  # to be filled by PyTorch, which fills no other kind
 
 
 def import_torch():
