@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +22,7 @@ from fcvit_jax.devices.hosts import errors_on_all_processes
 from fcvit_jax.devices.sharding import global_batch, make_mesh, state_shardings
 from fcvit_jax.devices.stopping import ProcessBatches, StopSignal
 from fcvit_jax.errors import UserError, log
-from fcvit_jax.run import saved
+from fcvit_jax.run import record, saved
 from fcvit_jax.run.config import check_config, check_processes, check_sizes, class_changes, complete
 
 
@@ -100,7 +100,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
       which: "checkpoints" for the newest, "best" for the best, or "checkpoints/STEP".
 
     Returns:
-      What the task's `finish` returns, such as "top1".
+      What the task's `finish` returns, such as "top1"; if there are rows in it, `<workdir>/evaluation.json` has it too.
 
     Raises:
       UserError: the config or the data is not usable, or there is no such checkpoint.
@@ -117,7 +117,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
         metadata = saved.load_metadata(path)
         if saved.task_of(metadata) != config.task:
             raise UserError(f"{path} is of the task {saved.task_of(metadata)}, the config of {config.task}.")
-        _check_data(path, metadata, data)
+        _check_data(path, metadata, data, config.data.keys())
         # In float32, as the run evaluates its averages.
         variables = convert.load_pretrained(path, networks.with_fields(model, param_dtype=jnp.float32), partial=False)
     check_processes(config, data)
@@ -128,12 +128,15 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
         result = evaluate(task, model, variables, data, mesh, stop.watch)
         if stop.received:
             raise KeyboardInterrupt
+    if table := record.describe_rows(result):
+        log.info("%s", table)
     log.info("%s: %s, over %d examples", path, task.describe(result), result["count"])
+    record.write_evaluation(saved.local_path(workdir), {"step": int(path.name), **result})
     return result
 
 
-def _check_data(path: Path, metadata: Mapping[str, Any], data: Data) -> None:
-    """Compares the data with those of a checkpoint's run, and says what differs.
+def _check_data(path: Path, metadata: Mapping[str, Any], data: Data, options: Collection[str]) -> None:
+    """Compares the data, opened with some options, with those of a checkpoint's run, and says what differs.
 
     Raises:
       UserError: they have another number of classes.
@@ -148,5 +151,5 @@ def _check_data(path: Path, metadata: Mapping[str, Any], data: Data) -> None:
     if changes := class_changes(names, data.class_names):
         log.info("\n".join([f"the classes of {path} -> those of the data:", *changes]))
     for name, used in data.about.items():
-        if name != "class_names" and metadata.get(name, used) != used:
+        if name in options and metadata.get(name, used) != used:
             log.info("%s is of a run with data.%s=%s; this evaluation is with %s", path, name, metadata[name], used)

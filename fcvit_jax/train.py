@@ -27,6 +27,7 @@ from fcvit_jax.devices.stopping import ProcessBatches, StopSignal
 from fcvit_jax.errors import UserError, log
 from fcvit_jax.evaluate import evaluate
 from fcvit_jax.run import config as run_config
+from fcvit_jax.run import record
 from fcvit_jax.run.checkpoint import Checkpointer
 from fcvit_jax.run.record import MetricsWriter, Profiler, Progress, describe_end, describe_evaluation, describe_run
 from fcvit_jax.run.saved import local_path
@@ -364,7 +365,10 @@ def _evaluate(run: Run, loop: Loop, state: TrainState, notes: Notes) -> Notes:
     evaluated = {"step": step, **result}
     is_best = result[metric] > notes.best.get(metric, -math.inf)
     notes = Notes(evaluated, evaluated if is_best else notes.best)
-    loop.writer.write(step, {f"eval/{name}": value for name, value in result.items()})
+    loop.writer.write(step, {f"eval/{name}": value for name, value in record.numbers(result).items()})
+    record.write_evaluation(run.workdir, evaluated)
+    if table := record.describe_rows(result):
+        log.info("%s", table)
     log.info(describe_evaluation(run.task, evaluated, notes.best, step / run.data.steps_per_epoch))
     return notes
 

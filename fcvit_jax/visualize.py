@@ -1,4 +1,4 @@
-"""Draws what a network attends to and how runs went: `python -m fcvit_jax.visualize similarity|curves ...`."""
+"""Draws what networks attend to, how runs went, what segmenters see: `python -m fcvit_jax.visualize TOOL ...`."""
 
 import argparse
 import functools
@@ -17,7 +17,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from fcvit_jax import tasks
+from fcvit_jax import segmentation_figure, tasks
 from fcvit_jax.errors import UserError, exit_on_error
 from fcvit_jax.networks.normalize import normalize
 from fcvit_jax.predict import CHECKPOINT_HELP, find_images, load, read_image
@@ -204,6 +204,10 @@ def _similarity(args: argparse.Namespace) -> Figure:
     if len(paths) > _MAX_IMAGES:
         raise UserError(f"{len(paths)} images do not fit a picture: choose at most {_MAX_IMAGES}.")
     images = [read_image(path, metadata) for path in paths]
+    if len({image.shape for image in images}) > 1:
+        raise UserError(
+            "These images are of several sizes, which this network takes as they are: give those of one size."
+        )
     block, maps = similarity_maps(model, variables, np.stack(images), args.block)
     correlations = [head_correlation(image_maps) for image_maps in maps]
     for path, value in zip(paths, correlations, strict=True):
@@ -237,10 +241,10 @@ def main(argv: list[str] | None = None) -> None:
     prog = "python -m fcvit_jax.visualize"
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Draw what a network attends to, or how runs went; each of the two has its own --help.",
+        description="Draw what a network attends to, how runs went, or what a segmenter sees; each has its own --help.",
         epilog=f"example: {prog} curves runs/digits --output curves.png",
     )
-    tools = parser.add_subparsers(required=True, metavar="similarity|curves")
+    tools = parser.add_subparsers(required=True, metavar="similarity|curves|segmentation")
     tool = tools.add_parser(
         "similarity",
         help="what a network attends to",
@@ -259,7 +263,18 @@ def main(argv: list[str] | None = None) -> None:
     )
     tool_curves.add_argument("workdirs", nargs="+", type=Path, metavar="WORKDIR", help="a run's folder")
     tool_curves.set_defaults(draw=_curves)
-    for subparser in (tool, tool_curves):
+    tool_segmentation = tools.add_parser(
+        "segmentation",
+        help="what a segmenter gets right and wrong",
+        description="Draw images of the validation set beside their labels, the predictions and the errors.",
+        epilog=f"example: {prog} segmentation --checkpoint runs/scenes --output segmentation.png",
+    )
+    tool_segmentation.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
+    tool_segmentation.add_argument("--dataset", help="as config.data.dataset (default: that of the checkpoint's run)")
+    tool_segmentation.add_argument("--first", type=int, default=0, metavar="N", help="number of the first image (0)")
+    tool_segmentation.add_argument("--count", type=int, default=4, metavar="N", help="how many images (4)")
+    tool_segmentation.set_defaults(draw=segmentation_figure.from_arguments)
+    for subparser in (tool, tool_curves, tool_segmentation):
         subparser.add_argument("--output", required=True, type=Path, help="the picture: .png, .pdf, .svg, ...")
     args = parser.parse_args(argv)
     with exit_on_error():

@@ -284,3 +284,48 @@ def describe_end(task: ModuleType, evaluated: Mapping[str, Any], best: Mapping[s
         f"over {evaluated['count']} examples. Checkpoints: {workdir / 'checkpoints' / str(evaluated['step'])} and "
         f"{workdir / 'best' / str(best['step'])}"
     )
+
+
+def numbers(result: Mapping[str, Any]) -> dict[str, float]:
+    """What of an evaluation's result are numbers, not rows."""
+    return {name: value for name, value in result.items() if not isinstance(value, list)}
+
+
+def describe_rows(result: Mapping[str, Any]) -> str:
+    """The rows of an evaluation's result as tables, or "": fractions in percent, "-" where there is no value."""
+    tables = []
+    for rows in (value for value in result.values() if isinstance(value, list) and value):
+        cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+        first, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
+        for name, *values in cells:
+            texts = (f"  {value:>{width}}" for value, width in zip(values, widths, strict=True))
+            tables.append(f"{name:{first}}{''.join(texts)}")
+    return "\n".join(tables)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2%}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def write_evaluation(workdir: Path, result: Mapping[str, Any]) -> None:
+    """Writes `<workdir>/evaluation.json`, if the result has rows; only the first process writes.
+
+    Args:
+      workdir: an existing folder.
+      result: "step", and what the task's `finish` returned.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    if jax.process_index() != 0 or numbers(result) == dict(result):
+        return
+    path, unfinished = workdir / "evaluation.json", workdir / "evaluation.json.tmp"
+    try:
+        unfinished.write_text(json.dumps(result, indent=1) + "\n")
+        unfinished.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}. Fix this, then run the same command again."
+        ) from error
