@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +21,7 @@ from fcvit_jax.devices.hosts import errors_on_all_processes
 from fcvit_jax.devices.sharding import global_batch, make_mesh, state_shardings
 from fcvit_jax.devices.stopping import ProcessBatches, StopSignal
 from fcvit_jax.errors import UserError, log
-from fcvit_jax.run import record, saved
+from fcvit_jax.run import results, saved
 from fcvit_jax.run.config import check_config, check_processes, check_sizes, class_changes, class_order, complete
 
 
@@ -99,7 +99,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
       which: "checkpoints" for the newest, "best" for the best, or "checkpoints/STEP".
 
     Returns:
-      What the task's `finish` returns, such as "top1".
+      What the task's `finish` returns, such as "top1"; if there are rows in it, `<workdir>/evaluation.json` has it too.
 
     Raises:
       UserError: the config or the data is not usable, there is no such checkpoint, or the result is not finite.
@@ -116,7 +116,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
         metadata = saved.load_metadata(path)
         if saved.task_of(metadata) != config.task:
             raise UserError(f"{path} is of the task {saved.task_of(metadata)}, the config of {config.task}.")
-        order = _check_data(path, metadata, data)
+        order = _check_data(path, metadata, data, config.data.keys())
         variables = saved.load_variables(path)
         if not saved.fits(variables, task, model):
             raise UserError(f"{path} is of the network {metadata['model']}, not of the config's; give its config.")
@@ -130,14 +130,17 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
         result = evaluate(task, model, variables, data, mesh, stop.watch)
         if stop.received:
             raise KeyboardInterrupt
-    if numbers := record.not_finite(result):
+    if numbers := results.not_finite(result):
         raise UserError(f"{path}: {numbers}: its weights have diverged, or the data are broken.")
+    if table := results.describe_rows(result):
+        log.info("%s", table)
     log.info("%s: %s, over %d examples", path, task.describe(result), result["count"])
+    results.write_evaluation(saved.local_path(workdir), {"step": int(path.name), **result})
     return result
 
 
-def _check_data(path: Path, metadata: Mapping[str, Any], data: Data) -> list[int] | None:
-    """Compares the data with those of a checkpoint's run, and says what differs.
+def _check_data(path: Path, metadata: Mapping[str, Any], data: Data, options: Collection[str]) -> list[int] | None:
+    """Compares the data, opened with some options, with those of a checkpoint's run, and says what differs.
 
     Returns:
       As `class_order`, where the classes are the same in another order; otherwise None.
@@ -158,6 +161,6 @@ def _check_data(path: Path, metadata: Mapping[str, Any], data: Data) -> list[int
     elif changes:
         log.info("\n".join([f"the classes of {path} -> those of the data, which are matched by place:", *changes]))
     for name, used in data.about.items():
-        if name != "class_names" and metadata.get(name, used) != used:
+        if name in options and metadata.get(name, used) != used:
             log.info("%s is of a run with data.%s=%s; this evaluation is with %s", path, name, metadata[name], used)
     return order if changes else None

@@ -8,6 +8,7 @@ The program needs only JAX and flatbuffers to run::
 """
 
 import argparse
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -20,35 +21,44 @@ from safetensors.numpy import save
 
 from fcvit_jax.errors import UserError, exit_on_error
 from fcvit_jax.predict import CHECKPOINT_HELP
-from fcvit_jax.run.saved import load
+from fcvit_jax.run.saved import load, task_of
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 _OF_THE_RUN = ("best", "evaluated", "num_eval", "num_train")  # metadata that do not describe the network
 
 
-def export(checkpoint: str | Path, dest: str | Path) -> None:
+def export(checkpoint: str | Path, dest: str | Path, size: tuple[int, int] | None = None) -> None:
     """Writes three files with the weights that evaluation uses of a checkpoint (averages, if the run kept them).
 
     - `model.jax_export`: a serialised `jax.export` program for CPU, CUDA and TPU. Weights and normalisation are part of
-      it. It maps images uint8 (N, S, S, 3) to logits float32 (N, num_classes), or to the pooled features of a network
-      without a head.
-    - `model.json`: "class_names", "image_size" (S), "crop_pct", "task", and "model" (the arguments of the task's
-      `create_model`). Resize an image (bicubic) to a shorter side of floor(S / crop_pct), and crop its centre.
+      it. A classifier's maps images uint8 (N, S, S, 3) to logits float32 (N, num_classes), or to the pooled features of
+      a network without a head. A segmenter's maps images uint8 (N, h, w, 3), as evaluation resizes images of height H
+      and width W, to logits float32 (N, H, W, num_classes).
+    - `model.json`: "class_names", "task", and "model" (the arguments of the task's `create_model`). A classifier has
+      "image_size" (S) and "crop_pct": resize an image (bicubic) to a shorter side of floor(S / crop_pct), and crop its
+      centre. A segmenter has "size" (H, W), "long", "short" (see `segmentation.eval_image`) and "palette".
     - `model.safetensors`: the variables by path, "params/stem/conv/kernel", ...
 
     Args:
       checkpoint: as in `saved.load`.
       dest: a new or empty folder.
+      size: (height, width) of the images of a segmenter; None: its "short" both.
 
     Raises:
-      UserError: the checkpoint cannot be read, the folder is not empty or cannot be written.
+      UserError: the checkpoint cannot be read or its task takes no size, the folder is not empty or cannot be written.
     """
     dest = Path(dest).expanduser()
     if dest.is_file() or (dest.is_dir() and any(dest.iterdir())):
         raise UserError(f"{dest} is not an empty folder: choose another.")
     task, model, variables, metadata = load(checkpoint)
     about = {key: value for key, value in metadata.items() if key not in _OF_THE_RUN}
-    function, images = task.make_program(model, variables, metadata)
+    if size is not None and "size" not in inspect.signature(task.make_program).parameters:
+        raise UserError(
+            f"{checkpoint} is of the task {task_of(metadata)}, whose images have one size: leave out --size."
+        )
+    options = {} if size is None else {"size": tuple(size)}
+    function, images = task.make_program(model, variables, metadata, **options)
+    about |= {"size": list(size)} if size is not None else {}
     program = jax.export.export(jax.jit(function), platforms=PLATFORMS)(images)
     weights = {path: np.asarray(x) for path, x in traverse_util.flatten_dict(variables, sep="/").items()}
     files = {
@@ -74,10 +84,17 @@ def main(argv: list[str] | None = None) -> None:
         epilog="example: python -m fcvit_jax.export --checkpoint runs/digits exported/digits",
     )
     parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
+    parser.add_argument(
+        "--size",
+        nargs=2,
+        type=int,
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the images of a segmenter (default: its short)",
+    )
     parser.add_argument("dest", type=Path, metavar="DEST", help="a new or empty folder")
     args = parser.parse_args(argv)
     with exit_on_error():
-        export(args.checkpoint, args.dest)
+        export(args.checkpoint, args.dest, args.size)
 
 
 if __name__ == "__main__":

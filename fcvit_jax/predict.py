@@ -2,8 +2,9 @@
 
 import argparse
 import glob
+import inspect
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from flax import linen as nn
 from fcvit_jax import tasks
 from fcvit_jax.errors import UserError, exit_on_error, log
 from fcvit_jax.run import saved
-from fcvit_jax.run.record import as_json
+from fcvit_jax.run.results import as_json
 
 CHECKPOINT_HELP = (
     "a run's folder, its checkpoints or best folder (the newest step is taken), or one step's folder; or a file of"
@@ -88,40 +89,38 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    """Prints predictions batch by batch; returns 1 if an image could not be read."""
-    if args.top < 1 or args.batch_size < 1:
-        raise UserError("--top and --batch-size must be at least 1.")
-    paths = find_images(args.images)
-    task, model, variables, metadata = saved.load(args.checkpoint)
-    if not model.num_classes:
-        raise UserError(f"{args.checkpoint} has no head: there are no classes to predict.")
-    widths = [max(map(len, texts)) for texts in (["image", *map(str, paths)], ["class", *metadata["class_names"]])]
-    if not args.json:
-        print(f"{'image':{widths[0]}}  {'class':{widths[1]}}  probability")
-    variables, failed = jax.device_put(variables), False
-    size = min(args.batch_size, len(paths))
-    for start in range(0, len(paths), size):
-        read, images = [], []
-        for path in paths[start : start + size]:
+    """Prints predictions as they are made; returns 1 if an image could not be read."""
+    options = dict(vars(args))
+    checkpoint, as_lines, paths = options.pop("checkpoint"), options.pop("json"), find_images(options.pop("images"))
+    task, model, variables, metadata = saved.load(checkpoint)
+    unknown = [
+        f"--{name.replace('_', '-')}" for name in options.keys() - inspect.signature(task.predict_files).parameters
+    ]
+    if unknown:
+        raise UserError(f"{checkpoint} is of the task {saved.task_of(metadata)}, which has no {', '.join(unknown)}.")
+    failed = []
+
+    def read() -> Iterator[tuple[Path, np.ndarray]]:
+        for path in paths:
             try:
-                images.append(read_image(path, metadata))
-                read.append(path)
+                yield path, read_image(path, metadata)
             except UserError as error:
                 log.error("%s", error)
-                failed = True
-        if not read:
+                failed.append(path)
+
+    widths = [max(map(len, texts)) for texts in (["image", *map(str, paths)], ["class", *metadata["class_names"]])]
+    found = task.predict_files(model, jax.device_put(variables), read(), metadata, **options)
+    for number, (path, said) in enumerate(found):
+        if as_lines:
+            print(as_json({"image": str(path)} | said), flush=True)
             continue
-        # Filled up to one size, so that one program serves all batches.
-        batch = np.stack(images + images[:1] * (size - len(images)))
-        found = task.predict(model, variables, batch, metadata, args.top)
-        for path, predictions in zip(read, found, strict=False):
-            if args.json:
-                print(as_json({"image": str(path), "predictions": predictions}), flush=True)
-                continue
-            for i, line in enumerate(predictions):
-                label = "" if i else str(path)
-                print(f"{label:{widths[0]}}  {line['class']:{widths[1]}}  {line['probability']:11.2%}", flush=True)
-    return int(failed)
+        for i, line in enumerate(said["predictions"]):
+            measure, value = list(line.items())[-1]
+            if number == i == 0:
+                print(f"{'image':{widths[0]}}  {'class':{widths[1]}}  {measure}")
+            label = "" if i else str(path)
+            print(f"{label:{widths[0]}}  {line['class']:{widths[1]}}  {value:{len(measure)}.2%}", flush=True)
+    return int(bool(failed))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -132,9 +131,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="a folder: all images beneath it")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="how many classes to print (default: 5)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
+    for name in tasks.NAMES:
+        group = parser.add_argument_group(name, argument_default=argparse.SUPPRESS)
+        tasks.load(name).add_arguments(group)
     args = parser.parse_args(argv)
     with exit_on_error():
         sys.exit(_predict(args))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fcvit_jax import networks
+from fcvit_jax import networks, tasks
 from fcvit_jax.errors import UserError, exit_on_error
 from fcvit_jax.networks import vit
 from fcvit_jax.networks.blocks import GlobalContext
@@ -26,7 +26,7 @@ class Part:
     """The cost of a part of the network for one image.
 
     Attributes:
-      shape: of the part's output, without the batch.
+      shape: of the part's output, without the batch; of several maps, that of the last.
       parameters: the number of trained values.
       multiply_adds: in convolutions and matrix products, as the paper counts them. A platform may compute more.
     """
@@ -41,7 +41,8 @@ def summarize(model: nn.Module, image_size: int = 224) -> dict[str, Part]:
 
     Example::
 
-        summarize(create_model("fcvit_s12"))["total"].multiply_adds      # 2645471232
+        summarize(create_model("fcvit_s12"))["total"].multiply_adds             # 2645471232
+        summarize(create_segmenter("fcvit_s12"), 512)["neck"].parameters        # 2623488
 
     Args:
       model: the network.
@@ -65,7 +66,7 @@ def summarize(model: nn.Module, image_size: int = 224) -> dict[str, Part]:
             return out
         part = parts.setdefault(_part_name(module.path[0]), Part())
         if len(module.path) == 1:
-            part.shape = out.shape[1:]
+            part.shape = jax.tree.leaves(out)[-1].shape[1:]
             part.parameters += sum(x.size for x in jax.tree.leaves(module.variables["params"]))
         if isinstance(module, nn.Conv | nn.Dense | Conv1x1 | DepthwiseConv):
             # Each weight is multiplied once for every output position.
@@ -91,21 +92,24 @@ def _part_name(module_name: str) -> str:
 
 
 def _summary(args: argparse.Namespace) -> None:
-    model, metadata = None, {"image_size": 224}
+    task, model, metadata = tasks.load(args.task), None, {"image_size": 224}
     if args.checkpoint:
         _, model, _, metadata = load(args.checkpoint)
     elif args.name:
-        model, metadata = networks.create_model(args.name), networks.settings(args.name)
+        model = task.create_model(args.name)
+        metadata = networks.settings(args.name)
     size = metadata["image_size"] if args.image_size is None else args.image_size
     if model is not None:
         what = f"{args.name or args.checkpoint}, {model.num_classes} classes, {jnp.dtype(model.dtype)}"
         header = ["part", "output"]
         rows = [(name, " x ".join(map(str, part.shape)), part) for name, part in summarize(model, size).items()]
     else:
-        what, header, rows = "all FCViTs, 1000 classes, float32", ["name", "blocks x channels"], []
+        header, rows = ["name", "blocks x channels"], []
         for name, sizes in VARIANTS.items():
             stages = " ".join(f"{depth}x{dim}" for depth, dim in zip(sizes["depths"], sizes["dims"], strict=True))
-            rows.append((name, stages, summarize(networks.create_model(name), size)["total"]))
+            model = task.create_model(name)
+            rows.append((name, stages, summarize(model, size)["total"]))
+        what = f"all FCViTs, {model.num_classes} classes, float32"
     print(f"{what}, one image of {size} x {size}\n")
     first, second = (max(len(row[i]) for row in [header, *rows]) for i in range(2))
     print(f"{header[0]:{first}}  {header[1]:{second}}  parameters   multiply-adds")
@@ -124,6 +128,9 @@ def main(argv: list[str] | None = None) -> None:
     names = f"{', '.join(VARIANTS)}, or any ViT or ConvNeXt; without it: compare the FCViTs"
     which.add_argument("name", nargs="?", metavar="NAME", help=names)
     which.add_argument("--checkpoint", type=Path, help=CHECKPOINT_HELP)
+    parser.add_argument(
+        "--task", choices=tasks.NAMES, default=tasks.NAMES[0], help="of NAME or of all variants (default: %(default)s)"
+    )
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images (default: the network's)")
     args = parser.parse_args(argv)
     with exit_on_error():

@@ -18,7 +18,7 @@ from fcvit_jax.devices.stopping import ProcessBatches, StopSignal
 from fcvit_jax.errors import UserError, log
 from fcvit_jax.evaluate import evaluate
 from fcvit_jax.run import config as run_config
-from fcvit_jax.run import disk
+from fcvit_jax.run import disk, results
 from fcvit_jax.run.checkpoint import Checkpointer
 from fcvit_jax.run.opening import Run, compile_in_background, kept_programs, open_run
 from fcvit_jax.run.record import (
@@ -28,7 +28,6 @@ from fcvit_jax.run.record import (
     describe_end,
     describe_evaluation,
     describe_run,
-    not_finite,
 )
 from fcvit_jax.run.state import TrainState, create_state, init_variables
 from fcvit_jax.run.step import CompiledStep
@@ -212,7 +211,7 @@ def _train(run: Run, loop: Loop, state: TrainState) -> TrainState:
 def _report(loop: Loop, step: int, metrics: Mapping[str, jax.Array], done: float | None) -> None:
     """Records the metrics of a step, where its numbers are good; `done` as in `Progress.update`."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    if numbers := not_finite(values):
+    if numbers := results.not_finite(values):
         raise _diverged(loop.checkpointer, step, numbers)
     loop.progress.update(step, {f"train/{name}": value for name, value in values.items()}, done)
 
@@ -239,12 +238,15 @@ def _evaluate(run: Run, loop: Loop, state: TrainState, notes: Notes) -> Notes:
     if loop.stop.received:
         return notes
     step, metric = int(state.step), run.task.BEST
-    if numbers := not_finite(result):
+    if numbers := results.not_finite(result):
         raise _diverged(loop.checkpointer, step, f"evaluation: {numbers}")
     evaluated = {"step": step, **result}
     is_best = result[metric] > notes.best.get(metric, -math.inf)
     notes = Notes(evaluated, evaluated if is_best else notes.best)
-    loop.writer.write(step, {f"eval/{name}": value for name, value in result.items()})
+    loop.writer.write(step, {f"eval/{name}": value for name, value in results.numbers(result).items()})
+    results.write_evaluation(run.workdir, evaluated)
+    if table := results.describe_rows(result):
+        log.info("%s", table)
     log.info(describe_evaluation(run.task, evaluated, notes.best, step / run.data.steps_per_epoch))
     return notes
 

@@ -1,4 +1,4 @@
-"""Draws what networks attend to and how runs went: `python -m fcvit_jax.visualize attention|similarity|curves ...`."""
+"""Draws what networks attend to, how runs went, what segmenters see: `python -m fcvit_jax.visualize TOOL ...`."""
 
 import argparse
 import contextlib
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from fcvit_jax import tasks
 from fcvit_jax.errors import UserError, exit_on_error
-from fcvit_jax.figures import check_format, save
+from fcvit_jax.figures import check_format, save, segmentation
 from fcvit_jax.figures.attention import attention_of, draw_heads, draw_queries, query_maps
 from fcvit_jax.figures.curves import draw_curves, read_metrics
 from fcvit_jax.figures.similarity import draw_similarity, head_correlation, similarity_maps
@@ -34,6 +34,10 @@ def _similarity(args: argparse.Namespace) -> Figure:
     model, variables, metadata = load(args.checkpoint)
     paths = _find_images(args.images)
     images = [read_image(path, metadata) for path in paths]
+    if len({image.shape for image in images}) > 1:
+        raise UserError(
+            "These images are of several sizes, which this network takes as they are: give those of one size."
+        )
     block, maps = similarity_maps(model, variables, np.stack(images), args.block)
     correlations = [head_correlation(image_maps) for image_maps in maps]
     for path, value in zip(paths, correlations, strict=True):
@@ -151,11 +155,11 @@ def main(argv: list[str] | None = None) -> None:
     prog = "python -m fcvit_jax.visualize"
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Draw what a network attends to, or how runs went; each of the three has its own --help.",
+        description="Draw what a network attends to, how runs went, or what a segmenter sees; each has its own --help.",
         epilog=f"example: {prog} curves runs/digits --output curves.png",
     )
-    tools = parser.add_subparsers(required=True, metavar="attention|similarity|curves")
-    for add in (_add_attention, _add_similarity, _add_curves):
+    tools = parser.add_subparsers(required=True, metavar="attention|similarity|curves|segmentation")
+    for add in (_add_attention, _add_similarity, _add_curves, _add_segmentation):
         add(tools, prog).add_argument("--output", required=True, type=Path, help="the picture: .png, .pdf, .svg, ...")
     args = parser.parse_args(argv)
     with exit_on_error():
@@ -214,6 +218,21 @@ def _add_curves(tools: Any, prog: str) -> argparse.ArgumentParser:
     )
     tool.add_argument("workdirs", nargs="+", type=Path, metavar="WORKDIR", help="a run's folder")
     tool.set_defaults(draw=_curves)
+    return tool
+
+
+def _add_segmentation(tools: Any, prog: str) -> argparse.ArgumentParser:
+    tool = tools.add_parser(
+        "segmentation",
+        help="what a segmenter gets right and wrong",
+        description="Draw images of the validation set beside their labels, the predictions and the errors.",
+        epilog=f"example: {prog} segmentation --checkpoint runs/scenes --output segmentation.png",
+    )
+    tool.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
+    tool.add_argument("--dataset", help="as config.data.dataset (default: that of the checkpoint's run)")
+    tool.add_argument("--first", type=int, default=0, metavar="N", help="number of the first image (0)")
+    tool.add_argument("--count", type=int, default=4, metavar="N", help="how many images (4)")
+    tool.set_defaults(draw=segmentation.from_arguments)
     return tool
 
 

@@ -14,7 +14,7 @@ from fcvit_jax.figures import check_format, save
 from fcvit_jax.figures.attention import draw_depth
 from fcvit_jax.networks.normalize import normalize
 from fcvit_jax.predict import CHECKPOINT_HELP, find_images, read_image
-from fcvit_jax.run.record import as_json
+from fcvit_jax.run.results import as_json
 from fcvit_jax.run.saved import load
 
 

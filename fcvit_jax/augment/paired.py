@@ -103,9 +103,9 @@ def eval_transform(image: np.ndarray, long: int = 2048, short: int = 512) -> np.
     Returns:
       (h, w, 3) uint8.
     """
-    image = resize(image, rescaled_size(image.shape[1], image.shape[0], long, short))
-    height, width = (-(-side // ALIGNMENT) * ALIGNMENT for side in image.shape[:2])
-    return resize(image, (width, height))
+    height, width = image.shape[:2]
+    fitting = resize(image, rescaled_size(width, height, long, short))
+    return resize(fitting, aligned_size(width, height, long, short))
 
 
 def decode_labels(encoded: bytes) -> np.ndarray:
@@ -175,6 +175,17 @@ def rescaled_size(width: int, height: int, long: int, short: int) -> tuple[int, 
     """
     factor = min(long / max(width, height), short / min(width, height))
     return max(int(width * factor + 0.5), 1), max(int(height * factor + 0.5), 1)
+
+
+def aligned_size(width: int, height: int, long: int, short: int) -> tuple[int, int]:
+    """The size that evaluation gives to an image: as `rescaled_size`, with sides rounded up to multiples of 32.
+
+    Example::
+
+        aligned_size(640, 480, long=2048, short=512)                    # (704, 512)
+    """
+    width, height = (-(-side // ALIGNMENT) * ALIGNMENT for side in rescaled_size(width, height, long, short))
+    return width, height
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""Runs a convolution on every device of the mesh in context, each with its own images."""
+"""Runs a function on every device of the mesh in context, each with its own images."""
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import lax
@@ -26,12 +27,16 @@ def per_device(conv: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, 
     return jax.shard_map(conv, **own)(x, kernel)
 
 
-def summed_over_devices(taps: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, g: jax.Array) -> jax.Array:
-    """Computes the weight gradient on each device from its own images, then sums over devices.
+def summed_over_devices(function: Callable[..., Any], *rows: jax.Array) -> Any:
+    """Computes sums over a batch on each device from its own rows, then sums over devices.
 
-    Falls back to a single computation if the batch cannot be split evenly. x and g are (N, H, W, C).
+    Falls back to a single computation if the batch cannot be split evenly.
+
+    Args:
+      function: of arrays (n, ...), such as a weight gradient of images; returns a pytree of sums over the n rows.
+      *rows: arrays (N, ...).
     """
-    if not (axes := _batch_axes(x)):
-        return taps(x, g)
+    if not (axes := _batch_axes(rows[0])):
+        return function(*rows)
     own = {"in_specs": P(axes), "out_specs": P(), "axis_names": set(axes), "check_vma": False}
-    return jax.shard_map(lambda x, g: lax.psum(taps(x, g), axes), **own)(x, g)
+    return jax.shard_map(lambda *rows: lax.psum(function(*rows), axes), **own)(*rows)

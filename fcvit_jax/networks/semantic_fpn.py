@@ -1,5 +1,6 @@
 """Semantic FPN (Kirillov et al., 2019): a backbone, a feature pyramid network and a head that classifies pixels."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -119,6 +120,11 @@ class SemanticFPN(nn.Module):
         """In which the backbone, the neck and the head compute."""
         return self.backbone.dtype
 
+    @property
+    def bn_group_size(self) -> int | None:
+        """Of the backbone: images that share its batch statistics."""
+        return self.backbone.bn_group_size
+
     def setup(self) -> None:
         dtypes = {"dtype": self.backbone.dtype, "param_dtype": self.backbone.param_dtype}
         self._neck = FPN(self.neck_channels, name="neck", **dtypes)
@@ -210,3 +216,13 @@ def create_segmenter(
     check_range("model", 0, below=1, head_dropout_rate=head_dropout_rate)
     backbone = create_backbone(name, **overrides)
     return SemanticFPN(backbone, num_classes, neck_channels, head_channels, head_dropout_rate)
+
+
+def model_fields(name: str) -> set[str]:
+    """The arguments of `create_segmenter` for a variant, besides its name.
+
+    Raises:
+      UserError: there is no such variant.
+    """
+    own, backbone = ({field.name for field in dataclasses.fields(x)} for x in (SemanticFPN, create_backbone(name)))
+    return (own | backbone) - {"parent", "name", "backbone", "share_blocks"}

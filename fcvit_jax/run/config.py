@@ -88,6 +88,8 @@ def complete(config: ConfigDict) -> ConfigDict:
     """A copy of a config, with the values of keys that came after it was written."""
     config = copy.deepcopy(config)
     with config.unlocked():
+        if "mixing" not in config:
+            config.mixing = ConfigDict()  # a task may have no keys there
         for key, value in _ADDED.items():
             *sections, name = key.split(".")
             section = config

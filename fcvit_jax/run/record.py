@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,28 +22,8 @@ from fcvit_jax.data.loader import Data
 from fcvit_jax.devices.sharding import bytes_per_device
 from fcvit_jax.errors import UserError, log
 from fcvit_jax.run.config import group_size
+from fcvit_jax.run.results import as_json
 from fcvit_jax.run.state import TrainState
-
-
-def as_json(value: Any) -> str:
-    """The JSON of a value, with null in place of each number that is not finite, since JSON has no such numbers."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: finite(x) for key, x in value.items()}
-        if isinstance(value, list | tuple):
-            return [finite(x) for x in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(finite(value), allow_nan=False)
-
-
-def not_finite(metrics: Mapping[str, Any]) -> str:
-    """Lists all metrics, such as "loss nan, top1 0.0", if one of their numbers is not finite; otherwise ""."""
-    numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
-    if all(map(math.isfinite, numbers.values())):
-        return ""
-    return ", ".join(f"{name} {value}" for name, value in numbers.items())
 
 
 class _TensorBoard:

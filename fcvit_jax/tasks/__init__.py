@@ -15,15 +15,19 @@ What a task has::
     num_epochs(config) -> int                                                       # of a run without train.steps
     loss(model, variables, batch, key) -> (loss, (updates, scalars))                # on the device, one part of a batch
     eval_step(model, variables, batch) -> sums or outputs                           # on the device; without masked rows
-    finish(outputs, data) -> {metric: number, "count": examples}                    # on the CPU, over all batches
+    finish(outputs, data) -> {metric: number, "count": examples, name: rows}        # on the CPU, over all batches
     describe(result) -> str                                                         # one line for people
     complete_metadata(source, model, metadata) -> metadata                          # of a checkpoint, for the tools
     read_image(encoded, metadata) -> array                                          # as evaluation sees an image
-    predict(model, variables, images, metadata, ...) -> [prediction of each image]  # as JSON can hold them
+    predict(model, variables, images, metadata, ...) -> [prediction of each image]
+    add_arguments(parser)                                                           # options of the `predict` tool
+    predict_files(model, variables, (path, image) pairs, metadata, *, options) -> (path, {"predictions": rows}) pairs
     make_program(model, variables, metadata) -> (function, shape of the images)     # what `export` writes
 
-The loop and the evaluation ask for all but the last four and, without `init_from`, `load_pretrained`. Of a network they
-ask for `num_classes` (0: there are none) and `dtype`. tests/fake_task.py is the smallest task.
+Rows are a list of dicts with equal keys, such as one for each class: a table in the log and in evaluation.json.
+
+The loop and the evaluation ask for all down to `describe` and, without `init_from`, not for `load_pretrained`. Of a
+network they ask for `num_classes` (0: there are none) and `dtype`. tests/fake_task.py is the smallest task.
 """
 
 import importlib
@@ -31,7 +35,7 @@ from types import ModuleType
 
 from fcvit_jax.errors import UserError
 
-NAMES = ("classification",)
+NAMES = ("classification", "segmentation")
 
 
 def load(name: str) -> ModuleType:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -381,6 +382,47 @@ def predict(
         best = np.argsort(-row, kind="stable")[:top].tolist()
         found.append([{"class": names[i], "index": i, "probability": float(row[i])} for i in best])
     return found
+
+
+def add_arguments(parser: Any) -> None:
+    """Adds the options of `predict_files` to a parser or a group of one, without defaults."""
+    parser.add_argument("--top", type=int, metavar="N", help="how many classes to print (default: 5)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images at a time (default: 32)")
+
+
+def predict_files(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    images: Iterable[tuple[Path, np.ndarray]],
+    metadata: Mapping[str, Any],
+    *,
+    top: int = 5,
+    batch_size: int = 32,
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """What the `predict` tool says of images.
+
+    Args:
+      model, variables, metadata, top: as in `predict`.
+      images: paths, and what `read_image` gave for them.
+      batch_size: images that are computed at once.
+
+    Yields:
+      For each image its path, and "predictions": what `predict` returns for it.
+
+    Raises:
+      UserError: a number is less than 1, or the network has no head.
+    """
+    if top < 1 or batch_size < 1:
+        raise UserError("--top and --batch-size must be at least 1.")
+    if not model.num_classes:
+        raise UserError("The network has no head: there are no classes to predict.")
+    images, filled = iter(images), 0
+    while batch := list(itertools.islice(images, batch_size)):
+        paths, pixels = zip(*batch, strict=True)
+        filled = filled or len(batch)  # up to one size, so that one program serves all batches
+        padded = np.stack(pixels + pixels[:1] * (filled - len(batch)))
+        for path, predictions in zip(paths, predict(model, variables, padded, metadata, top), strict=False):
+            yield path, {"predictions": predictions}
 
 
 def make_program(

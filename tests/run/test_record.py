@@ -8,7 +8,8 @@ import resource
 import pytest
 
 from fcvit_jax.errors import UserError
-from fcvit_jax.run.record import MetricsWriter, Progress, as_json, not_finite
+from fcvit_jax.run.record import MetricsWriter, Progress
+from fcvit_jax.run.results import as_json, not_finite
 
 
 def steps(workdir):

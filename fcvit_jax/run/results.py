@@ -1,0 +1,77 @@
+"""The result of an evaluation: its numbers and rows, as tables and as JSON."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fcvit_jax.errors import UserError
+
+
+def as_json(value: Any) -> str:
+    """The JSON of a value, with null in place of each number that is not finite, since JSON has no such numbers."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: finite(x) for key, x in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(x) for x in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), allow_nan=False)
+
+
+def not_finite(metrics: Mapping[str, Any]) -> str:
+    """Lists all metrics, such as "loss nan, top1 0.0", if one of their numbers is not finite; otherwise ""."""
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
+    if all(map(math.isfinite, numbers.values())):
+        return ""
+    return ", ".join(f"{name} {value}" for name, value in numbers.items())
+
+
+def numbers(result: Mapping[str, Any]) -> dict[str, float]:
+    """What of an evaluation's result are numbers, not rows."""
+    return {name: value for name, value in result.items() if not isinstance(value, list)}
+
+
+def describe_rows(result: Mapping[str, Any]) -> str:
+    """The rows of an evaluation's result as tables, or "": fractions in percent, "-" where there is no value."""
+    tables = []
+    for rows in (value for value in result.values() if isinstance(value, list) and value):
+        cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+        first, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
+        for name, *values in cells:
+            texts = (f"  {value:>{width}}" for value, width in zip(values, widths, strict=True))
+            tables.append(f"{name:{first}}{''.join(texts)}")
+    return "\n".join(tables)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2%}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def write_evaluation(workdir: Path, result: Mapping[str, Any]) -> None:
+    """Writes `<workdir>/evaluation.json`, if the result has rows; only the first process writes.
+
+    Args:
+      workdir: an existing folder.
+      result: "step", and what the task's `finish` returned.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    if jax.process_index() != 0 or numbers(result) == dict(result):
+        return
+    path, unfinished = workdir / "evaluation.json", workdir / "evaluation.json.tmp"
+    try:
+        unfinished.write_text(json.dumps(result, indent=1) + "\n")
+        unfinished.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}. Fix this, then run the same command again."
+        ) from error
