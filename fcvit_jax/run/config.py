@@ -246,6 +246,34 @@ def class_order(old: Sequence[str], new: Sequence[str]) -> list[int] | None:
     return [places[name] for name in new]
 
 
+def match_classes(
+    source: str | Path,
+    variables: dict[str, Any],
+    names: Sequence[str],
+    class_names: Sequence[str],
+    reorder: Callable[[dict[str, Any], list[int]], dict[str, Any]],
+) -> dict[str, Any]:
+    """Matches the classes of weights with those of the data: by name where the names are the same, else by place.
+
+    It says where they differ.
+
+    Args:
+      source: of the weights, to be named.
+      variables: the weights, as they are loaded for the data's number of classes.
+      names: of the classes that the weights were trained for; empty if unknown.
+      class_names: of the data.
+      reorder: the task's `reorder_classes`.
+    """
+    changes, order = class_changes(names, class_names), class_order(names, class_names)
+    if changes and order is not None:
+        log.info("%s has the classes of the data in another order: its head is matched by name", source)
+        return reorder(variables, order)
+    if changes and len(names) == len(class_names):
+        lines = ["The head's weights are loaded as well, although the class names differ:", *changes]
+        log.info("\n".join(lines))
+    return variables
+
+
 def check_data(config: ConfigDict, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Compares the dataset of a run's checkpoint with that of its new start: "num_train", "num_eval" and "class_names".
 

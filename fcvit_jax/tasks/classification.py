@@ -1,9 +1,7 @@
 """Image classification: one label an image, softmax cross-entropy of mixed labels, top-1 and top-5."""
 
-import dataclasses
 import functools
 import itertools
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,151 +17,16 @@ from ml_collections import ConfigDict
 
 from fcvit_jax import augment, convert, networks, optim
 from fcvit_jax.augment import mixing
-from fcvit_jax.data import sources
-from fcvit_jax.data.loader import Data, Example, check_loading
-from fcvit_jax.errors import UserError, check_range, log
+from fcvit_jax.data import classification as datasets
+from fcvit_jax.data.loader import Data
+from fcvit_jax.errors import UserError, log
 from fcvit_jax.networks.normalize import normalize
-from fcvit_jax.run.config import class_changes, class_order
+from fcvit_jax.run.config import match_classes
 
 BEST = "top1"
 create_model, model_fields, init_variables = networks.create_model, networks.model_fields, networks.init_variables
 make_optimizer = optim.make_optimizer
-
-
-def open_dataset(
-    training: bool = True,  # positional, since the keywords are the keys of a config
-    *,
-    dataset: str,
-    batch_size: int,
-    data_dir: str = "~/tensorflow_datasets",
-    image_size: int = 224,
-    workers: int = 0,
-    prefetch: int = 1,
-    train_split: str = "train",
-    eval_split: str = "validation",
-    crop_pct: float = 0.9,
-    crop_scale: Sequence[float] = (0.08, 1.0),
-    crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
-    flip: float = 0.5,
-    rand_augment: Sequence[float] = (2, 9.0, 0.5),
-) -> Data:
-    """Opens a dataset for training and evaluation; decodes no image yet.
-
-    Example::
-
-        data = open_dataset(dataset="digits", batch_size=128, image_size=32, rand_augment=())
-        for batch in loader.train_batches(data, seed=0, start_step=0, num_steps=data.steps_per_epoch):
-            batch["image"], batch["label"]                  # uint8 (128, 32, 32, 3), int32 (128,)
-
-    Args:
-      training: False: open the split for evaluation alone; the other need not be there.
-      dataset: "digits"; a TFDS name such as "imagenet2012", with the features image and label; "folder:PATH", a folder
-        with train/CLASS/*.jpg and val/CLASS/*.jpg (or validation/; also .jpeg, .png, .webp); or "synthetic", one batch
-        of noise, for measuring the training step alone: as many images and classes as ImageNet, one batch to evaluate.
-      batch_size: images per step over all processes.
-      data_dir: where TFDS keeps its data.
-      image_size: height and width of the images in pixels.
-      workers: decoding processes of this process; 0 decodes in a thread of it; -1 uses one fewer than the cores that
-        this process may use, to leave one for training, but at least one.
-      prefetch: batches in each of a worker's two buffers; it holds up to 2 * prefetch + 2 in shared memory. In an
-        evaluation during training there are two such sets of workers.
-      train_split, eval_split: TFDS splits, slices such as "train[:1%]" included.
-      crop_pct: share of the resized image that evaluation crops.
-      crop_scale, crop_ratio, flip, rand_augment: see `augment.train_transform`.
-
-    Raises:
-      UserError: a value is out of its range; or the dataset is unknown, not prepared, or not made of images and labels;
-        the message says what to do.
-    """
-    check_range("data", 1, image_size=image_size)
-    workers = check_loading(batch_size, workers, prefetch)
-    augment.eval_geometry(image_size, image_size, image_size, crop_pct)  # refuses a crop_pct out of range
-    augmentation = dict(crop_scale=crop_scale, crop_ratio=crop_ratio, flip=flip, rand_augment=rand_augment)
-    augment.check_augmentation(**augmentation)
-
-    if dataset == "synthetic":
-        train, evaluation = Noise(1_281_167 if training else 0), Noise(batch_size)
-        class_names = tuple(f"class {i}" for i in range(1000))
-    elif dataset.startswith("folder:"):
-        for key, split in {"train_split": train_split, "eval_split": eval_split}.items():
-            if "[" in split:
-                log.warning("data.%s=%s takes no part of a folder: all of its images are used.", key, split)
-        folder = os.path.expanduser(dataset.removeprefix("folder:"))
-        train, evaluation, class_names = sources.open_folder(folder, training)
-    else:
-        train, evaluation, class_names = sources.open_tfds(
-            dataset, os.path.expanduser(data_dir), train_split if training else None, eval_split
-        )
-    if training and len(train) < batch_size:
-        raise UserError(
-            f"{dataset} has {len(train)} training images, less than one batch: data.batch_size is {batch_size}"
-        )
-    return Data(
-        load_example=load_noise if dataset == "synthetic" else load_example,
-        train=train if training else None,
-        eval=evaluation,
-        class_names=class_names,
-        batch_size=batch_size,
-        workers=workers,
-        prefetch=prefetch,
-        options={"image_size": image_size, "crop_pct": crop_pct, "augmentation": augmentation},
-        about={"class_names": list(class_names), "image_size": image_size, "crop_pct": crop_pct},
-        constant=dataset == "synthetic",
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Noise:
-    """A source of `count` examples without images, whose records are their numbers."""
-
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def read(self, indices: Sequence[int]) -> Sequence[int]:
-        return indices
-
-    def describe(self, index: int) -> str:
-        return f"synthetic image {index}"
-
-
-def load_noise(data: Data, record: int, rng: np.random.Generator | None) -> Example:
-    """A synthetic example: an image of noise with a random label, both of the record's number alone."""
-    del rng
-    rng, size = np.random.default_rng(record), data.options["image_size"]
-    return {
-        "image": rng.integers(0, 256, (size, size, 3), np.uint8),
-        "label": np.int32(rng.integers(data.num_classes)),
-    }
-
-
-def load_example(data: Data, record: tuple[bytes, int], rng: np.random.Generator | None) -> Example:
-    """Decodes and transforms an image.
-
-    Args:
-      data: from `open_dataset`.
-      record: the encoded image and its label.
-      rng: the source of randomness in training; None: the transform of evaluation.
-
-    Returns:
-      "image", (image_size, image_size, 3) uint8, and "label", () int32.
-
-    Raises:
-      UserError: the image cannot be read, or there is no such label.
-    """
-    encoded, label = record
-    if not 0 <= label < data.num_classes:
-        raise UserError(f"its label {label} is none of the {data.num_classes} classes")
-    options = data.options
-    try:
-        if rng is None:
-            image = augment.eval_transform(encoded, options["image_size"], options["crop_pct"])
-        else:
-            image = augment.train_transform(encoded, rng, options["image_size"], **options["augmentation"])
-    except UserError as error:
-        raise UserError(f"not a readable image: {error}") from error
-    return {"image": image, "label": np.int32(label)}
+open_dataset, load_example = datasets.open_dataset, datasets.load_example
 
 
 def load_pretrained(path: str | Path, model: nn.Module, data: Data) -> dict[str, Any]:
@@ -174,17 +37,8 @@ def load_pretrained(path: str | Path, model: nn.Module, data: Data) -> dict[str,
     Raises:
       UserError: as `convert.load_pretrained`.
     """
-    variables = convert.load_pretrained(path, model)
     names = convert.read_metadata(path).get("class_names", ())
-    changes = class_changes(names, data.class_names)
-    order = class_order(names, data.class_names)
-    if changes and order is not None:
-        log.info("%s has the classes of the data in another order: its head is matched by name", path)
-        return reorder_classes(variables, order)
-    if changes and len(names) == data.num_classes:
-        lines = ["The head's weights are loaded as well, although the class names differ:", *changes]
-        log.info("\n".join(lines))
-    return variables
+    return match_classes(path, convert.load_pretrained(path, model), names, data.class_names, reorder_classes)
 
 
 def reorder_classes(variables: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:

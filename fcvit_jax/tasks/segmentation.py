@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from fcvit_jax.data import segmentation as datasets
 from fcvit_jax.data.confusion import count_confusions, metrics
 from fcvit_jax.data.loader import Data
 from fcvit_jax.depthwise.spread import summed_over_devices
-from fcvit_jax.errors import check_range, log
+from fcvit_jax.errors import check_range
 from fcvit_jax.networks import semantic_fpn
 from fcvit_jax.networks.normalize import normalize
-from fcvit_jax.run.config import class_changes
+from fcvit_jax.run.config import match_classes
 from fcvit_jax.tasks import segmentation_prediction as prediction
 from fcvit_jax.tasks.segmentation_prediction import resize_logits
 
@@ -43,14 +43,16 @@ def load_pretrained(path: str | Path, model: nn.Module, data: Data) -> dict[str,
     Raises:
       UserError: as `convert.load_pretrained`.
     """
-    variables = convert.load_pretrained(path, model)
     metadata = convert.read_metadata(path)
     names = metadata.get("class_names", ()) if metadata.get("task") == "segmentation" else ()
-    changes = class_changes(names, data.class_names)
-    if changes and len(names) == data.num_classes:
-        lines = ["The classifier's weights are loaded as well, although the class names differ:", *changes]
-        log.info("\n".join(lines))
-    return variables
+    return match_classes(path, convert.load_pretrained(path, model), names, data.class_names, reorder_classes)
+
+
+def reorder_classes(variables: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
+    """The variables of the same network with its outputs in another order: output i is what output order[i] was."""
+    params = variables["params"]
+    classifier = jax.tree.map(lambda x: x[..., list(order)], params["head"]["classifier"])
+    return {**variables, "params": {**params, "head": {**params["head"], "classifier": classifier}}}
 
 
 def make_prepare(model: nn.Module) -> Callable[[jax.Array, Mapping[str, jax.Array]], dict[str, jax.Array]]:
