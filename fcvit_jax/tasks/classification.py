@@ -37,8 +37,9 @@ def load_pretrained(path: str | Path, model: nn.Module, data: Data) -> dict[str,
     Raises:
       UserError: as `convert.load_pretrained`.
     """
+    variables = convert.load_pretrained(path, model)
     names = convert.read_metadata(path).get("class_names", ())
-    return match_classes(path, convert.load_pretrained(path, model), names, data.class_names, reorder_classes)
+    return match_classes(path, variables, names, data.class_names, reorder_classes)
 
 
 def reorder_classes(variables: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:

@@ -43,9 +43,9 @@ def load_pretrained(path: str | Path, model: nn.Module, data: Data) -> dict[str,
     Raises:
       UserError: as `convert.load_pretrained`.
     """
-    metadata = convert.read_metadata(path)
+    variables, metadata = convert.load_pretrained(path, model), convert.read_metadata(path)
     names = metadata.get("class_names", ()) if metadata.get("task") == "segmentation" else ()
-    return match_classes(path, convert.load_pretrained(path, model), names, data.class_names, reorder_classes)
+    return match_classes(path, variables, names, data.class_names, reorder_classes)
 
 
 def reorder_classes(variables: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
