@@ -102,14 +102,14 @@ def share(row, prefix=1):
 def test_queries_are_drawn_with_the_map_of_their_patch(folder, truth, drawn):
     out = folder / "queries.png"
     images = sorted((folder / "images").iterdir())[:2]
-    args = ["--query", "23,8", "--query", "class", "--block", "block_10", "--head", "1", "--output", out]
+    args = ["--query", "23,8", "--query", "class", "--block", "block_10", "--head", "2", "--output", out]
     visualize.main([*map(str, ["attention", "--checkpoint", folder / "vit", *images, *args])])
     shown, points, maps, _ = drawn["draw_queries"]
     np.testing.assert_array_equal(shown, truth[0][[0, 0, 1, 1]])
     assert points == [(8.5 / 24, 23.5 / 24), None] * 2
     ((name, found),) = maps.items()
-    assert name == f"{folder / 'vit'}, block_10, head 1"
-    x = truth[2][10][:2, 0]
+    assert name == f"{folder / 'vit'}, block_10, head 2"
+    x = truth[2][10][:2, 1]
     expected = [share(x[i, query]) for i in range(2) for query in (1 + 2 * 3 + 1, 0)]
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert out.stat().st_size > 10_000

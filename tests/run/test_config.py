@@ -12,6 +12,7 @@ from fcvit_jax import networks, optim
 from fcvit_jax.augment import mixing
 from fcvit_jax.configs import (
     cifar10,
+    cifar10_compare,
     deit_small,
     digits,
     digits_vit,
@@ -33,6 +34,7 @@ from fcvit_jax.tasks import classification
     "module",
     [
         cifar10,
+        cifar10_compare,
         deit_small,
         digits,
         digits_vit,
@@ -60,6 +62,22 @@ def test_the_recipe_serves_every_network(name):
     assert model.drop_path_rate == usual["drop_path_rate"]
     assert (config.data.image_size, config.data.crop_pct) == (usual["image_size"], usual["crop_pct"])
     assert ("bn_group_size" in config.model) == (name == "fcvit_b12")
+
+
+@pytest.mark.parametrize("network", cifar10_compare.NETWORKS)
+def test_the_networks_compared_have_as_many_parameters_and_one_recipe(network):
+    config, usual = cifar10_compare.get_config(network), cifar10.get_config()
+    check_config(config, classification)
+    model = networks.create_model(**config.model)
+    shapes = jax.eval_shape(lambda key: networks.init_variables(model, key), jax.random.key(0))
+    assert 1.50e6 < sum(x.size for x in jax.tree.leaves(shapes["params"])) < 1.545e6
+    others = [{key: x for key, x in c.to_dict().items() if key != "model"} for c in (config, usual)]
+    assert others[0] == others[1]
+
+
+def test_a_network_that_is_not_compared_is_refused():
+    with pytest.raises(UserError, match="'resnet' is none of .* fcvit, without_context, convnext, vit"):
+        cifar10_compare.get_config("resnet")
 
 
 def test_a_part_of_the_config_is_what_one_function_takes():
