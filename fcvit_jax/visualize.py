@@ -1,4 +1,4 @@
-"""Draws what networks attend to, how runs went, what segmenters see: `python -m fcvit_jax.visualize TOOL ...`."""
+"""Draws attention, similarity maps, curves of runs, and segmentations: `python -m fcvit_jax.visualize TOOL ...`."""
 
 import argparse
 import contextlib
@@ -20,7 +20,7 @@ from fcvit_jax.figures.similarity import draw_similarity, head_correlation, simi
 from fcvit_jax.networks.vit import ViT
 from fcvit_jax.predict import CHECKPOINT_HELP, find_images, load, read_image
 
-_MAX_IMAGES = 32  # of one picture
+_MAX_IMAGES = 32  # in one picture
 
 
 def _find_images(paths: Sequence[Path]) -> list[Path]:
@@ -147,7 +147,9 @@ def _curves(args: argparse.Namespace) -> Figure:
     runs = {str(workdir): read_metrics(workdir) for workdir in args.workdirs}
     metrics = {_metric(workdir) for workdir in args.workdirs}
     if len(metrics) > 1:
-        raise UserError(f"These runs are of different tasks ({', '.join(sorted(metrics))}): draw each task by itself.")
+        raise UserError(
+            f"These runs have different main metrics ({', '.join(sorted(metrics))}): draw the runs of each task apart."
+        )
     return draw_curves(runs, metrics.pop())
 
 
@@ -155,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     prog = "python -m fcvit_jax.visualize"
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Draw what a network attends to, how runs went, or what a segmenter sees; each has its own --help.",
+        description="Draw attention, similarity maps, curves of runs, or segmentations. Each has its own --help.",
         epilog=f"example: {prog} curves runs/digits --output curves.png",
     )
     tools = parser.add_subparsers(required=True, metavar="attention|similarity|curves|segmentation")
@@ -171,9 +173,9 @@ def main(argv: list[str] | None = None) -> None:
 def _add_attention(tools: Any, prog: str) -> argparse.ArgumentParser:
     tool = tools.add_parser(
         "attention",
-        help="where the queries of a ViT look",
-        description="Draw one head's attention for some queries, laid over the images (figure 1 of the paper); with "
-        "--beside, all heads of two networks (figure 3), of which an FCViT has the maps of its last context.",
+        help="the attention of a ViT's queries",
+        description="Draw one head's attention for some queries on top of the images (figure 1 of the paper). With "
+        "--beside, draw all heads of two networks (figure 3); of an FCViT, the maps of its last context.",
         epilog=f"example: {prog} attention --checkpoint deit.pth --query 60,80 --query class a.png --output maps.png",
     )
     tool.add_argument(
@@ -185,8 +187,8 @@ def _add_attention(tools: Any, prog: str) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="Y,X|class",
-        help="a pixel, from the top left of what the first network sees of an image, or the class token; may be "
-        "given several times (default: the centre)",
+        help="a pixel, counted from the top left of the image as the first network gets it, or the class token; may "
+        "be given several times (default: the centre)",
     )
     tool.add_argument("--block", help="such as block_3, of the first network with --beside (default: the last)")
     tool.add_argument("--head", type=int, metavar="N", help="from 1 (default: the last)")
@@ -198,13 +200,13 @@ def _add_attention(tools: Any, prog: str) -> argparse.ArgumentParser:
 def _add_similarity(tools: Any, prog: str) -> argparse.ArgumentParser:
     tool = tools.add_parser(
         "similarity",
-        help="what the heads of an FCViT see",
-        description="Draw each head's similarity between every position and the image's mean, laid over the images.",
+        help="the similarity maps of an FCViT's heads",
+        description="Draw each head's similarity between every position and the image's mean, on top of the images.",
         epilog=f"example: {prog} similarity --checkpoint runs/digits a.png b.png --output similarity.png",
     )
     tool.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
-    tool.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="a folder: all images beneath it")
-    tool.add_argument("--block", help="such as stages_2_block_0; default: the last whose map is more than one position")
+    tool.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="a folder: all images below it")
+    tool.add_argument("--block", help="such as stages_2_block_0; default: the last with more than one position")
     tool.set_defaults(draw=_similarity)
     return tool
 
@@ -212,7 +214,7 @@ def _add_similarity(tools: Any, prog: str) -> argparse.ArgumentParser:
 def _add_curves(tools: Any, prog: str) -> argparse.ArgumentParser:
     tool = tools.add_parser(
         "curves",
-        help="how runs went",
+        help="loss, learning rate and main metric of runs",
         description="Draw loss, learning rate and the main metric of runs, such as top-1.",
         epilog=f"example: {prog} curves runs/a runs/b --output curves.png",
     )

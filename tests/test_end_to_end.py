@@ -115,7 +115,16 @@ def test_the_arguments_of_the_readme_are_those_of_the_tools(arguments, monkeypat
 
     is_folder = importlib.util.find_spec(arguments[0]).submodule_search_locations
     tool = importlib.import_module(f"{arguments[0]}.__main__" if is_folder else arguments[0])
-    for name in vars(tool).keys() & {"_predict", "_similarity", "_curves", "_summary", "_report", "export", "convert"}:
+    for name in vars(tool).keys() & {
+        "_predict",
+        "_attention",
+        "_similarity",
+        "_curves",
+        "_summary",
+        "_report",
+        "export",
+        "convert",
+    }:
         monkeypatch.setattr(tool, name, work)
     with pytest.raises(Parsed):
         tool.main(arguments[1:])

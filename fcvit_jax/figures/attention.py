@@ -1,4 +1,4 @@
-"""Figures of attention: where queries look, what every head sees, and the measures over depth."""
+"""Figures of attention: the maps of queries, the maps of all heads, and the measures over depth."""
 
 import itertools
 import re
@@ -38,7 +38,7 @@ def attention_of(
       The block's name, and (N, heads, T, T) float32, rows being queries.
 
     Raises:
-      UserError: there is no such block, or the network has none whose attention is of queries.
+      UserError: there is no such block, or the network has no attention of queries.
     """
     sown = intermediates(model, variables, normalize(images, model.mean, model.std))
     found = {name: x["attention"][0] for name, x in sown.items() if "attention" in x}
@@ -54,16 +54,16 @@ def attention_of(
 def query_maps(
     attention: np.ndarray, grid: tuple[int, int], query: tuple[int, int] | None, prefix: int = 1
 ) -> np.ndarray:
-    """The share that each patch gets of one query's attention.
+    """Computes the share of one query's attention that each patch gets.
 
     Args:
       attention: (..., T, T), rows being queries, with T = prefix + rows * columns.
       grid: rows and columns of patches.
-      query: row and column of the patch that asks; None: the class token asks.
+      query: row and column of the patch that is the query; None: the class token is the query.
       prefix: class and distillation tokens, in front of the patches.
 
     Returns:
-      (..., rows, columns) of sum 1: what goes to the prefix is left out.
+      (..., rows, columns) of sum 1. The attention to the prefix is left out.
 
     Raises:
       UserError: there is no such patch, or the grid does not fit.
@@ -84,7 +84,7 @@ def draw_queries(
     maps: Mapping[str, Sequence[np.ndarray]],
     title: str,
 ) -> Figure:
-    """Draws one row per query: the image with the query marked, then where each network looks; figure 1 of the paper.
+    """Draws one row per query: the image with the query marked, then each network's map, as in the paper's figure 1.
 
     Args:
       images: (H, W, 3) uint8 for each row; several queries of an image are as many rows.
@@ -118,12 +118,12 @@ def draw_queries(
 def draw_heads(
     image: np.ndarray, maps: Mapping[str, np.ndarray], query: Mapping[str, tuple[int, int] | None], title: str
 ) -> Figure:
-    """Draws the maps of all heads of some networks side by side, over the image; figure 3 of the paper.
+    """Draws the maps of all heads of some networks side by side, on top of the image, as in the paper's figure 3.
 
     Args:
       image: (H, W, 3) uint8.
-      maps: by the name of the network, (heads, rows, columns); squares stay squares, nothing is interpolated.
-      query: by the name of the network, row and column of the patch that asks; None: no patch does, as in an FCViT.
+      maps: by the name of the network, (heads, rows, columns). They are drawn without interpolation.
+      query: by the name of the network, row and column of the patch that is the query; None: there is none (FCViT).
       title: of the figure.
     """
     columns = [-(-len(heads) // 2) for heads in maps.values()]
@@ -186,7 +186,7 @@ def draw_depth(
 
 
 def _overlay(axis: Axes, image: np.ndarray, drawn: np.ndarray) -> None:
-    """A map, scaled to [0, 1], over its image in grey and of weak contrast, so that light and colour mean the map."""
+    """Draws a map, scaled to [0, 1], on top of its image, in grey with weak contrast: colours show the map alone."""
     axis.imshow(image.mean(-1), cmap="gray", vmin=-200, vmax=455)
     spread = np.ptp(drawn)
     scaled = (drawn - drawn.min()) / spread if spread > 0 else np.zeros_like(drawn)
@@ -195,7 +195,7 @@ def _overlay(axis: Axes, image: np.ndarray, drawn: np.ndarray) -> None:
 
 
 def _mark(axis: Axes, image: np.ndarray, point: tuple[float, float] | None, face: str) -> None:
-    """A ring around a point, filled with the colour `face`; white outside, so that it shows on every colour."""
+    """Draws a ring around a point, filled with the colour `face`. Its white edge is visible on every colour."""
     if point is not None:
         x, y = point[0] * image.shape[1] - 0.5, point[1] * image.shape[0] - 0.5
         axis.plot(x, y, "o", markerfacecolor="none", markeredgecolor="white", markersize=9.5, markeredgewidth=3)
@@ -203,7 +203,7 @@ def _mark(axis: Axes, image: np.ndarray, point: tuple[float, float] | None, face
 
 
 def _frame(axis: Axes, image: np.ndarray, grid: tuple[int, int], query: tuple[int, int]) -> None:
-    """A square around one patch; white outside, so that it shows on every colour."""
+    """Draws a square around one patch. Its white edge is visible on every colour."""
     height, width = image.shape[0] / grid[0], image.shape[1] / grid[1]
     corner = (query[1] * width - 0.5, query[0] * height - 0.5)
     for colour, line in (("white", 2.6), (_QUERY, 1.4)):
@@ -211,7 +211,7 @@ def _frame(axis: Axes, image: np.ndarray, grid: tuple[int, int], query: tuple[in
 
 
 def _wrapped(name: str) -> str:
-    """A network's name in lines that fit over a column; new ones begin after commas, and else after "_" and "/"."""
+    """Breaks a network's name into lines that fit over a column: after commas, and in long parts after "_" and "/"."""
     lines = []
     for whole in name.split(", "):
         lines.append("")

@@ -1,4 +1,4 @@
-"""The figure of how runs went: loss, learning rate and a metric over epochs."""
+"""The figure of the curves of runs: loss, learning rate and a metric over epochs."""
 
 import itertools
 import json
@@ -15,7 +15,8 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
     """The lines of a run's metrics.jsonl.
 
     Raises:
-      UserError: there is no such file, it is empty, or a line cannot be read (except the last, cut off by a kill).
+      UserError: there is no such file, it is empty, or a line cannot be read. The last line may be incomplete, since a
+        kill can cut it off.
     """
     path = workdir / "metrics.jsonl"
     try:
@@ -54,7 +55,7 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], metric: str |
         metric = next(evaluated, "not evaluated yet")
     figure = Figure(figsize=(12, 4.2 + 0.25 * len(runs)), dpi=120, layout="constrained")
     loss, rate, quality = figure.subplots(1, 3)
-    handles, labels = [], []  # given to the legend as they are: it would leave out names that begin with "_"
+    handles, labels = [], []  # passed to the legend directly, which otherwise leaves out names that begin with "_"
     for (name, metrics), colour in zip(runs.items(), itertools.cycle(COLOURS), strict=False):
 
         def curve(axis, key, scale=1.0, metrics=metrics, **style):

@@ -20,25 +20,25 @@ from fcvit_jax.networks.normalize import normalize
 def similarity_maps(
     model: nn.Module, variables: Mapping[str, Any], images: np.ndarray, block: str | None = None
 ) -> tuple[str, np.ndarray]:
-    """Computes the token-global similarity of the last context in a block, in the order of the paper's figure 3.
+    """Computes the similarity of every position to the image's mean, by the last context of a block (paper, figure 3).
 
     Args:
       model: the network.
       variables: its variables.
       images: (N, H, W, 3) uint8.
-      block: its name, such as "stages_3_block_1"; None: the last one whose map is larger than a single position.
+      block: the block's name, such as "stages_3_block_1"; None: the last block whose map has more than one position.
 
     Returns:
-      The block's name, and (N, h, w, context_heads) float32: of zero mean and unit variance per image.
+      The block's name, and (N, h, w, context_heads) float32, with zero mean and unit variance for each image.
 
     Raises:
-      UserError: there is no such block, its map is a single position, or the network computes no similarity.
+      UserError: there is no such block, its map has only one position, or the network computes no similarity.
     """
     sown = traverse_util.flatten_dict(intermediates(model, variables, normalize(images, model.mean, model.std)))
     paths = sorted((path for path in sown if path[-1] == "similarity"), key=_natural_order)
     if not paths:
         raise UserError("The network computes no similarity: it has no weighted context.")
-    maps = {path[0]: np.asarray(sown[path][0]) for path in paths}  # of several contexts in a block, the last
+    maps = {path[0]: np.asarray(sown[path][0]) for path in paths}  # the last context of a block replaces the others
     wide = [name for name in maps if maps[name][0, ..., 0].size > 1]
     if not wide or (block is not None and block not in wide):
         raise UserError(f"There is no map to draw of block {block}: choose from {', '.join(wide)}.")
@@ -46,7 +46,7 @@ def similarity_maps(
 
 
 def _natural_order(path: Sequence[str]) -> list:
-    """Sorts numbers in names by value: block 2 before block 10."""
+    """A sort key that compares numbers in names by value: block 2 comes before block 10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", "/".join(path))]
 
 
@@ -57,7 +57,7 @@ def head_correlation(maps: np.ndarray) -> float:
       maps: (h, w, heads).
 
     Returns:
-      In [-1, 1]; NaN where no two heads have a map that varies.
+      A number in [-1, 1]; NaN if fewer than two heads have a map that varies.
     """
     maps = maps.reshape(-1, maps.shape[-1])
     maps = maps[:, maps.std(0) > 0]
@@ -66,7 +66,7 @@ def head_correlation(maps: np.ndarray) -> float:
 
 
 def draw_similarity(images: Sequence[np.ndarray], maps: np.ndarray, names: Sequence[str], title: str) -> Figure:
-    """Draws one row per image: the image, then the map of each head laid over it, each on a scale of its own.
+    """Draws one row per image: the image, then the standardised map of each head on top of the grey image.
 
     Args:
       images: (H, W, 3) uint8 each.
@@ -78,7 +78,7 @@ def draw_similarity(images: Sequence[np.ndarray], maps: np.ndarray, names: Seque
     size = 1.35 * (heads + 1) + 1.5, 1.7 * len(images) + 1.0
     figure = Figure(figsize=size, dpi=150, layout="compressed")
     axes = figure.subplots(len(images), heads + 1, squeeze=False)
-    # As the correlation sees them: heads differ so much in strength that on one scale most would be of one colour.
+    # Standardised, as in the correlation. Heads differ so much in strength that most maps would show a single colour.
     deviations = (maps - maps.mean((1, 2), keepdims=True)) / np.maximum(maps.std((1, 2), keepdims=True), 1e-6)
     norm = Normalize(*np.percentile(deviations, (1, 99)))
     for row, image, image_maps, drawn, name in zip(axes, images, maps, deviations, names, strict=True):
@@ -89,7 +89,7 @@ def draw_similarity(images: Sequence[np.ndarray], maps: np.ndarray, names: Seque
         label = literal(name if len(name) <= 18 else "…" + name[-17:])
         row[0].set_xlabel(f"{label}\nr = {head_correlation(image_maps):.2f}", fontsize=9)
         for head, axis in enumerate(row[1:]):
-            # Grey and of weak contrast, so that light and colour mean similarity.
+            # Grey with weak contrast, so that brightness and colour show the similarity.
             axis.imshow(grey, cmap="gray", vmin=-200, vmax=455)
             axis.imshow(
                 drawn[..., head],
