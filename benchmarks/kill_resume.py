@@ -61,7 +61,7 @@ def start(workdir: Path, flags: list[str]) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, workdir: Path) -> None:
-    assert process.wait() == 0, Path(f"{workdir}.log").read_text()
+    assert process.wait(timeout=3600) == 0, Path(f"{workdir}.log").read_text()
 
 
 def last_step(workdir: Path) -> int:
@@ -100,7 +100,7 @@ def kill_and_resume(workdir: Path, flags: list[str], steps: int, kills: int, see
             time.sleep(rng.uniform(0, 0.1))
         killed.append(last_step(workdir))
         process.kill()
-        assert process.wait() < 0, Path(f"{workdir}.log").read_text()
+        assert process.wait(timeout=60) < 0, Path(f"{workdir}.log").read_text()
     finish(start(workdir, flags), workdir)
     return killed
 

@@ -135,7 +135,15 @@ def test_evaluation_counts_every_example_of_every_bucket_once(monkeypatch, batch
             chex.assert_trees_all_equal_shapes(*together)
 
 
-def test_some_steps_are_traced(tmp_path):
+def test_evaluation_is_traced_once_for_every_shape(monkeypatch):
+    monkeypatch.setattr(fake_task, "eval_step", chex.assert_max_traces(fake_task.eval_step, n=2))
+    model, mesh = fake_task.create_model("fake"), make_mesh(data=1)
+    for seed in (0, 1):
+        variables = fake_task.init_variables(model, jax.random.key(seed))
+        evaluate(fake_task, model, variables, fake_task.open_dataset(batch_size=8), mesh)
+
+
+def test_the_profiler_has_the_steps_asked_for(tmp_path):
     config = fake()
     config.train.update(steps=6, profile_steps=(2, 4), eval_every=4)
     train_and_evaluate(config, tmp_path)

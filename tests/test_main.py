@@ -119,7 +119,7 @@ def test_a_folder_with_another_run_is_refused(run, tmp_path):
 
 def test_the_exit_code_is_1_and_there_is_no_traceback(tmp_path):
     command = [sys.executable, "main.py", "--config=configs/digits.py", f"--workdir={tmp_path}"]
-    done = subprocess.run([*command, "--config.optim.lrr=2"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*command, "--config.optim.lrr=2"], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1
     assert done.stderr == 'error: no such config key: \'lrr\'\nDid you mean "lr" instead of "lrr"?\n'
 

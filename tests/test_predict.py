@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import chex
 import jax
 import numpy as np
 import optax
@@ -73,7 +74,7 @@ def test_the_averages_are_taken_where_the_run_kept_them(tmp_path):
     checkpointer.wait()
     checkpointer.close()
     model, variables, metadata = predict.load(tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, variables, averages)
+    chex.assert_trees_all_equal(variables, averages)
     assert model == create_model(**TINY) and metadata["class_names"] == METADATA["class_names"]
     convert.convert(tmp_path, tmp_path / "run.npz")  # with stages without blocks, which shapes alone do not tell
     for loaded, expected in (
@@ -81,7 +82,7 @@ def test_the_averages_are_taken_where_the_run_kept_them(tmp_path):
         (convert.load_pretrained(tmp_path / "run.npz", model), averages),
         (convert.load_pretrained(tmp_path, model, ema=False), plain),
     ):
-        jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+        chex.assert_trees_all_equal(loaded, expected)
 
 
 def test_load_says_what_it_assumes(tmp_path, capsys):
@@ -177,4 +178,4 @@ def test_output_that_nobody_reads_any_more_ends_a_tool_in_silence():
 def test_names_that_are_no_utf_8_are_printed():
     tool = r"from fcvit_jax.errors import exit_on_error" "\n" r"with exit_on_error(): print('caf\udce9.jpg')"
     env = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
-    assert subprocess.check_output([sys.executable, "-c", tool], env=env) == rb"caf\udce9.jpg" b"\n"
+    assert subprocess.check_output([sys.executable, "-c", tool], env=env, timeout=100) == rb"caf\udce9.jpg" b"\n"

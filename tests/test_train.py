@@ -19,6 +19,7 @@ from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -175,10 +176,8 @@ def test_the_first_step_is_that_of_the_seed(config, tmp_path):
     tx, schedule = optim.make_optimizer(dataset.steps_per_epoch, 3, 16, **config.optim)
     first = init_variables(networks.init_variables, model, mesh, seed=7)
     new, averages = (load_variables(tmp_path, ema=ema) for ema in (False, True))
-    jax.tree.map(
-        lambda average, old, new: np.testing.assert_allclose(average, 0.9 * old + 0.1 * new, rtol=1e-5, atol=1e-7),
-        *(averages, jax.device_get(first), new),
-    )
+    moved = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, jax.device_get(first), new)
+    chex.assert_trees_all_close(averages, moved, rtol=1e-5, atol=1e-7)
     prepare = classification.make_prepare(model, **config.mixing)
     fixed = dict(model=model, tx=tx, schedule=schedule, prepare=prepare, loss=classification.loss, mesh=mesh)
     state = create_state(first, tx, abstract_state(networks.init_variables, model, tx, mesh, ema=True))
@@ -359,7 +358,9 @@ def test_workers_sit_out_a_signal_to_all_and_when_one_dies_the_run_ends(undistur
     """SLURM sends SIGTERM to all processes of a job; here its worker has it long before the run, and when it starts."""
 
     def tell(number):
+        deadline = time.monotonic() + 100
         while not (workers := multiprocessing.active_children()):
+            assert time.monotonic() < deadline
             time.sleep(0.001)
         os.kill(workers[0].pid, number)
 
@@ -482,7 +483,7 @@ def test_a_disk_that_is_full_at_the_very_end(undisturbed, config, at_16, digits_
     command.append(f"--config.data.data_dir={digits_dir}")
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (16384, 16384))
-    _, stderr = process.communicate()
+    _, stderr = process.communicate(timeout=100)
     assert process.returncode == 1
     error, advice = stderr.splitlines()
     assert error.startswith(f"error: Could not save a checkpoint under {at_16}: ") and "File too large" in error
@@ -514,7 +515,7 @@ def test_the_best_is_the_earlier_of_equals_and_survives_a_kill_before_it_is_writ
     shutil.rmtree(tmp_path / "best/20")
     train_and_evaluate(config, tmp_path)
     assert "is gone" not in capsys.readouterr().out
-    jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / "best/20"), arrays(tmp_path / "checkpoints/20"))
+    chex.assert_trees_all_equal(arrays(tmp_path / "best/20"), arrays(tmp_path / "checkpoints/20"))
 
     # From step 15 another 20 may follow: the best of before is not this run's.
     shutil.rmtree(tmp_path / "checkpoints/20")
@@ -660,7 +661,7 @@ def test_a_finished_run_whose_best_is_lost_keeps_its_end_as_the_best(undisturbed
     shutil.rmtree(workdir / "best")
     assert train_and_evaluate(config, workdir) == undisturbed["result"]
     assert f"at step 20; over 40 examples. Checkpoints: {workdir / 'checkpoints/20'} and" in capsys.readouterr().out
-    jax.tree.map(np.testing.assert_array_equal, arrays(workdir / "best/20"), arrays(workdir / "checkpoints/20"))
+    chex.assert_trees_all_equal(arrays(workdir / "best/20"), arrays(workdir / "checkpoints/20"))
 
 
 def test_a_run_that_is_beyond_its_last_step_is_refused(undisturbed, config, tmp_path):
@@ -671,5 +672,5 @@ def test_a_run_that_is_beyond_its_last_step_is_refused(undisturbed, config, tmp_
         train_and_evaluate(config, workdir)
     assert info.traceback  # keeps alive what the run has left open
     take = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-    subprocess.run([sys.executable, "-c", take, workdir / ".lock"], check=True)  # the folder is released
+    subprocess.run([sys.executable, "-c", take, workdir / ".lock"], check=True, timeout=100)  # the folder is released
     assert json.loads((workdir / "config.json").read_text())["train"]["steps"] is None

@@ -4,6 +4,7 @@ import json
 import logging
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -121,7 +122,7 @@ def test_a_segmenter_starts_from_a_classifier_or_a_pyramid(tmp_path, name, pyram
     what, norms = ("a feature pyramid", "") if pyramid else ("a classifier", "the norms of the pyramid, ")
     assert said(caplog) == [f"{path} holds {what}: {norms}the neck and the head start afresh."]
     if name == "weights.npz":
-        jax.tree.map(np.testing.assert_array_equal, convert.load_pretrained(path, model), loaded)
+        chex.assert_trees_all_equal(convert.load_pretrained(path, model), loaded)
     assert jax.tree.map(np.shape, loaded) == jax.tree.map(lambda x: x.shape, abstract_variables(model))
 
     backbone = {key: x for key, x in convert.to_torch(loaded, model).items() if key.startswith("backbone.")}

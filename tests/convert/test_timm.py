@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import chex
 import jax
 import ml_dtypes
 import numpy as np
@@ -255,7 +256,7 @@ def test_pretrained_weights_get_new_heads_and_positions_and_nothing_else(caplog)
     assert params["pos_embed"].shape == (27, 24)
     np.testing.assert_array_equal(params["pos_embed"][:2], same["pos_embed"][:2])
     kept = [name for name in same if name not in ("head", "head_dist", "pos_embed")]
-    jax.tree.map(np.testing.assert_array_equal, [params[name] for name in kept], [same[name] for name in kept])
+    chex.assert_trees_all_equal([params[name] for name in kept], [same[name] for name in kept])
 
 
 def test_other_networks_are_refused(tmp_path):

@@ -36,5 +36,7 @@ print((faults() - before) * resource.getpagesize() / (10 * x.nbytes))
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is told")
 def test_programs_keep_their_memory_from_call_to_call():
     # In a process of its own, whose heap no other test has filled.
-    faulted = subprocess.run([sys.executable, "-c", COUNT_FAULTS], check=True, capture_output=True, text=True).stdout
+    faulted = subprocess.run(
+        [sys.executable, "-c", COUNT_FAULTS], check=True, capture_output=True, text=True, timeout=100
+    ).stdout
     assert float(faulted) < 0.5  # of the memory taken; all of it without

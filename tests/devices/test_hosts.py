@@ -38,7 +38,7 @@ def test_what_is_said_is_in_the_log_of_a_run_that_is_killed(tmp_path):
     code = "from fcvit_jax.errors import *; show_log(); log.info('step 50'); os.kill(os.getpid(), 9)"
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with (tmp_path / "log").open("w") as log:
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, stdout=log)
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, stdout=log, timeout=100)
     assert (tmp_path / "log").read_text() == "step 50\n"
 
 
@@ -49,9 +49,9 @@ def test_without_the_main_thread_there_are_no_handlers():
         with StopSignal() as stop:
             polled.append(stop.poll())
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join()
+    thread.join(60)
     assert polled == [False]
 
 

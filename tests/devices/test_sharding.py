@@ -3,6 +3,7 @@
 import re
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,4 +102,4 @@ def test_a_batch_in_parts_is_the_same_step_and_every_device_has_its_share_of_eac
         start = jax.device_put(state, state_shardings(state, step.mesh))
         new, metrics = compiled(start, global_batch(batch, step.mesh), jax.random.key(0))
         results[accumulate] = metrics, new.variables["batch_stats"], optax.tree.get(new.opt_state, "mu")
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), results[4], results[1])
+    chex.assert_trees_all_close(results[4], results[1], rtol=1e-4, atol=1e-6)

@@ -518,4 +518,4 @@ assert not heavy, heavy
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized()
 """
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=DATA.parent.parent)
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=DATA.parent.parent, timeout=100)

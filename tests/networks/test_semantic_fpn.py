@@ -347,5 +347,5 @@ import sys
 from fcvit_jax.networks import semantic_fpn
 print([m for m in ("orbax.checkpoint", "grain", "torch", "PIL", "cv2", "tensorflow_datasets") if m in sys.modules])
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
     assert out.stdout.strip() == "[]"

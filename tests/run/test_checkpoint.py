@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +37,7 @@ METADATA = {"best": {"step": 2, "top1": 0.1}}
 
 
 def assert_same(a, b):
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y), strict=True), a, b)
+    chex.assert_trees_all_equal(a, b, strict=True)
 
 
 @pytest.fixture(scope="module")

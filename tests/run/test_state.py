@@ -1,5 +1,6 @@
 """The training state that a run starts from."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,11 +23,10 @@ def test_the_first_state_is_as_the_model_initialises_it_and_blocks_are_drawn_apa
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
     assert jax.tree.map(jnp.shape, state.eval_variables) == jax.tree.map(lambda x: x.shape, variables)
 
-    assert jax.tree.structure(state) == jax.tree.structure(abstract)
-    for x, expected in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
-        assert (x.shape, x.dtype, x.sharding) == (expected.shape, expected.dtype, expected.sharding)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, abstract)
+    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, abstract)
     assert int(state.step) == 0 and all((x == 0).all() for x in jax.tree.leaves(state.opt_state))
-    jax.tree.map(np.testing.assert_array_equal, state.ema, state.variables)
+    chex.assert_trees_all_equal(state.ema, state.variables)
 
     def drawn(params):
         """All kernels of a block, in units of their standard deviation."""
@@ -40,8 +40,9 @@ def test_the_first_state_is_as_the_model_initialises_it_and_blocks_are_drawn_apa
             assert abs(off_diagonal).max() < 5 / blocks[0].size ** 0.5
     shallow = model.clone(depths=(1, 0, 0, 1))
     firsts = jax.jit(lambda: shallow.init(jax.random.key(7), jnp.zeros((1, 32, 32, 3)))["params"])()
-    for name, x in firsts.items():
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.variables["params"][name], x)
+    chex.assert_trees_all_close(
+        {name: state.variables["params"][name] for name in firsts}, firsts, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_averages_are_float32_whatever_the_parameters_are():
