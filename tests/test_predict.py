@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax import traverse_util
 from helpers import METADATA, TINY, exit_of, expected_logits, save_images, save_tiny, tiny_variables
+from PIL import Image
 
 from fcvit_jax import convert, export, predict, summary, tasks, visualize
 from fcvit_jax.augment import eval_transform
