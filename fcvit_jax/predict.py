@@ -1,7 +1,6 @@
 """Says what is in images: `python -m fcvit_jax.predict --checkpoint runs/digits photos/ cat.jpg`."""
 
 import argparse
-import glob
 import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -71,21 +70,22 @@ def probabilities(model: nn.Module, variables: Mapping[str, Any], images: np.nda
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
-    """The paths, each folder replaced by the images beneath it; a UserError where it holds none."""
-    from fcvit_jax.augment import IMAGE_SUFFIXES, is_image_file  # Pillow is not needed for --help
+    """The paths, each folder replaced by the images beneath it, and none twice.
 
-    found = []
+    Raises:
+      UserError: a folder holds no image.
+    """
+    from fcvit_jax.data.image_files import count, first, list_images  # Pillow is not needed for --help
+
+    found, again = {}, []
     for path in paths:
-        if path.is_dir():
-            # Unlike Path.rglob it follows links, and leaves out what is hidden.
-            beneath = map(Path, glob.iglob(f"{glob.escape(str(path))}/**/*", recursive=True))
-            inside = sorted(filter(is_image_file, beneath))
-            if not inside:
-                raise UserError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
-            found += inside
-        else:
-            found.append(path)
-    return found
+        inside = [path / name for name in list_images(str(path))] if path.is_dir() else [path]
+        for image in inside:
+            if found.setdefault(image.parent.resolve() / image.name, image) is not image:
+                again.append(str(image))
+    if again:
+        log.warning("%s given twice, taken once: %s", count(len(again), "image"), first(again))
+    return list(found.values())
 
 
 def _predict(args: argparse.Namespace) -> int:

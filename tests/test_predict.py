@@ -12,6 +12,7 @@ import optax
 import pytest
 from flax import traverse_util
 from helpers import METADATA, TINY, exit_of, expected_logits, save_images, save_tiny, tiny_variables
+from PIL import Image
 
 from fcvit_jax import convert, export, predict, summary, tasks, visualize
 from fcvit_jax.augment import eval_transform
@@ -48,6 +49,26 @@ def test_predictions_equal_the_model_whatever_the_batches(checkpoint, tmp_path, 
         np.testing.assert_allclose([p["probability"] for p in line["predictions"]], np.sort(expected)[:0:-1], rtol=1e-4)
         seen.add(line["predictions"][0]["probability"])
     assert len(seen) == 5  # or the network would be deaf to its input
+
+
+def test_a_folder_is_read_whole_and_what_is_left_out_is_named(tmp_path, caplog):
+    """Once each, also where links lead round in a circle."""
+    paths = save_images(tmp_path / "in", 1) + save_images(tmp_path / "in/deep", 1)
+    image = Image.open(paths[0])
+    for suffix in (".bmp", ".tif", ".gif", ".JFIF", ".jpe", ".webp"):
+        paths.append(tmp_path / f"in/a{suffix}")
+        image.save(paths[-1], None if suffix not in (".JFIF", ".jpe") else "JPEG")
+    (tmp_path / "in/link.png").symlink_to(paths[0])
+    (tmp_path / "in/deep/round").symlink_to(tmp_path / "in")
+    (tmp_path / "in/gone.png").symlink_to("nothing")
+    os.mkfifo(tmp_path / "in/pipe.png")
+    for name in ("notes.txt", ".hidden.png", ".DS_Store"):
+        (tmp_path / "in" / name).touch()
+    found = predict.find_images([tmp_path / "in", paths[0], tmp_path / "in/deep/round/deep/0.png"])
+    assert sorted(found) == sorted([*paths, tmp_path / "in/link.png"])
+    left_out, twice = (record.getMessage() for record in caplog.records)
+    assert left_out.endswith("not the 5 other entries: .hidden.png, deep/round/ (again), gone.png, notes.txt, pipe.png")
+    assert twice == f"2 images given twice, taken once: {paths[0]}, {tmp_path / 'in/deep/round/deep/0.png'}"
 
 
 def test_bad_images_are_named_and_the_rest_go_on(checkpoint, tmp_path, capsys):
@@ -142,7 +163,7 @@ def test_what_cannot_be_predicted_is_an_error(checkpoint, tmp_path):
     image = save_images(tmp_path, 1)[0]
     assert "--top" in exit_of(predict.main, "--checkpoint", checkpoint, image, "--top", 0)
     (tmp_path / "none").mkdir()
-    assert "holds no images" in exit_of(predict.main, "--checkpoint", checkpoint, tmp_path / "none")
+    assert "has no image" in exit_of(predict.main, "--checkpoint", checkpoint, tmp_path / "none")
     with pytest.raises(UserError, match="2.png: unknown or broken"):
         (tmp_path / "2.png").write_bytes(b"")
         predict.read_image(tmp_path / "2.png", METADATA)

@@ -18,7 +18,8 @@ from PIL import Image, UnidentifiedImageError
 from fcvit_jax.augment.randaugment import RESAMPLE, apply_op, draw_ops, draw_resample
 from fcvit_jax.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # a file in a folder is an image if its name ends in one of these
+# A file in a folder is an image if its name ends in one of these.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 # What Pillow raises for broken or refused files.
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError)
 

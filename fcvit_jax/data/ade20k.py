@@ -22,7 +22,6 @@ from fcvit_jax.data.pairing import match
 from fcvit_jax.errors import UserError
 
 IGNORED = 255
-MASK_SUFFIXES = (*images.IMAGE_SUFFIXES, ".bmp", ".tif", ".tiff")
 LOOKED_AT = 16  # masks of a split that are decoded when it is opened
 
 
@@ -236,7 +235,7 @@ def _pair(path: str, split: str, num_classes: int, zero_is_class: bool, exif: bo
     """Matches the images of a split with its masks and checks what the headers say."""
     image_folder, mask_folder = (os.path.join(path, kind, split) for kind in ("images", "annotations"))
     image_names = image_files.list_images(image_folder)
-    mask_names = image_files.list_images(mask_folder, MASK_SUFFIXES)
+    mask_names = image_files.list_images(mask_folder)
     pairs, image_ending, mask_ending = match(image_names, mask_names, image_folder, mask_folder)
     if image_ending or mask_ending:
         notes.append(f"{path}, {split}: image NAME{image_ending} belongs to mask NAME{mask_ending}")

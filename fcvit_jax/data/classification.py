@@ -40,8 +40,9 @@ def open_dataset(
     Args:
       training: False: open the split for evaluation alone; the other need not be there.
       dataset: "digits"; a TFDS name such as "imagenet2012", with the features image and label; "folder:PATH", a folder
-        with train/CLASS/*.jpg and val/CLASS/*.jpg (or validation/; also .jpeg, .png, .webp); or "synthetic", one batch
-        of noise, for measuring the training step alone: as many images and classes as ImageNet, one batch to evaluate.
+        with train/CLASS/*.jpg and val/CLASS/*.jpg (or validation/; also .png, .webp, .bmp, .tif, .gif and kin, of which
+        the first frame counts); or "synthetic", one batch of noise, for measuring the training step alone: as many
+        images and classes as ImageNet, one batch to evaluate.
       batch_size: images per step over all processes.
       data_dir: where TFDS keeps its data.
       image_size: height and width of the images in pixels.

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from fcvit_jax.augment import images
-from fcvit_jax.errors import UserError
+from fcvit_jax.errors import UserError, log
 
 THREADS = 16  # for headers, whose reading waits for the disk or the network
 # What undoes each EXIF orientation; 1, or none, is upright.
@@ -49,22 +49,42 @@ class Header(NamedTuple):
 def list_images(folder: str, suffixes: tuple[str, ...] = images.IMAGE_SUFFIXES) -> list[str]:
     """Lists the image files in a folder and its subfolders, by name, with "/" between folders; not hidden ones.
 
+    A warning says what else there is. Links are followed, but no folder is read twice.
+
     Args:
-      folder: where to look; links are followed.
+      folder: where to look.
       suffixes: endings of image files, in small letters.
 
     Raises:
-      UserError: the folder cannot be read, or has no image.
+      UserError: the folder or one in it cannot be read, or there is no image.
     """
     if not os.path.isdir(folder):
         raise UserError(f"{folder} is not there, or no folder")
-    found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = os.path.relpath(parent, folder).replace(os.sep, "/")
-        for name in files:
-            if name.lower().endswith(suffixes) and not name.startswith("."):
-                found.append(name if inside == "." else f"{inside}/{name}")
+    found, others, seen = [], [], {os.path.realpath(folder)}
+    below = [""]
+    while below:
+        inside = below.pop()
+        try:
+            entries = sorted(os.scandir(os.path.join(folder, inside)), key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"{os.path.join(folder, inside)} cannot be read: {error.strerror}") from error
+        for entry in entries:
+            name, is_image = inside + entry.name, entry.name.lower().endswith(suffixes)
+            if entry.name.startswith("."):
+                others += [name] if is_image or entry.is_dir() else []  # not what a system leaves anywhere
+            elif entry.is_dir():
+                real = os.path.realpath(entry.path)
+                if real in seen:
+                    others.append(f"{name}/ (again)")
+                else:
+                    seen.add(real)
+                    below.append(f"{name}/")
+            else:
+                (found if is_image and entry.is_file() else others).append(name)
+    if others:
+        kinds = ", ".join(suffixes)
+        what = count(len(others), "other entry", "other entries")
+        log.warning("%s: only images (%s) are read, not the %s: %s", folder, kinds, what, first(sorted(others)))
     if not found:
         raise UserError(f"{folder} has no image ({', '.join(suffixes)})")
     return sorted(found)

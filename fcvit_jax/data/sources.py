@@ -173,7 +173,7 @@ def open_folder(path: str, training: bool = True) -> tuple[Files | None, Files, 
     """Opens a folder with train/CLASS/IMAGE and val/CLASS/IMAGE (or validation/). Class 2 comes before class 10.
 
     Args:
-      path: the folder; images end in .jpg, .jpeg, .png or .webp, in any case.
+      path: the folder; images end as `augment.IMAGE_SUFFIXES` says, in any case.
       training: False: the folder train is not opened, and need not exist.
 
     Returns:

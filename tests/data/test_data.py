@@ -325,6 +325,23 @@ def test_folder(folder, caplog):
     np.testing.assert_array_equal(batch["image"], [augment.eval_transform(file.read_bytes(), 8) for file in files])
 
 
+def test_a_folder_may_hold_images_of_many_formats(tmp_path):
+    """Of several frames the first counts."""
+    colours = [(200, 30, 60), (0, 0, 255)]
+    first, second = (Image.new("RGB", (40, 40), colour) for colour in colours)
+    names = ["a.bmp", "b.tif", "c.TIFF", "d.gif", "e.jfif", "f.jpe", "g.png"]
+    for split in ("train", "val"):
+        (tmp_path / split / "red").mkdir(parents=True)
+        for name in names:
+            more = {"save_all": True, "append_images": [second]} if name[0] in "bcd" else {}
+            kind = {"format": "JPEG", "quality": 100} if name[0] in "ef" else more
+            first.save(tmp_path / split / "red" / name, **kind)
+    data = open_folder(tmp_path, batch_size=7)
+    (batch,) = loader.eval_batches(data)
+    assert batch["mask"].all()
+    np.testing.assert_allclose(batch["image"], np.broadcast_to(colours[0], batch["image"].shape), atol=2)
+
+
 def test_classes_are_in_natural_order(tmp_path):
     for split, name in itertools.product(("train", "val"), ("10", "9", "b2", "B10", "a")):
         (tmp_path / split / name).mkdir(parents=True)
