@@ -16,6 +16,7 @@ from fcvit_jax.convert.pretrained import load_pretrained
 from fcvit_jax.convert.weights import CREATE, VARIANTS, Network, fields_of, fit, from_torch, infer, kind_of, to_torch
 from fcvit_jax.errors import UserError, log
 from fcvit_jax.networks.fcvit import with_fields
+from fcvit_jax.networks.semantic_fpn import SemanticFPN
 from fcvit_jax.networks.vit import ViT
 
 __all__ = ["METADATA", "convert", "from_torch", "load_network", "load_pretrained", "read_metadata", "to_torch"]
@@ -59,7 +60,8 @@ def load_network(
             )
     # In float32, in which a run evaluates its averages, whatever the dtype of its parameters.
     variables = fit(weights, with_fields(model, param_dtype=np.float32))
-    return model, variables, {"model": _arguments(model)} | metadata
+    task = {"task": "segmentation"} if isinstance(model, SemanticFPN) else {}  # without it: classification
+    return model, variables, {"model": _arguments(model)} | task | metadata
 
 
 def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None, name: str | None = None) -> None:
@@ -71,8 +73,8 @@ def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None, na
       source: as in `load_pretrained`.
       dest: the file's ending chooses its format: .pth or .pt (a state dict), .pth.tar ({"state_dict": ...}), .npz
         (arrays by our paths, "params/stem/conv/kernel", float32); otherwise a new folder for an Orbax checkpoint. The
-        latter two carry metadata: "model", the arguments of the function that makes the network, and any that the
-        source has.
+        latter two carry metadata: "model", the arguments of the function that makes the network, "task" for a
+        segmenter, and any that the source has.
       ema: as in `load_pretrained`.
       name: as in `load_network`.
 

@@ -21,6 +21,7 @@ from fcvit_jax.evaluate import evaluate_checkpoint
 from fcvit_jax.networks.normalize import MEAN, STD
 from fcvit_jax.run.saved import load, load_metadata
 from fcvit_jax.tasks import segmentation
+from fcvit_jax.tasks.segmentation_prediction import full_logits
 from fcvit_jax.train import train_and_evaluate
 
 DATA = Path(__file__).parent.parent / "data"
@@ -311,5 +312,5 @@ class TestRun:
         assert task is segmentation and (metadata["long"], metadata["short"], metadata["image_size"]) == (64, 64, 64)
         image = scenes.make_scene("validation", 0).image[:70]
         (mask,) = segmentation.predict(model, variables, [image], metadata)
-        logits = segmentation.full_logits(model, variables, paired.eval_transform(image, 64, 64)[None], (70, 96))
+        logits = full_logits(model, variables, paired.eval_transform(image, 64, 64)[None], (70, 96))
         np.testing.assert_array_equal(mask, np.asarray(logits[0].argmax(-1)))
