@@ -134,7 +134,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
     for name in tasks.NAMES:
         group = parser.add_argument_group(name, argument_default=argparse.SUPPRESS)
-        tasks.load(name).add_arguments(group)
+        try:
+            task = tasks.load(name)
+        except ModuleNotFoundError as error:  # the networks alone are installed
+            group.description = f'{error}: pip install "fcvit-jax[train]"'
+        else:
+            task.add_arguments(group)
     args = parser.parse_args(argv)
     with exit_on_error():
         sys.exit(_predict(args))

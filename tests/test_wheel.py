@@ -100,6 +100,7 @@ import PIL
 def test_the_tools_explain_themselves_and_what_else_they_need(base):
     done = base("python", "-m", "fcvit_jax.predict", "--help")
     assert (done.returncode, done.stderr) == (0, "") and "--checkpoint" in done.stdout
+    assert 'pip install "fcvit-jax[train]"' in done.stdout and "--top N" not in done.stdout
     done = base("fcvit-jax", "--config=digits", "--workdir=run")
     assert done.returncode == 1 and 'pip install "fcvit-jax[train]"' in done.stderr.splitlines()[-1]
 
@@ -120,3 +121,5 @@ def test_training_needs_no_more_than_its_extra(trained):
     done = trained("fcvit-jax", "--config=imagenet:fcvit_s24", "--workdir=run", "--config.train.log_every=0")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: train.log_every=0 ")
+    done = trained("python", "-m", "fcvit_jax.predict", "--help")
+    assert (done.returncode, done.stderr) == (0, "") and "--top N" in done.stdout
