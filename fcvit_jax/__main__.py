@@ -3,6 +3,7 @@
 In a clone of the repository, `python main.py` does the same.
 """
 
+import functools
 import os
 import re
 import sys
@@ -85,17 +86,32 @@ def _with_recipes(argv: list[str]) -> list[str]:
     return [re.sub(r"^(--?config=)([^:]+)(:.*|)$", find, arg) for arg in argv]
 
 
+def _without_nones(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments without those like --config.KEY=None, which ml_collections takes for a text; and these keys."""
+    kept, last = [], {}
+    for arg in argv:
+        override = re.match(r"--?config\.([\w.]+)=(.*)", arg, re.DOTALL)
+        if override:
+            last[override[1]] = override[2]  # of several, the last counts
+        if not override or override[2] != "None":
+            kept.append(arg)
+    return kept, [key for key, value in last.items() if value == "None"]
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses as absl does, and turns what ml_collections raises about a --config it cannot load or override into text.
 
     Raises:
       SystemExit: with a message.
     """
-    argv = _with_recipes(argv)
+    argv, nones = _without_nones(_with_recipes(argv))
     sys.argv = argv  # where ml_collections looks for what to override
     try:
         rest = app.parse_flags_with_usage(argv)
         _CONFIG.value.keys()  # a file that could not be loaded raises when it is first used
+        for key in nones:
+            *sections, name = key.split(".")
+            setattr(functools.reduce(getattr, sections, _CONFIG.value), name, None)
         return rest
     except (AttributeError, KeyError, OSError) as error:
         while error.args and isinstance(error.args[0], Exception):

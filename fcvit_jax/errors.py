@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import numbers
 import os
 import sys
 from collections.abc import Iterator
@@ -89,9 +90,11 @@ def check_range(section: str, low: float, below: float = math.inf, **values: flo
       **values: the numbers by their keys.
 
     Raises:
-      UserError: naming the first that is None or out of its range.
+      UserError: naming the first that is no number or out of its range.
     """
     for key, value in values.items():
+        if value is not None and (not isinstance(value, numbers.Real) or math.isnan(value)):
+            raise UserError(f"{section}.{key}={value!r} must be a number.")
         if value is None or not low <= value < below:
             limit = f" and less than {below}" if below < math.inf else " and finite" if value == math.inf else ""
             raise UserError(f"{section}.{key}={value} must be at least {low}{limit}.")

@@ -39,6 +39,21 @@ def run(digits_dir, tmp_path, monkeypatch):
     return run
 
 
+def test_none_can_be_given_as_a_flag(run, monkeypatch):
+    given = []
+    monkeypatch.setattr(main, "run", lambda: given.append(main._CONFIG.value))
+    for arguments in (
+        ["--config.train.ema_decay=None", "--config.train.steps=None", "--config.init_from=None"],
+        ["--config.train.steps=None", "--config.train.steps=5"],
+        ["--config.train.steps=5", "--config.train.steps=None"],
+    ):
+        run(*arguments)
+    first, second, third = given
+    assert (first.train.ema_decay, first.train.steps, first.init_from) == (None, None, None)
+    assert (second.train.steps, third.train.steps) == (5, None) and second.train.ema_decay == 0.9
+    assert "Did you mean" in run("--config.train.stepz=None")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -1,5 +1,6 @@
 """Checks of what users give to the networks: images and fields."""
 
+import dataclasses
 from numbers import Integral
 from typing import Any
 
@@ -70,3 +71,17 @@ def check_dtypes(model: nn.Module) -> None:
             supported = False
         if not supported:
             raise UserError(f"model.{name}={getattr(model, name)!r} is not supported: choose float32 or bfloat16.")
+
+
+def check_switches(model: nn.Module) -> None:
+    """Checks the fields that are on or off, and the start of the layer scales.
+
+    Raises:
+      UserError: one is neither True nor False; or the start is neither None nor a number from 0 up.
+    """
+    for field in dataclasses.fields(model):
+        value = getattr(model, field.name, None)
+        if field.type in (bool, "bool") and not isinstance(value, bool):
+            raise UserError(f"model.{field.name}={value!r} must be True or False.")
+    if model.layer_scale_init is not None:
+        check_range("model", 0, layer_scale_init=model.layer_scale_init)

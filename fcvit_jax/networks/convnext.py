@@ -12,7 +12,7 @@ from flax.linen.initializers import normal
 
 from fcvit_jax.errors import UserError, check_range
 from fcvit_jax.networks.blocks import drop_path_factors
-from fcvit_jax.networks.checks import check_counts, check_dtypes, check_images, check_tuples
+from fcvit_jax.networks.checks import check_counts, check_dtypes, check_images, check_switches, check_tuples
 from fcvit_jax.networks.layers import Conv1x1, DepthwiseConv, layer_norm
 from fcvit_jax.networks.normalize import MEAN, STD
 
@@ -212,4 +212,5 @@ def create_convnext(name: str, num_classes: int = 1000, **fields) -> ConvNeXt:
     check_counts(0, num_classes=model.num_classes)
     check_range("model", 0, below=1, drop_path_rate=model.drop_path_rate)
     check_dtypes(model)
+    check_switches(model)
     return model

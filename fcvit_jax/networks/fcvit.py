@@ -12,7 +12,7 @@ from flax.linen.initializers import normal
 
 from fcvit_jax.errors import UserError, check_range
 from fcvit_jax.networks.blocks import Block, ChannelMixer, TokenMixer, drop_path_factors
-from fcvit_jax.networks.checks import check_counts, check_dtypes, check_images, check_tuples
+from fcvit_jax.networks.checks import check_counts, check_dtypes, check_images, check_switches, check_tuples
 from fcvit_jax.networks.layers import Downsample, group_norm, masked, valid_cells
 from fcvit_jax.networks.normalize import MEAN, STD
 
@@ -309,6 +309,7 @@ def _create(module: type[nn.Module], name: str, overrides: dict[str, Any]) -> An
     check_tuples(0, depths=model.depths)
     check_tuples(1, **{key: getattr(model, key) for key in ("dims", "mlp_ratios", "kernel_sizes")})
     check_dtypes(model)
+    check_switches(model)
     if model.bn_group_size is not None:
         check_counts(0, bn_group_size=model.bn_group_size)
     if model.mlp_kernel_size is not None:

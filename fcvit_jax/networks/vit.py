@@ -13,7 +13,7 @@ from flax.linen.initializers import normal
 
 from fcvit_jax.errors import UserError, check_range
 from fcvit_jax.networks.blocks import drop_path_factors
-from fcvit_jax.networks.checks import check_counts, check_dtypes, check_images
+from fcvit_jax.networks.checks import check_counts, check_dtypes, check_images, check_switches
 from fcvit_jax.networks.layers import gelu, layer_norm
 from fcvit_jax.networks.normalize import MEAN, STD
 
@@ -314,6 +314,7 @@ def create_vit(name: str, num_classes: int = 1000, **fields) -> ViT:
     check_counts(0, num_classes=model.num_classes)
     check_range("model", 0, below=1, drop_path_rate=model.drop_path_rate)
     check_dtypes(model)
+    check_switches(model)
     if model.dim % model.heads:
         raise UserError(f"model.heads={model.heads} does not divide model.dim={model.dim}.")
     if model.image_size % model.patch_size:

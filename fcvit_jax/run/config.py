@@ -140,7 +140,9 @@ def check_config(config: ConfigDict, task: ModuleType) -> None:
             raise UserError(
                 f"{key}={value!r} cannot be written to config.json: give a finite number or a name, such as 'float32'."
             ) from error
-    if not 0 <= config.seed < 2**32:  # JAX drops the higher bits
+    for key in sorted(key for key in values.keys() & _need_value(task) if values[key] is None):
+        raise UserError(f"{key}=None must have a value.")
+    if not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:  # JAX drops the higher bits
         raise UserError(f"seed={config.seed} must lie between 0 and {2**32 - 1}.")
     TrainOptions(**config.train)
 
@@ -148,6 +150,18 @@ def check_config(config: ConfigDict, task: ModuleType) -> None:
 def _keywords(function: Callable) -> set[str]:
     parameters = inspect.signature(function).parameters.values()
     return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _need_value(task: ModuleType) -> set[str]:
+    """The keys whose value may not be None, as the functions that take them say."""
+    functions = {"data": task.open_dataset, "mixing": task.make_prepare, "optim": task.make_optimizer}
+    functions |= {"mesh": make_mesh, "checkpoint": Checkpointer, "train": TrainOptions}
+    return {"task", "seed", "resume_with_changes", "compilation_cache"} | {
+        f"{section}.{parameter.name}"
+        for section, function in functions.items()
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.annotation is not parameter.empty and "None" not in str(parameter.annotation)
+    }
 
 
 def group_size(model: nn.Module) -> int:

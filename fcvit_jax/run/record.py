@@ -43,7 +43,7 @@ class _TensorBoard:
         self._event, self._scalar = event_pb2.Event, summary.scalar
         # SummaryWriter writes in a thread. A full disk would stop that thread, and then the run would hang.
         self._file = event_file_writer.EventsWriter(str(folder / "events"))
-        # This tells TensorBoard to forget later steps, which a resumed run writes again.
+        # This tells TensorBoard to forget this step and later ones, which a resumed run writes again.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._file.write_event(self._event(wall_time=time.time(), step=first_step, session_log=start))
 
@@ -85,14 +85,24 @@ class MetricsWriter:
             return
         self._path = workdir / "metrics.jsonl"
         with self._writing():
+            kept, first = [], step + 1
             if self._path.exists():
-                kept = workdir / "metrics.jsonl.tmp"
-                lines = self._path.read_text(errors="replace").splitlines(True)
-                # A kill may have cut off the last line just before its newline.
-                kept.write_text("".join(line.rstrip("\n") + "\n" for line in lines if _is_kept(line, step, evaluated)))
-                kept.replace(self._path)
+                for line in self._path.read_text(errors="replace").splitlines():
+                    metrics = _parsed(line)  # None: cut off by a kill
+                    is_evaluation = any(name.startswith("eval/") for name in metrics or ())
+                    if metrics is None or metrics["step"] > (evaluated if is_evaluation else step):
+                        first = min(first, metrics["step"] if metrics else first)
+                    else:
+                        kept.append((line, metrics))
+                unfinished = workdir / "metrics.jsonl.tmp"
+                unfinished.write_text("".join(f"{line}\n" for line, _ in kept))
+                unfinished.replace(self._path)
             self._file = self._path.open("a")
-            self._tensorboard = _TensorBoard(workdir / "tensorboard", step + 1)
+            self._tensorboard = _TensorBoard(workdir / "tensorboard", first)
+            for _, metrics in kept:  # what TensorBoard is told to forget together with what is dropped
+                if metrics["step"] >= first:
+                    values = {name: x for name, x in metrics.items() if "/" in name and isinstance(x, int | float)}
+                    self._tensorboard.write(metrics["step"], values)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Writes one line: the step (updates done), the epoch, and the metrics by name, such as "train/loss".
@@ -127,13 +137,13 @@ class MetricsWriter:
             ) from error
 
 
-def _is_kept(line: str, step: int, evaluated: int) -> bool:
+def _parsed(line: str) -> dict[str, Any] | None:
+    """The metrics of a line of metrics.jsonl; None if it is no such line."""
     try:
         metrics = json.loads(line)
-        is_evaluation = any(name.startswith("eval/") for name in metrics)
-        return metrics["step"] <= (evaluated if is_evaluation else step)
-    except (ValueError, KeyError, TypeError):  # the line was cut off when the run was killed
-        return False
+        return metrics if isinstance(metrics["step"], int) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 class Progress:

@@ -9,6 +9,7 @@ import torch_reference
 from equality import assert_module_equals, at_random
 
 from fcvit_jax.errors import UserError
+from fcvit_jax.networks import create_model
 from fcvit_jax.networks.layers import BatchNorm, Downsample
 
 
@@ -43,3 +44,21 @@ def test_batch_statistics_of_groups():
     np.testing.assert_allclose(state["batch_stats"]["var"], 0.9 + 0.1 * var.mean((0, 1, 2, 3)), rtol=1e-5)
     with pytest.raises(UserError, match="batch of 5 images.*bn_group_size=2"):
         module.apply(variables, x[:5], True, mutable=["batch_stats"])
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        *(("fcvit_tiny", field, 8.0) for field in ("num_classes", "mlp_kernel_size", "context_heads", "bn_group_size")),
+        *(("fcvit_tiny", field, (3.0,) * 4) for field in ("depths", "dims", "mlp_ratios", "kernel_sizes")),
+        *(("fcvit_tiny", field, "0.1") for field in ("num_classes", "dropout_rate", "layer_scale_init", "use_context")),
+        *(("fcvit_tiny", field, float("nan")) for field in ("drop_path_rate", "layer_scale_init", "num_classes")),
+        ("vit_tiny_patch16_224", "dim", 192.0),
+        ("vit_tiny_patch16_224", "layer_scale_init", float("inf")),
+        ("convnext_tiny", "dims", (1.0,) * 4),
+        ("convnext_tiny", "layer_scale_init", float("nan")),
+    ],
+)
+def test_numbers_of_the_wrong_kind_are_named(name, field, value):
+    with pytest.raises(UserError, match=f"model.{field}="):
+        create_model(name, **{field: value})

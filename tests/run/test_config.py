@@ -214,3 +214,11 @@ def test_classes_are_matched_by_name_where_the_names_are_the_same():
     assert class_order(["c", "a", "b"], ["a", "b", "d"]) is None
     assert class_order(["c", "a"], ["a", "c", "b"]) is None
     assert class_order(["a", "a", "b"], ["a", "b", "a"]) is None
+
+
+def test_none_is_for_keys_that_may_be_off():
+    for key in ("data.batch_size", "data.dataset", "optim.lr", "mixing.mixup_alpha", "train.epochs", "seed"):
+        config = tiny_config.get_config().unlock()
+        config.update_from_flattened_dict({key: None})
+        with pytest.raises(UserError, match=f"{key}=None must have a value"):
+            check_config(config, classification)

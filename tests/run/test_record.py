@@ -8,6 +8,7 @@ import resource
 import pytest
 
 from fcvit_jax.errors import UserError
+from fcvit_jax.run import record
 from fcvit_jax.run.record import MetricsWriter, Progress
 from fcvit_jax.run.results import as_json, not_finite
 
@@ -41,6 +42,35 @@ def test_what_will_be_written_again_is_dropped(tmp_path):
         {"step": 2, "epoch": 0.5, "train/loss": math.pi},
         {"step": 3, "epoch": 0.75, "train/loss": 1.0},
     ]
+
+
+def test_tensorboard_forgets_what_the_record_drops(tmp_path, monkeypatch):
+    """An evaluation of the very step that a run resumes at, but not what was noted of training there."""
+    writer = open_writer(tmp_path)
+    for step in (4, 8):
+        writer.write(step, {"train/loss": 2.0})
+        writer.write(step, {"eval/loss": 1.0})
+    writer.close()
+    starts, written = [], []
+    tensorboard = record._TensorBoard
+
+    class Spy(tensorboard):
+        def __init__(self, folder, first):
+            starts.append(first)
+            super().__init__(folder, first)
+
+        def write(self, step, metrics):
+            written.append((step, *metrics))
+            super().write(step, metrics)
+
+    monkeypatch.setattr(record, "_TensorBoard", Spy)
+    writer = open_writer(tmp_path, step=8, evaluated=4)
+    writer.write(8, {"eval/loss": 1.0})
+    writer.close()
+    assert starts == [8] and written == [(8, "train/loss"), (8, "eval/loss")]
+    open_writer(tmp_path, step=8, evaluated=8).close()
+    assert starts == [8, 9] and len(written) == 2
+    assert steps(tmp_path) == [4, 4, 8, 8]
 
 
 def test_numbers_that_are_not_finite_are_null_in_json(tmp_path):
