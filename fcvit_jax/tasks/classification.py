@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,19 @@ from fcvit_jax import augment, convert, networks, optim
 from fcvit_jax.augment import mixing
 from fcvit_jax.data import classification as datasets
 from fcvit_jax.data.loader import Data
-from fcvit_jax.errors import UserError, log
+from fcvit_jax.errors import UserError
 from fcvit_jax.networks.normalize import normalize
 from fcvit_jax.run.config import match_classes
+from fcvit_jax.tasks import classification_prediction as prediction
 
 BEST = "top1"
 create_model, model_fields, init_variables = networks.create_model, networks.model_fields, networks.init_variables
 make_optimizer = optim.make_optimizer
 open_dataset, load_example = datasets.open_dataset, datasets.load_example
+# What the tools ask.
+complete_metadata, read_image = prediction.complete_metadata, prediction.read_image
+add_arguments, predict, predict_files = prediction.add_arguments, prediction.predict, prediction.predict_files
+make_program, probabilities = prediction.make_program, prediction.probabilities
 
 
 def load_pretrained(path: str | Path, model: nn.Module, data: Data) -> dict[str, Any]:
@@ -161,25 +166,6 @@ def finish(outputs: Iterable[Mapping[str, np.ndarray]], data: Data) -> dict[str,
         totals.update({name: float(value) for name, value in sums.items()})
     count = int(totals["count"])
     return {name: totals[name] / max(count, 1) for name in ("loss", "top1", "top5")} | {"count": count}
-
-
-def complete_metadata(source: Path, model: nn.Module, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of a checkpoint with "class_names", "image_size" and "crop_pct"; says which it lacked.
-
-    Args:
-      source: of the metadata, to be named.
-      model: the network.
-      metadata: as it was saved; "model" names the variant, whose crop is the default.
-    """
-    defaults = networks.settings(metadata["model"]["name"])
-    usual = {key: defaults[key] for key in ("image_size", "crop_pct")}
-    usual["class_names"] = [str(i) for i in range(model.num_classes)]
-    if missing := sorted(usual.keys() - metadata.keys()):
-        log.warning(
-            "%s says nothing of %s; the defaults are numbered classes, images of %d pixels a side and crop_pct %s",
-            *(source, ", ".join(missing), usual["image_size"], usual["crop_pct"]),
-        )
-    return usual | metadata
 
 
 def describe(result: Mapping[str, float]) -> str:

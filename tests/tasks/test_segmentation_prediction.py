@@ -36,7 +36,7 @@ METADATA = {"task": "segmentation", "model": MODEL, **ABOUT}
 
 @pytest.fixture(scope="module")
 def variables():
-    """Random, of which scales and variances are near 1."""
+    """Random, of which scales and variances are near 1, and every class has its turn."""
     rng = np.random.default_rng(0)
 
     def values(path, leaf):
@@ -44,7 +44,14 @@ def variables():
         x = rng.normal(0, 0.1 if name in ("bias", "mean") else 0.3, leaf.shape)
         return (np.exp(x) if name == "var" else x + 1 if "scale" in name else x).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(values, abstract_variables(segmentation.create_model(**MODEL)))
+    model = segmentation.create_model(**MODEL)
+    variables = jax.tree_util.tree_map_with_path(values, abstract_variables(model))
+    noise = rng.normal(0, 1, (1, 64, 96, 3)).astype(np.float32)
+    # Else one class would win everywhere.
+    variables["params"]["head"]["classifier"]["bias"] -= np.asarray(jax.jit(model.apply)(variables, noise)).mean(
+        (0, 1, 2)
+    )
+    return variables
 
 
 @pytest.fixture(scope="module")
