@@ -116,10 +116,8 @@ def test_what_does_not_fit_a_segmenter_is_refused(folder, tmp_path):
 def test_a_picture_shows_images_labels_predictions_and_errors(folder, tmp_path, monkeypatch):
     path, _ = folder
     drawn = []
-    draw = visualize.segmentation_figure.draw_segmentation
-    monkeypatch.setattr(
-        visualize.segmentation_figure, "draw_segmentation", lambda *args: drawn.append(args) or draw(*args)
-    )
+    draw = visualize.segmentation.draw_segmentation
+    monkeypatch.setattr(visualize.segmentation, "draw_segmentation", lambda *args: drawn.append(args) or draw(*args))
     args = "segmentation", "--checkpoint", path / "run/best", "--output", tmp_path / "a.png"
     visualize.main([str(arg) for arg in (*args, "--first", 3, "--count", 2)])
     assert Image.open(tmp_path / "a.png").size[0] > 500
