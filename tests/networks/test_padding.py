@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from equality import assert_close
 
+from fcvit_jax.networks import boxes, rpn
 from fcvit_jax.networks.blocks import standardize
 from fcvit_jax.networks.fcvit import create_backbone, create_model
 from fcvit_jax.networks.fpn import FPN
@@ -75,6 +76,23 @@ def test_pyramid_and_neck(batch):
     ours = run(canvas, sizes)
     for i, image in enumerate(alone):
         jax.tree.map(lambda x, y, i=i: assert_as_alone(x[i], y[0], "map"), ours, run(image, None))
+
+
+def test_proposals():
+    """Of anchors of the image alone, however sure the network is of those around it, some of which reach into it."""
+    rng = np.random.default_rng(2)
+    alone = [[rng.normal(0, 0.3, (1, 64 // s, 64 // s, c)).astype(np.float32) for c in (3, 12)] for s in boxes.STRIDES]
+    more = [((0, 0), (0, 32 // s), (0, 64 // s), (0, 0)) for s in boxes.STRIDES]
+    canvas = [
+        [np.pad(x, p, constant_values=c) for x, c in zip(xs, (9, 0), strict=True)]
+        for xs, p in zip(alone, more, strict=True)
+    ]
+    propose = jax.jit(functools.partial(rpn.propose, pre=100, number=50))
+    sizes = np.array([[60, 50]])
+    expected = propose(alone, sizes)
+    assert expected.valid.sum() > 20
+    ours = propose(canvas, sizes, padded=np.array([[64, 64]]))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), ours, expected)
 
 
 def test_gradients_do_not_reach_the_padding(batch):
