@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from fcvit_jax.convert.files import is_ours
-from fcvit_jax.convert.layouts import their_shape
+from fcvit_jax.convert.layouts import find_layout, rename, rename_paths, their_shape
 from fcvit_jax.errors import UserError
 from fcvit_jax.networks.convnext import ConvNeXt
 
@@ -50,18 +50,12 @@ AUTHORS_NAMES = (
 
 def original_names(shapes: Iterable[str]) -> dict[str, str]:
     """timm's name of every one of our paths."""
-    found = {}
-    for path in shapes:
-        name = path.partition("/")[2]
-        for pattern, replacement in NAMES:
-            name = re.sub(pattern, replacement, name)
-        found[path] = name
-    return found
+    return rename_paths(shapes, NAMES)
 
 
 def layout(path: str) -> str:
     """How a tensor, given our path, lies in memory here and there; see `layouts`."""
-    return next(layout for pattern, layout in LAYOUTS if re.search(pattern, path))
+    return find_layout(path, LAYOUTS)
 
 
 def is_convnext(names: Iterable[str]) -> bool:
@@ -73,12 +67,7 @@ def timm_names(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Gives weights timm's names, whether they have timm's or the authors'."""
     if not any(name.startswith("downsample_layers.") for name in weights):
         return dict(weights)
-    found = {}
-    for name, x in weights.items():
-        for pattern, replacement in AUTHORS_NAMES:
-            name = re.sub(pattern, replacement, name)
-        found[name] = x
-    return found
+    return {rename(name, AUTHORS_NAMES): x for name, x in weights.items()}
 
 
 def infer_model(shapes: Mapping[str, tuple[int, ...]]) -> ConvNeXt:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from fcvit_jax.convert import fcvit
 from fcvit_jax.convert.files import is_ours
-from fcvit_jax.convert.layouts import their_shape
+from fcvit_jax.convert.layouts import find_layout, rename_paths, their_shape
 from fcvit_jax.errors import UserError
 from fcvit_jax.networks.fcvit import Backbone
 from fcvit_jax.networks.mask_rcnn import MaskRCNN
@@ -51,23 +51,15 @@ def original_names(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """MMSegmentation's or MMDetection's name of every one of our paths, given their shapes."""
     backbone = {path: BACKBONE.sub("", path) for path in shapes if BACKBONE.search(path)}
     names = fcvit.original_names({inner: shapes[path] for path, inner in backbone.items()})
-    found = {}
-    for path in shapes:
-        if path in backbone:
-            found[path] = f"backbone.{names[backbone[path]]}"
-            continue
-        name = path.partition("/")[2]
-        for pattern, replacement in NAMES:
-            name = re.sub(pattern, replacement, name)
-        found[path] = name
-    return found
+    found = rename_paths(shapes, NAMES)
+    return found | {path: f"backbone.{names[inner]}" for path, inner in backbone.items()}
 
 
 def layout(path: str) -> str:
     """How a tensor, given our path, lies in memory here and there; see `layouts`."""
     if BACKBONE.search(path):
         return fcvit.layout(BACKBONE.sub("", path))
-    return next(layout for pattern, layout in LAYOUTS if re.search(pattern, path))
+    return find_layout(path, LAYOUTS)
 
 
 def infer_model(shapes: Mapping[str, tuple[int, ...]]) -> SemanticFPN | MaskRCNN:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from fcvit_jax.convert.files import is_ours
-from fcvit_jax.convert.layouts import their_shape
+from fcvit_jax.convert.layouts import find_layout, rename_paths, their_shape
 from fcvit_jax.errors import UserError
 from fcvit_jax.networks.fcvit import Backbone, FCViT
 
@@ -63,18 +63,12 @@ def original_names(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
         *(() if competition else NAMES_WITHOUT_COMPETITION),
         *(() if bottleneck else NAMES_WITHOUT_BOTTLENECK),
     )
-    found = {}
-    for path in shapes:
-        name = path.partition("/")[2]
-        for pattern, replacement in rows:
-            name = re.sub(pattern, replacement, name)
-        found[path] = name
-    return found
+    return rename_paths(shapes, rows)
 
 
 def layout(path: str) -> str:
     """How a tensor, given our path, lies in memory here and there; see `layouts`."""
-    return next(layout for pattern, layout in LAYOUTS if re.search(pattern, path))
+    return find_layout(path, LAYOUTS)
 
 
 def infer_model(shapes: Mapping[str, tuple[int, ...]]) -> FCViT | Backbone:

@@ -1,12 +1,32 @@
-"""How a tensor of ours and the same tensor of a PyTorch network lie in memory, in the words of a layout.
+"""How tensors are renamed, and how one of ours and the same one of a PyTorch network lie in memory.
 
 A layout names the axes of our tensor and of theirs, "HWIO->OIHW", where 1 is an axis of length 1 that only they have.
 Axes in brackets at the end, "HWIO->O(IHW)", are one axis there.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+
+Rows = Iterable[tuple[str, str]]
+
+
+def rename(name: str, rows: Rows) -> str:
+    """A name after every row's pattern is replaced by the row's other part, one row after the other."""
+    for pattern, replacement in rows:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def rename_paths(paths: Iterable[str], rows: Rows) -> dict[str, str]:
+    """The new name of every one of our paths, without their collection ("params/")."""
+    return {path: rename(path.partition("/")[2], rows) for path in paths}
+
+
+def find_layout(path: str, rows: Rows) -> str:
+    """The layout of the first row whose pattern is found in a path."""
+    return next(layout for pattern, layout in rows if re.search(pattern, path))
 
 
 def to_theirs(x: np.ndarray, layout: str) -> np.ndarray:

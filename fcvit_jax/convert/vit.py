@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from fcvit_jax.convert.files import as_numpy, is_ours
-from fcvit_jax.convert.layouts import their_shape
+from fcvit_jax.convert.layouts import find_layout, rename, rename_paths, their_shape
 from fcvit_jax.errors import UserError, log
 from fcvit_jax.networks.vit import ViT, resize_positions
 
@@ -57,18 +57,12 @@ UNUSED = re.compile(r"(pre_logits|pooler)\.|mask_token$")
 
 def original_names(shapes: Iterable[str]) -> dict[str, str]:
     """timm's name of every one of our paths."""
-    found = {}
-    for path in shapes:
-        name = path.partition("/")[2]
-        for pattern, replacement in NAMES:
-            name = re.sub(pattern, replacement, name)
-        found[path] = name
-    return found
+    return rename_paths(shapes, NAMES)
 
 
 def layout(path: str) -> str:
     """How a tensor, given our path, lies in memory here and there; see `layouts`."""
-    return next(layout for pattern, layout in LAYOUTS if re.search(pattern, path))
+    return find_layout(path, LAYOUTS)
 
 
 def is_vit(names: Iterable[str]) -> bool:
@@ -90,12 +84,8 @@ def timm_names(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """
     found = dict(weights)
     if any("embeddings.patch_embeddings" in name for name in weights):
-        found = {}
-        for name, x in weights.items():
-            name = re.sub(r"^(vit|deit|dinov2)\.", "", name)
-            for pattern, replacement in HUGGING_FACE_NAMES:
-                name = re.sub(pattern, replacement, name)
-            found[name] = x
+        rows = ((r"^(vit|deit|dinov2)\.", ""), *HUGGING_FACE_NAMES)
+        found = {rename(name, rows): x for name, x in weights.items()}
         for query in [name for name in found if ".attn.query." in name]:
             parts = [query, query.replace("query", "key"), query.replace("query", "value")]
             if all(name in found for name in parts):

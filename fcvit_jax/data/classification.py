@@ -1,6 +1,5 @@
 """Datasets of labelled images: TFDS, folders, scikit-learn's digits or noise, opened for the loader."""
 
-import dataclasses
 import os
 from collections.abc import Sequence
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from fcvit_jax import augment
 from fcvit_jax.data import sources
-from fcvit_jax.data.loader import Data, Example, check_loading
+from fcvit_jax.data.loader import Data, Example, Numbers, check_loading
 from fcvit_jax.errors import UserError, check_range, log
 
 
@@ -65,7 +64,7 @@ def open_dataset(
     augment.check_augmentation(**augmentation)
 
     if dataset == "synthetic":
-        train, evaluation = Noise(1_281_167 if training else 0), Noise(batch_size)
+        train, evaluation = Numbers(1_281_167 if training else 0), Numbers(batch_size)
         class_names = tuple(f"class {i}" for i in range(1000))
     elif dataset.startswith("folder:"):
         for key, split in {"train_split": train_split, "eval_split": eval_split}.items():
@@ -93,22 +92,6 @@ def open_dataset(
         about={"class_names": list(class_names), "image_size": image_size, "crop_pct": crop_pct},
         constant=dataset == "synthetic",
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Noise:
-    """A source of `count` examples without images, whose records are their numbers."""
-
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def read(self, indices: Sequence[int]) -> Sequence[int]:
-        return indices
-
-    def describe(self, index: int) -> str:
-        return f"synthetic image {index}"
 
 
 def load_noise(data: Data, record: int, rng: np.random.Generator | None) -> Example:

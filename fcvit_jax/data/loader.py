@@ -41,6 +41,22 @@ class Source(Protocol):
         """Names an example in error messages."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """A source of `count` synthetic examples, whose records are their numbers."""
+
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, indices: Sequence[int]) -> Sequence[int]:
+        return indices
+
+    def describe(self, index: int) -> str:
+        return f"synthetic example {index}"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Data:
     """A dataset opened for training and evaluation, as the task's `open_dataset` returns it.

@@ -1,6 +1,5 @@
 """The datasets of segmentation, folders as ADE20K's, scenes of digits and noise, and how examples are made of them."""
 
-import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import numpy as np
 from fcvit_jax.augment import paired
 from fcvit_jax.augment.paired import IGNORED
 from fcvit_jax.data import ade20k, image_files, palettes, scenes
-from fcvit_jax.data.loader import Data, Example, Source, check_loading
+from fcvit_jax.data.loader import Data, Example, Numbers, Source, check_loading
 from fcvit_jax.errors import UserError, check_range, log
 
 
@@ -134,7 +133,7 @@ def _open_scenes() -> _Opened:
 def _open_noise(batch_size: int, size: int) -> _Opened:
     names = tuple(f"class {i}" for i in range(150))
     sizes = np.full((1, 2), size)
-    return _Opened(Noise(20_210), Noise(batch_size), names, palettes.ade20k().tolist(), load_noise, sizes, sizes)
+    return _Opened(Numbers(20_210), Numbers(batch_size), names, palettes.ade20k().tolist(), load_noise, sizes, sizes)
 
 
 def _unknown(dataset: str) -> str:
@@ -171,22 +170,6 @@ def _shapes(sizes: np.ndarray, long: int, short: int) -> tuple[list[tuple[int, i
     buckets = np.array([shapes.index(shape) for shape in aligned])[which.reshape(-1)]
     pixels = sizes.prod(axis=1)
     return shapes, buckets, [int(pixels[buckets == i].max()) for i in range(len(shapes))]
-
-
-@dataclasses.dataclass(frozen=True)
-class Noise:
-    """A source of `count` examples without images, whose records are their numbers."""
-
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def read(self, indices: Sequence[int]) -> Sequence[int]:
-        return indices
-
-    def describe(self, index: int) -> str:
-        return f"synthetic image {index}"
 
 
 def load_example(data: Data, record: tuple[bytes, np.ndarray], rng: np.random.Generator | None) -> Example:
