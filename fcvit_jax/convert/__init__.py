@@ -13,10 +13,9 @@ from flax import traverse_util
 
 from fcvit_jax.convert.files import METADATA, import_torch, read, read_metadata, write_whole
 from fcvit_jax.convert.pretrained import load_pretrained
-from fcvit_jax.convert.weights import CREATE, VARIANTS, Network, fields_of, fit, from_torch, infer, kind_of, to_torch
+from fcvit_jax.convert.weights import FAMILIES, Network, fields_of, fit, from_torch, infer, kind_of, to_torch
 from fcvit_jax.errors import UserError, log
 from fcvit_jax.networks.fcvit import with_fields
-from fcvit_jax.networks.semantic_fpn import SemanticFPN
 from fcvit_jax.networks.vit import ViT
 
 __all__ = ["METADATA", "convert", "from_torch", "load_network", "load_pretrained", "read_metadata", "to_torch"]
@@ -45,13 +44,13 @@ def load_network(
     weights, metadata = read(Path(source), ema)
     if "model" in metadata:
         try:
-            model = CREATE[kind_of(weights)](**metadata["model"])
+            model = FAMILIES[kind_of(weights)].create(**metadata["model"])
         except TypeError as error:
             raise UserError(f"{source} does not say which network it holds: {error}") from error
     else:
         model = infer(weights)
         if name is not None:
-            model = CREATE[type(model)](name, num_classes=model.num_classes)
+            model = FAMILIES[type(model)].create(name, num_classes=model.num_classes)
         # Distillation is DeiT's, and layer scales are DINOv2's, which has DeiT's mean.
         elif isinstance(model, ViT) and not model.distilled and model.layer_scale_init is None:
             log.warning(
@@ -60,8 +59,9 @@ def load_network(
             )
     # In float32, in which a run evaluates its averages, whatever the dtype of its parameters.
     variables = fit(weights, with_fields(model, param_dtype=np.float32))
-    task = {"task": "segmentation"} if isinstance(model, SemanticFPN) else {}  # without it: classification
-    return model, variables, {"model": _arguments(model)} | task | metadata
+    task = FAMILIES[type(model)].task
+    about = {"model": _arguments(model)} | ({} if task == "classification" else {"task": task})
+    return model, variables, about | metadata
 
 
 def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None, name: str | None = None) -> None:
@@ -106,8 +106,8 @@ def _arguments(model: Network) -> dict[str, Any]:
     fields = fields_of(model)
 
     def changed(variant: str) -> dict[str, Any]:
-        usual = fields_of(CREATE[type(model)](variant))
+        usual = fields_of(FAMILIES[type(model)].create(variant))
         return {name: x for name, x in fields.items() if x != usual[name]}
 
-    nearest = min(VARIANTS[type(model)], key=lambda variant: len(changed(variant)))
+    nearest = min(FAMILIES[type(model)].variants, key=lambda variant: len(changed(variant)))
     return {"name": nearest} | changed(nearest)

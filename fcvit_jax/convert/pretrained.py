@@ -10,7 +10,7 @@ import numpy as np
 
 from fcvit_jax.convert import vit
 from fcvit_jax.convert.files import is_ours, read
-from fcvit_jax.convert.weights import KINDS, Network, fields_of, fit, infer, kind_of, with_timm_names
+from fcvit_jax.convert.weights import FAMILIES, Network, fields_of, fit, infer, kind_of, with_timm_names
 from fcvit_jax.errors import UserError, log
 from fcvit_jax.networks import mask_rcnn, semantic_fpn
 from fcvit_jax.networks.convnext import ConvNeXt
@@ -55,10 +55,12 @@ def load_pretrained(
     held, load = kind_of(weights), _LOADERS.get(type(model), _load_classifier)
     # What is none of the others counts as an FCViT's classifier, and what does not fit is listed.
     if held not in (FCViT, *_STARTS.get(type(model), ()), type(model)):
-        raise UserError(f"{path} holds {KINDS[held]}: {KINDS[type(model)]} is needed here.")
+        raise UserError(
+            f"{path} holds {FAMILIES[held].description}: {FAMILIES[type(model)].description} is needed here."
+        )
     variables, lack, afresh = load(path, weights, model)
     if lack and not partial:
-        raise UserError(f"{path} {lack}: it does not hold the whole model, {KINDS[type(model)]}.")
+        raise UserError(f"{path} {lack}: it does not hold the whole model, {FAMILIES[type(model)].description}.")
     if lack:
         log.warning("%s %s: %s.", path, lack, afresh)
     return variables

@@ -1,12 +1,13 @@
 """Weights of any network <-> the state dict of its PyTorch original."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import linen as nn
 from flax import traverse_util
 
 from fcvit_jax import networks
@@ -21,38 +22,35 @@ from fcvit_jax.networks.semantic_fpn import SemanticFPN, create_segmenter
 from fcvit_jax.networks.vit import ViT, create_vit
 
 Network = FCViT | Backbone | SemanticFPN | MaskRCNN | ViT | ConvNeXt
-KINDS = {
-    FCViT: "a classifier",
-    Backbone: "a feature pyramid",
-    SemanticFPN: "a segmenter",
-    MaskRCNN: "a detector",
-    ViT: "a Vision Transformer",
-    ConvNeXt: "a ConvNeXt",
-}
-CREATE = {
-    FCViT: create_model,
-    Backbone: create_backbone,
-    SemanticFPN: create_segmenter,
-    MaskRCNN: create_detector,
-    ViT: create_vit,
-    ConvNeXt: create_convnext,
-}
-VARIANTS = {
-    **dict.fromkeys((FCViT, Backbone, SemanticFPN, MaskRCNN), networks.fcvit.VARIANTS),
-    ViT: networks.vit.VARIANTS,
-    ConvNeXt: networks.convnext.VARIANTS,
-}
-# The modules that know how the original names and lays out the tensors.
-_NAMES = {
-    **dict.fromkeys((FCViT, Backbone), fcvit),
-    **dict.fromkeys((SemanticFPN, MaskRCNN), detectors),
-    ViT: vit,
-    ConvNeXt: convnext,
-}
 
 
-def _names(model: Network) -> ModuleType:
-    return _NAMES[type(model)]
+class Family(NamedTuple):
+    """What is known of the networks of one class.
+
+    Attributes:
+      description: with its article.
+      create: makes a variant by its name.
+      variants: its variants by name.
+      names: the module that knows how the original names and lays out the tensors.
+      task: what the networks are trained for, as in `config.task`.
+    """
+
+    description: str
+    create: Callable[..., nn.Module]
+    variants: Mapping[str, Mapping[str, Any]]
+    names: ModuleType
+    task: str = "classification"
+
+
+_FCVITS = networks.fcvit.VARIANTS
+FAMILIES = {
+    FCViT: Family("a classifier", create_model, _FCVITS, fcvit),
+    Backbone: Family("a feature pyramid", create_backbone, _FCVITS, fcvit),
+    SemanticFPN: Family("a segmenter", create_segmenter, _FCVITS, detectors, "segmentation"),
+    MaskRCNN: Family("a detector", create_detector, _FCVITS, detectors, "detection"),
+    ViT: Family("a Vision Transformer", create_vit, networks.vit.VARIANTS, vit),
+    ConvNeXt: Family("a ConvNeXt", create_convnext, networks.convnext.VARIANTS, convnext),
+}
 
 
 def kind_of(names: Iterable[str]) -> type[Network]:
@@ -72,13 +70,13 @@ def kind_of(names: Iterable[str]) -> type[Network]:
 def with_timm_names(weights: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     """Weights of a ViT or a ConvNeXt, which are published under several names, by timm's; all others as they are."""
     kind = kind_of(weights)
-    return weights if is_ours(weights) or kind not in (ViT, ConvNeXt) else _NAMES[kind].timm_names(weights)
+    return weights if is_ours(weights) or kind not in (ViT, ConvNeXt) else FAMILIES[kind].names.timm_names(weights)
 
 
 def infer(weights: Mapping[str, np.ndarray]) -> Network:
     """The network that weights by the original's names or by our paths belong to; see `infer_model` of the names."""
     shapes = {name: x.shape for name, x in with_timm_names(weights).items()}
-    return _NAMES[kind_of(weights)].infer_model(shapes)
+    return FAMILIES[kind_of(weights)].names.infer_model(shapes)
 
 
 def abstract_weights(model: Network) -> dict[str, jax.ShapeDtypeStruct]:
@@ -119,8 +117,8 @@ def from_torch(state_dict: Mapping[str, np.ndarray], model: Network) -> dict[str
       UserError: tensors are missing, unexpected or misshaped; lists them all.
     """
     state_dict = with_timm_names(state_dict)
-    abstract, layout = abstract_weights(model), _names(model).layout
-    names = _names(model).original_names({path: x.shape for path, x in abstract.items()})
+    abstract, layout = abstract_weights(model), FAMILIES[type(model)].names.layout
+    names = FAMILIES[type(model)].names.original_names({path: x.shape for path, x in abstract.items()})
     expected = {names[path]: their_shape(x.shape, layout(path)) for path, x in abstract.items()}
     found = {name: tuple(x.shape) for name, x in state_dict.items()}
     for name in [name for name in found if name.endswith("num_batches_tracked")]:
@@ -156,8 +154,8 @@ def to_torch(variables: Mapping[str, Any], model: Network) -> dict[str, np.ndarr
     shapes = {path: x.shape for path, x in abstract_weights(model).items()}
     _check({path: tuple(x.shape) for path, x in flat.items()}, shapes)
     state_dict = {}
-    for path, name in _names(model).original_names(shapes).items():
-        x = to_theirs(np.asarray(flat[path]), _names(model).layout(path))
+    for path, name in FAMILIES[type(model)].names.original_names(shapes).items():
+        x = to_theirs(np.asarray(flat[path]), FAMILIES[type(model)].names.layout(path))
         state_dict[name] = np.array(x, np.float32, order="C")
         if name.endswith("running_var"):
             state_dict[name.replace("running_var", "num_batches_tracked")] = np.array(0, np.int64)

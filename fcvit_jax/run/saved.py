@@ -182,23 +182,25 @@ def load(checkpoint: str | Path) -> Saved:
 
 def _load_file(path: Path, name: str | None) -> Saved:
     from fcvit_jax import convert  # it imports this module
-    from fcvit_jax.convert.weights import KINDS
+    from fcvit_jax.convert.weights import FAMILIES
 
     model, variables, metadata = convert.load_network(path, name=name)
     task = tasks.load(task_of(metadata))
     if type(create_model(path, metadata)) is not type(model):
-        raise UserError(f"{path} holds {KINDS[type(model)]}, which is none of the task {task_of(metadata)}.")
+        raise UserError(
+            f"{path} holds {FAMILIES[type(model)].description}, which is none of the task {task_of(metadata)}."
+        )
     return Saved(task, model, variables, task.complete_metadata(path, model, metadata))
 
 
 def _load_step(step: Path) -> Saved:
-    from fcvit_jax.convert.weights import KINDS, kind_of  # it imports this module
+    from fcvit_jax.convert.weights import FAMILIES, kind_of  # it imports this module
 
     metadata = load_metadata(step)
     variables = load_variables(step)
     task, model = tasks.load(task_of(metadata)), create_model(step, metadata)
     if not fits(variables, task, model):
-        held = KINDS[kind_of(f"params/{name}/" for name in variables["params"])]
+        held = FAMILIES[kind_of(f"params/{name}/" for name in variables["params"])].description
         raise UserError(
             f"{step} holds {held}, with weights of another network than the {metadata['model']} that it names."
         )
