@@ -1,9 +1,7 @@
 """Image classification: one label an image, softmax cross-entropy of mixed labels, top-1 and top-5."""
 
-import functools
-import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +13,22 @@ import optax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from fcvit_jax import augment, convert, networks, optim
+from fcvit_jax import convert, networks, optim
 from fcvit_jax.augment import mixing
 from fcvit_jax.data import classification as datasets
 from fcvit_jax.data.loader import Data
-from fcvit_jax.errors import UserError, log
 from fcvit_jax.networks.normalize import normalize
 from fcvit_jax.run.config import match_classes
+from fcvit_jax.tasks import classification_prediction as prediction
 
 BEST = "top1"
 create_model, model_fields, init_variables = networks.create_model, networks.model_fields, networks.init_variables
 make_optimizer = optim.make_optimizer
 open_dataset, load_example = datasets.open_dataset, datasets.load_example
+# What the tools ask.
+complete_metadata, read_image = prediction.complete_metadata, prediction.read_image
+add_arguments, predict, predict_files = prediction.add_arguments, prediction.predict, prediction.predict_files
+make_program, probabilities = prediction.make_program, prediction.probabilities
 
 
 def load_pretrained(path: str | Path, model: nn.Module, data: Data) -> dict[str, Any]:
@@ -163,140 +165,6 @@ def finish(outputs: Iterable[Mapping[str, np.ndarray]], data: Data) -> dict[str,
     return {name: totals[name] / max(count, 1) for name in ("loss", "top1", "top5")} | {"count": count}
 
 
-def complete_metadata(source: Path, model: nn.Module, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of a checkpoint with "class_names", "image_size" and "crop_pct"; says which it lacked.
-
-    Args:
-      source: of the metadata, to be named.
-      model: the network.
-      metadata: as it was saved; "model" names the variant, whose crop is the default.
-    """
-    defaults = networks.settings(metadata["model"]["name"])
-    usual = {key: defaults[key] for key in ("image_size", "crop_pct")}
-    usual["class_names"] = [str(i) for i in range(model.num_classes)]
-    if missing := sorted(usual.keys() - metadata.keys()):
-        log.warning(
-            "%s says nothing of %s; the defaults are numbered classes, images of %d pixels a side and crop_pct %s",
-            *(source, ", ".join(missing), usual["image_size"], usual["crop_pct"]),
-        )
-    return usual | metadata
-
-
 def describe(result: Mapping[str, float]) -> str:
     """Loss, top-1 and top-5 in a line; the latter two, which `result` has as fractions, in percent."""
     return f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, loss {result['loss']:.4f}"
-
-
-def read_image(encoded: bytes, metadata: Mapping[str, Any]) -> np.ndarray:
-    """Decodes an image as evaluation does: (image_size, image_size, 3) uint8.
-
-    Raises:
-      UserError: it cannot be read.
-    """
-    return augment.eval_transform(encoded, metadata["image_size"], metadata["crop_pct"])
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def probabilities(model: nn.Module, variables: Mapping[str, Any], images: jax.Array) -> jax.Array:
-    """The probability of every class.
-
-    Args:
-      model: the network.
-      variables: its variables.
-      images: (N, H, W, 3) uint8.
-
-    Returns:
-      (N, num_classes) float32; rows sum to 1.
-    """
-    return jax.nn.softmax(model.apply(variables, normalize(images, model.mean, model.std)))
-
-
-def predict(
-    model: nn.Module, variables: Mapping[str, Any], images: np.ndarray, metadata: Mapping[str, Any], top: int = 5
-) -> list[list[dict[str, Any]]]:
-    """The most probable classes of each image.
-
-    Args:
-      model: the network.
-      variables: its variables.
-      images: (N, H, W, 3) uint8, from `read_image`.
-      metadata: of the checkpoint; its "class_names" are used.
-      top: how many classes.
-
-    Returns:
-      For each image, the most probable class first: "class" (its name), "index" and "probability".
-
-    Raises:
-      UserError: a probability is not finite.
-    """
-    names, found = metadata["class_names"], []
-    rows = np.asarray(probabilities(model, variables, images))
-    if not np.isfinite(rows).all():
-        raise UserError("The network's probabilities are not finite: its weights have diverged.")
-    for row in rows:
-        best = np.argsort(-row, kind="stable")[:top].tolist()
-        found.append([{"class": names[i], "index": i, "probability": float(row[i])} for i in best])
-    return found
-
-
-def add_arguments(parser: Any) -> None:
-    """Adds the options of `predict_files` to a parser or a group of one, without defaults."""
-    parser.add_argument("--top", type=int, metavar="N", help="how many classes to print (default: 5)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images at a time (default: 32)")
-
-
-def predict_files(
-    model: nn.Module,
-    variables: Mapping[str, Any],
-    images: Iterable[tuple[Path, np.ndarray]],
-    metadata: Mapping[str, Any],
-    *,
-    top: int = 5,
-    batch_size: int = 32,
-) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """What the `predict` tool says of images.
-
-    Args:
-      model, variables, metadata, top: as in `predict`.
-      images: paths, and what `read_image` gave for them.
-      batch_size: images that are computed at once.
-
-    Yields:
-      For each image its path, and "predictions": what `predict` returns for it.
-
-    Raises:
-      UserError: a number is less than 1, or the network has no head.
-    """
-    if top < 1 or batch_size < 1:
-        raise UserError("--top and --batch-size must be at least 1.")
-    if not model.num_classes:
-        raise UserError("The network has no head: there are no classes to predict.")
-    images, filled = iter(images), 0
-    while batch := list(itertools.islice(images, batch_size)):
-        paths, pixels = zip(*batch, strict=True)
-        filled = filled or len(batch)  # up to one size, so that one program serves all batches
-        padded = np.stack(pixels + pixels[:1] * (filled - len(batch)))
-        for path, predictions in zip(paths, predict(model, variables, padded, metadata, top), strict=False):
-            yield path, {"predictions": predictions}
-
-
-def make_program(
-    model: nn.Module, variables: Mapping[str, Any], metadata: Mapping[str, Any]
-) -> tuple[Callable[[jax.Array], jax.Array], jax.ShapeDtypeStruct]:
-    """The function that `export` writes, with the weights and the normalisation in it.
-
-    Args:
-      model: the network.
-      variables: its variables.
-      metadata: of the checkpoint; its "image_size" S is used.
-
-    Returns:
-      The function from images to logits, or to the pooled features of a network without a head; and the images'
-      shape, (N, S, S, 3) uint8 with any N.
-    """
-
-    def logits(images: jax.Array) -> jax.Array:
-        return model.apply(variables, normalize(images, model.mean, model.std))
-
-    size = metadata["image_size"]
-    return logits, jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), size, size, 3), jnp.uint8)

@@ -7,11 +7,12 @@ import jax.export
 import numpy as np
 import pytest
 import torch
+from helpers import exit_of, save_images
 from PIL import Image
-from test_predict import exit_of, save_images
 
 from fcvit_jax import convert, export, predict, summary, visualize
 from fcvit_jax.data import scenes
+from fcvit_jax.figures import segmentation as figures
 from fcvit_jax.networks.fcvit import abstract_variables
 from fcvit_jax.run import saved
 from fcvit_jax.run.checkpoint import save_variables
@@ -36,7 +37,7 @@ METADATA = {"task": "segmentation", "model": MODEL, **ABOUT}
 
 @pytest.fixture(scope="module")
 def variables():
-    """Random, of which scales and variances are near 1."""
+    """Random, of which scales and variances are near 1, and every class has its turn."""
     rng = np.random.default_rng(0)
 
     def values(path, leaf):
@@ -44,7 +45,12 @@ def variables():
         x = rng.normal(0, 0.1 if name in ("bias", "mean") else 0.3, leaf.shape)
         return (np.exp(x) if name == "var" else x + 1 if "scale" in name else x).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(values, abstract_variables(segmentation.create_model(**MODEL)))
+    model = segmentation.create_model(**MODEL)
+    variables = jax.tree_util.tree_map_with_path(values, abstract_variables(model))
+    noise = rng.normal(0, 1, (1, 64, 96, 3)).astype(np.float32)
+    logits = np.asarray(jax.jit(model.apply)(variables, noise))
+    variables["params"]["head"]["classifier"]["bias"] -= logits.mean((0, 1, 2))  # else one class would win everywhere
+    return variables
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +114,8 @@ def test_what_does_not_fit_a_segmenter_is_refused(folder, tmp_path):
 
 def test_a_picture_shows_images_labels_predictions_and_errors(folder, tmp_path, monkeypatch):
     path, _ = folder
-    drawn = []
-    draw = visualize.segmentation_figure.draw_segmentation
-    monkeypatch.setattr(
-        visualize.segmentation_figure, "draw_segmentation", lambda *args: drawn.append(args) or draw(*args)
-    )
+    drawn, draw = [], figures.draw_segmentation
+    monkeypatch.setattr(figures, "draw_segmentation", lambda *args: drawn.append(args) or draw(*args))
     args = "segmentation", "--checkpoint", path / "run/best", "--output", tmp_path / "a.png"
     visualize.main([str(arg) for arg in (*args, "--first", 3, "--count", 2)])
     assert Image.open(tmp_path / "a.png").size[0] > 500
