@@ -97,8 +97,8 @@ def from_arguments(args: argparse.Namespace) -> Figure:
 
 def _open_data(task: Any, checkpoint: str, dataset: str | None) -> Data:
     """The validation set that the run of a checkpoint has, or another, read as the run's."""
-    step = saved.find_step(checkpoint)
-    configs = [folder / "config.json" for folder in step.parents if (folder / "config.json").is_file()]
+    path = saved.local_path(checkpoint)  # a run's folder, one of those in it, or a step's in one of those
+    configs = [folder / "config.json" for folder in (path, *path.parents[:2]) if (folder / "config.json").is_file()]
     if not configs and dataset is None:
         raise UserError(f"{checkpoint} is in no run's folder, whose config.json names the data: give --dataset.")
     try:

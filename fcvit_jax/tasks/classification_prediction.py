@@ -74,9 +74,15 @@ def predict(
 
     Returns:
       For each image, the most probable class first: "class" (its name), "index" and "probability".
+
+    Raises:
+      UserError: a probability is not finite.
     """
     names, found = metadata["class_names"], []
-    for row in np.asarray(probabilities(model, variables, images)):
+    rows = np.asarray(probabilities(model, variables, images))
+    if not np.isfinite(rows).all():
+        raise UserError("The network's probabilities are not finite: its weights have diverged.")
+    for row in rows:
         best = np.argsort(-row, kind="stable")[:top].tolist()
         found.append([{"class": names[i], "index": i, "probability": float(row[i])} for i in best])
     return found

@@ -7,11 +7,12 @@ import jax.export
 import numpy as np
 import pytest
 import torch
+from helpers import exit_of, save_images
 from PIL import Image
-from test_predict import exit_of, save_images
 
 from fcvit_jax import convert, export, predict, summary, visualize
 from fcvit_jax.data import scenes
+from fcvit_jax.figures import segmentation as figures
 from fcvit_jax.networks.fcvit import abstract_variables
 from fcvit_jax.run import saved
 from fcvit_jax.run.checkpoint import save_variables
@@ -47,10 +48,8 @@ def variables():
     model = segmentation.create_model(**MODEL)
     variables = jax.tree_util.tree_map_with_path(values, abstract_variables(model))
     noise = rng.normal(0, 1, (1, 64, 96, 3)).astype(np.float32)
-    # Else one class would win everywhere.
-    variables["params"]["head"]["classifier"]["bias"] -= np.asarray(jax.jit(model.apply)(variables, noise)).mean(
-        (0, 1, 2)
-    )
+    logits = np.asarray(jax.jit(model.apply)(variables, noise))
+    variables["params"]["head"]["classifier"]["bias"] -= logits.mean((0, 1, 2))  # else one class would win everywhere
     return variables
 
 
@@ -115,9 +114,8 @@ def test_what_does_not_fit_a_segmenter_is_refused(folder, tmp_path):
 
 def test_a_picture_shows_images_labels_predictions_and_errors(folder, tmp_path, monkeypatch):
     path, _ = folder
-    drawn = []
-    draw = visualize.segmentation.draw_segmentation
-    monkeypatch.setattr(visualize.segmentation, "draw_segmentation", lambda *args: drawn.append(args) or draw(*args))
+    drawn, draw = [], figures.draw_segmentation
+    monkeypatch.setattr(figures, "draw_segmentation", lambda *args: drawn.append(args) or draw(*args))
     args = "segmentation", "--checkpoint", path / "run/best", "--output", tmp_path / "a.png"
     visualize.main([str(arg) for arg in (*args, "--first", 3, "--count", 2)])
     assert Image.open(tmp_path / "a.png").size[0] > 500
