@@ -48,8 +48,10 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _on_signal(self, number, _) -> None:
+        again = self._signalled and self.number == number
+        self.number, self._signalled = number, True  # first, since a second signal may come in between
         if number == signal.SIGINT:
-            if self._signalled and self.number == signal.SIGINT:
+            if again:
                 os._exit(130)  # without waiting for anything: a run may be killed at any moment
             os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")  # print is not safe in a handler
         if number == signal.SIGHUP:  # the terminal is gone, and writing to it would be an error
@@ -57,7 +59,6 @@ class StopSignal:
             for stream in self._terminals:
                 os.dup2(nowhere, stream)
             os.close(nowhere)
-        self.number, self._signalled = number, True
         if number != signal.SIGTERM and jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
