@@ -52,6 +52,7 @@ def run() -> None:
 
     Raises:
       UserError: on a mistake that the user can fix.
+      SystemExit: a signal has stopped the run before its end; with 130 after Ctrl-C, 143 after SIGTERM.
     """
     # Grain's workers import this file again, and need none of this.
     from fcvit_jax.devices.cpu import tune_cpu
@@ -67,7 +68,10 @@ def run() -> None:
         tune_cpu()
         start_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         if _MODE.value == "train":
-            train_and_evaluate(_CONFIG.value, _WORKDIR.value)
+            stops = []
+            train_and_evaluate(_CONFIG.value, _WORKDIR.value, on_stop=stops.append)
+            if stops:
+                sys.exit(128 + stops[0])  # for `main.py && next`
         else:
             evaluate_checkpoint(_CONFIG.value, _WORKDIR.value, _CHECKPOINT.value or "checkpoints")
     except Exception:

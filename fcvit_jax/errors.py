@@ -1,6 +1,7 @@
 """What users are told: the exception for mistakes that they can fix, and the log."""
 
 import contextlib
+import errno
 import logging
 import math
 import numbers
@@ -18,6 +19,18 @@ class UserError(ValueError):
     """A mistake the user can fix: `main.py` and the tools print its message without a traceback and exit with 1."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal has ended the work before it was done.
+
+    Args:
+      number: of the signal.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
 class _AboveBar(logging.Handler):
     """Prints records above a progress bar: warnings on stderr, all others on stdout."""
 
@@ -30,12 +43,19 @@ class _AboveBar(logging.Handler):
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         text = prefix + self.format(record)
         try:
-            from tqdm import tqdm
+            try:
+                from tqdm import tqdm
 
-            tqdm.write(text, file=stream)
-        except ImportError:  # the networks alone do not need tqdm
-            print(text, file=stream)
-        stream.flush()  # a file would otherwise show the line much later, and a killed run would lose it
+                tqdm.write(text, file=stream)
+            except ImportError:  # the networks alone do not need tqdm
+                print(text, file=stream)
+            stream.flush()  # otherwise a file gets the line much later, and not at all if the run is killed
+        except BrokenPipeError:
+            raise
+        except OSError:  # a full disk, or a terminal that is gone: the run goes on, and its record has the numbers
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 def show_log() -> None:
@@ -58,26 +78,37 @@ def show_log() -> None:
 def exit_on_error() -> Iterator[None]:
     """Runs a command-line tool: shows its log, and ends it without a traceback.
 
-    The exit status is 1 with a message on a `UserError`, 130 on Ctrl-C and 141 on a broken pipe (`| head`). Names of
-    files and classes that are no UTF-8 are printed with escapes.
+    The exit status is 1 with a message on a `UserError` or if the output cannot be written, 130 on Ctrl-C, 128 and its
+    number on another signal, and 141 on a broken pipe (`| head`). Names of files and classes that are no UTF-8 are
+    printed with escapes.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     show_log()
     try:
         yield
-        sys.stdout.flush()
+        _flush()
     except UserError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.stdout.flush()
-        os._exit(130)  # a normal exit during compilation may crash the process
-    except BrokenPipeError:
+    except KeyboardInterrupt as error:
+        _flush()
+        os._exit(128 + getattr(error, "number", 2))  # a normal exit during compilation may crash the process
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE):
+            raise
+        if error.errno != errno.EPIPE:
+            sys.stdout = None  # Python would try again at its end
+            sys.exit(f"error: the output cannot be written: {error.strerror}.")
         try:
             print(flush=True)  # fails again if stdout is the broken pipe
         except BrokenPipeError:
             os._exit(141)  # a normal exit would try to write the rest
         raise
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # it may have been closed
+        sys.stdout.flush()
 
 
 def check_range(section: str, low: float, below: float = math.inf, **values: float | None) -> None:

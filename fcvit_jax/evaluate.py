@@ -20,7 +20,7 @@ from fcvit_jax.data.loader import Data
 from fcvit_jax.devices.hosts import errors_on_all_processes
 from fcvit_jax.devices.sharding import global_batch, make_mesh, state_shardings
 from fcvit_jax.devices.stopping import ProcessBatches, StopSignal
-from fcvit_jax.errors import UserError, log
+from fcvit_jax.errors import Stopped, UserError, log
 from fcvit_jax.run import results, saved
 from fcvit_jax.run.config import check_config, check_processes, check_sizes, class_changes, class_order, complete
 
@@ -129,7 +129,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
     with StopSignal() as stop:
         result = evaluate(task, model, variables, data, mesh, stop.watch)
         if stop.received:
-            raise KeyboardInterrupt
+            raise Stopped(stop.number)
     if numbers := results.not_finite(result):
         raise UserError(f"{path}: {numbers}: its weights have diverged, or the data are broken.")
     if table := results.describe_rows(result):

@@ -66,7 +66,11 @@ class Loop(NamedTuple):
 
 
 def train_and_evaluate(
-    config: ConfigDict, workdir: str | Path, *, on_metrics: Callable[[int, dict[str, float]], None] | None = None
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    on_metrics: Callable[[int, dict[str, float]], None] | None = None,
+    on_stop: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Trains a network, or resumes its training, and evaluates it every few epochs.
 
@@ -82,6 +86,7 @@ def train_and_evaluate(
       config: as `configs/imagenet.py` lists it, key by key.
       workdir: the run's folder: config.json, metrics.jsonl, tensorboard/, checkpoints/, best/.
       on_metrics: called on the first process with every line of metrics.jsonl: on_metrics(step, {"train/loss": ...}).
+      on_stop: called with the number of the signal that has stopped the run before its end, if one has.
 
     Returns:
       What the task's `finish` returned for the last evaluation, such as "top1"; empty where there was none yet.
@@ -113,6 +118,8 @@ def train_and_evaluate(
 
     if notes.evaluated["step"] < run.total:
         log.info("stopped at step %d of %d; the same command goes on from here", step, run.total)
+        if on_stop is not None:
+            on_stop(loop.stop.number)
     else:
         log.info(describe_end(run.task, notes.evaluated, notes.best, run.workdir))
     return {name: value for name, value in notes.evaluated.items() if name != "step"}

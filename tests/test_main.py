@@ -39,6 +39,12 @@ def run(digits_dir, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.parametrize(("number", "status"), [(2, 130), (15, 143), (1, 129)])
+def test_a_run_that_was_stopped_does_not_exit_with_0(run, monkeypatch, number, status):
+    monkeypatch.setattr(train, "train_and_evaluate", lambda config, workdir, on_stop: on_stop(number))
+    assert run() == status
+
+
 def test_none_can_be_given_as_a_flag(run, monkeypatch):
     given = []
     monkeypatch.setattr(main, "run", lambda: given.append(main._CONFIG.value))

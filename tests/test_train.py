@@ -269,7 +269,7 @@ def test_two_processes_are_one_run_and_stop_as_one(undisturbed, digits_dir, tmp_
     while not ((tmp_path / "metrics.jsonl").exists() and losses(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.01)
     processes[1].send_signal(signal.SIGTERM)  # one of them
-    texts = finish(processes, code=0)
+    texts = finish(processes, code=143)
     step = int(re.search(r"stopped at step (\d+) of 20; the same command goes on from here", texts[0])[1])
     assert step < 20
     assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == step
@@ -320,7 +320,7 @@ def test_a_run_that_is_stopped_again_and_again_is_the_same_run(undisturbed, conf
         (signal.SIGTERM, "train_batches", 6, 7),
         (signal.SIGINT, "train_batches", 9, 10),  # an evaluation would follow
         (signal.SIGTERM, "eval_batches", 1, 10),  # in the middle of it
-        (signal.SIGTERM, "train_batches", 10, 11),
+        (signal.SIGHUP, "train_batches", 10, 11),
         (signal.SIGINT, "eval_batches", 2, 20),  # in the last evaluation
     ]
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
@@ -330,7 +330,9 @@ def test_a_run_that_is_stopped_again_and_again_is_the_same_run(undisturbed, conf
     )
     for number, name, batch, step in stops:
         before_batch(monkeypatch, name, batch, functools.partial(os.kill, os.getpid(), number))
-        train_and_evaluate(config, tmp_path)
+        stopped = []
+        train_and_evaluate(config, tmp_path, on_stop=stopped.append)
+        assert stopped == [number]
         assert f"stopped at step {step} of 20; the same command goes on from here" in capsys.readouterr().out
         assert (tmp_path / "checkpoints" / str(step)).is_dir()
     assert train_and_evaluate(config, tmp_path) == undisturbed["result"]

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import gc
 import itertools
-import multiprocessing.resource_tracker
+import multiprocessing
 import os
 import signal
 import threading
@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from fcvit_jax.devices import shared_memory
 from fcvit_jax.errors import UserError, check_range
 
 Example = dict[str, np.ndarray]
@@ -295,12 +296,13 @@ def _stream(data: Data, load: Callable[[int], Batch], start: int, stop: int) -> 
     if data.workers and not flags.FLAGS.is_parsed():
         # Grain reads absl flags of its own, which absl refuses where a program has not parsed any.
         flags.FLAGS.mark_as_parsed()
+    start_worker = functools.partial(_start_worker, shared_memory.claim() if data.workers else None)
     threads = 0 if data.workers else 1
     batches = (
         grain.MapDataset.range(start, stop)
         .map(load)
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads * data.prefetch))
-        .mp_prefetch(grain.MultiprocessingOptions(data.workers, data.prefetch), worker_init_fn=_start_worker)
+        .mp_prefetch(grain.MultiprocessingOptions(data.workers, data.prefetch), worker_init_fn=start_worker)
     )
     iterator = iter(batches)
     try:
@@ -326,20 +328,21 @@ def _stream(data: Data, load: Callable[[int], Batch], start: int, stop: int) -> 
 
 @contextlib.contextmanager
 def _without_signals() -> Iterator[None]:
-    """Blocks Ctrl-C and SIGTERM in this thread while inside, and permanently in processes that are started inside.
+    """Blocks Ctrl-C, SIGTERM and SIGHUP in this thread while inside, and for ever in processes that are started inside.
 
     The signals reach all processes of a job. This process still needs a batch then, and ends its workers itself.
     """
-    multiprocessing.resource_tracker.ensure_running()  # it unblocks the signals when it starts, so start it first
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    shared_memory.start_tracker()  # it unblocks the signals when it starts, so start it first
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(index: int, count: int) -> None:
+def _start_worker(prefix: str | None, index: int, count: int) -> None:
     del index, count
+    shared_memory.name_with(prefix)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -16,25 +16,31 @@ _T = TypeVar("_T")
 
 
 class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a request that the training loop polls. A second Ctrl-C stops at once.
+    """Turns SIGTERM, SIGHUP and Ctrl-C into a request that the training loop polls. A second Ctrl-C stops at once.
 
     With several processes JAX passes SIGTERM on to all of them, so that all stop at the same poll.
 
     Attributes:
       received: whether a poll has returned True.
+      number: of the signal that asked for it.
     """
 
     def __init__(self):
         self.received = False
-        self._signalled = self._interrupted = False
+        self.number = signal.SIGTERM  # which another process may have received
+        self._signalled = False
         self._polls = 0
 
     def __enter__(self) -> "StopSignal":
         self._previous = {}
         if threading.current_thread() is threading.main_thread():
-            # With several processes JAX handles SIGTERM, and a handler of ours would replace JAX's.
-            signals = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+            signals = [signal.SIGINT]
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+                signals.append(signal.SIGHUP)
+            if jax.process_count() == 1:  # otherwise JAX handles SIGTERM, and a handler of ours would replace JAX's
+                signals.append(signal.SIGTERM)
             self._previous = {number: signal.signal(number, self._on_signal) for number in signals}
+            self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
         return self
 
     def __exit__(self, *_) -> None:
@@ -42,14 +48,19 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _on_signal(self, number, _) -> None:
+        again = self._signalled and self.number == number
+        self.number, self._signalled = number, True  # first, since a second signal may come in between
         if number == signal.SIGINT:
-            if self._interrupted:
+            if again:
                 os._exit(130)  # without waiting for anything: a run may be killed at any moment
-            self._interrupted = True
             os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")  # print is not safe in a handler
-            if jax.process_count() > 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-        self._signalled = True
+        if number == signal.SIGHUP:  # the terminal is gone, and writing to it would be an error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in self._terminals:
+                os.dup2(nowhere, stream)
+            os.close(nowhere)
+        if number != signal.SIGTERM and jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def poll(self) -> bool:
         """Whether to stop. All processes get the same answer, so each of them must poll equally often."""

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 def test_a_signal_is_noticed_by_the_next_poll():
     before = signal.getsignal(signal.SIGTERM)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         with StopSignal() as stop:
             assert not stop.poll()
             items = stop.watch("abcd")
@@ -30,8 +30,43 @@ def test_a_signal_is_noticed_by_the_next_poll():
             os.kill(os.getpid(), number)
             assert not stop.received
             assert list(items) == []
-            assert stop.received and stop.poll()
+            assert stop.received and stop.poll() and stop.number == number
         assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_nohup_stays_in_force():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.poll()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+LOGS = """
+from fcvit_jax.errors import *
+with exit_on_error():
+    for i in range(3):
+        log.info("step %d", i)
+    print("going on", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("redirection", [">&-", ">/dev/full"])
+def test_a_run_goes_on_where_its_output_cannot_be_written(redirection):
+    command = f"\"$0\" -c '{LOGS}' {redirection}"
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stderr) == (0, "going on\n")
+
+
+def test_output_of_a_tool_that_cannot_be_written_is_an_error():
+    code = "from fcvit_jax.errors import *\nwith exit_on_error():\n    print(1)"
+    command = ["bash", "-c", f"\"$0\" -c '{code}' >/dev/full", sys.executable]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (1, "error: the output cannot be written: No space left on device.\n")
 
 
 def test_what_is_said_is_in_the_log_of_a_run_that_is_killed(tmp_path):
