@@ -41,7 +41,7 @@ def evaluate(
 
         data = classification.open_dataset(False, dataset="digits", batch_size=64, image_size=32)
         result = evaluate(classification, model, variables, data, make_mesh())
-        result["top1"]
+        result["count"]
 
     Args:
       task: its module.
@@ -99,7 +99,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
       which: "checkpoints" for the newest, "best" for the best, or "checkpoints/STEP".
 
     Returns:
-      What the task's `finish` returns, such as "top1"; if there are rows in it, `<workdir>/evaluation.json` has it too.
+      What the task's `finish` returns; if there are rows in it, `<workdir>/evaluation.json` has it too.
 
     Raises:
       UserError: the config or the data is not usable, there is no such checkpoint, or the result is not finite.

@@ -80,7 +80,7 @@ def train_and_evaluate(
 
         fcvit_jax.show_log()
         metrics = fcvit_jax.train_and_evaluate(digits.get_config(), "runs/digits")
-        metrics["top1"]
+        metrics["count"]
 
     Args:
       config: as `configs/imagenet.py` lists it, key by key.
@@ -89,7 +89,7 @@ def train_and_evaluate(
       on_stop: called with the number of the signal that has stopped the run before its end, if one has.
 
     Returns:
-      What the task's `finish` returned for the last evaluation, such as "top1"; empty where there was none yet.
+      What the task's `finish` returned for the last evaluation; empty where there was none yet.
 
     Raises:
       UserError: the config, the data or the folder is not usable, or the run cannot go on; the message says why.

@@ -341,7 +341,7 @@ def test_a_run_that_is_stopped_again_and_again_is_the_same_run(undisturbed, conf
     assert_same_end(tmp_path, undisturbed["workdir"])
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
     jax.monitoring.unregister_event_duration_listener(listener)
-    assert "train_step" not in traced  # but by the run before this test
+    assert traced.count("train_step") <= 1  # by the first run of the process
 
 
 def test_a_broken_validation_image_costs_no_training(undisturbed, config, at_16, monkeypatch):

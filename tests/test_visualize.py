@@ -86,7 +86,7 @@ def test_similarity_from_the_command_line(tmp_path, capsys):
         assert f"{name}: its ending must be one of ." in exit_of(visualize.main, *args, tmp_path / name)
     visualize.main([*map(str, args[:3]), str(tmp_path), "--output", str(tmp_path / "new/of_a_folder.png")])
     assert str(paths[1]) in capsys.readouterr().out
-    many = [paths[0]] * 33
+    many = save_images(tmp_path / "many", 33)
     assert "33 images do not fit" in exit_of(visualize.main, *args[:3], *many, "--output", tmp_path / "out.png")
     assert "No such file" in exit_of(visualize.main, *args[:3], tmp_path / "no.png", "--output", tmp_path / "out.png")
     assert "out.png cannot be written" in exit_of(visualize.main, *args, paths[0] / "out.png")

@@ -7,7 +7,7 @@ import numpy as np
 
 from fcvit_jax import augment
 from fcvit_jax.data import sources
-from fcvit_jax.data.loader import Data, Example, Numbers, check_loading
+from fcvit_jax.data.loader import Data, Example, Numbers, Source, check_loading
 from fcvit_jax.errors import UserError, check_range, log
 
 
@@ -63,26 +63,16 @@ def open_dataset(
     augmentation = dict(crop_scale=crop_scale, crop_ratio=crop_ratio, flip=flip, rand_augment=rand_augment)
     augment.check_augmentation(**augmentation)
 
-    if dataset == "synthetic":
-        train, evaluation = Numbers(1_281_167 if training else 0), Numbers(batch_size)
-        class_names = tuple(f"class {i}" for i in range(1000))
-    elif dataset.startswith("folder:"):
-        for key, split in {"train_split": train_split, "eval_split": eval_split}.items():
-            if "[" in split:
-                log.warning("data.%s=%s takes no part of a folder: all of its images are used.", key, split)
-        folder = os.path.expanduser(dataset.removeprefix("folder:"))
-        train, evaluation, class_names = sources.open_folder(folder, training)
-    else:
-        train, evaluation, class_names = sources.open_tfds(
-            dataset, os.path.expanduser(data_dir), train_split if training else None, eval_split
-        )
+    train, evaluation, class_names = _open_splits(
+        dataset, batch_size, data_dir, train_split if training else None, eval_split
+    )
     if training and len(train) < batch_size:
         raise UserError(
             f"{dataset} has {len(train)} training images, less than one batch: data.batch_size is {batch_size}"
         )
     return Data(
         load_example=load_noise if dataset == "synthetic" else load_example,
-        train=train if training else None,
+        train=train,
         eval=evaluation,
         class_names=class_names,
         batch_size=batch_size,
@@ -92,6 +82,21 @@ def open_dataset(
         about={"class_names": list(class_names), "image_size": image_size, "crop_pct": crop_pct},
         constant=dataset == "synthetic",
     )
+
+
+def _open_splits(
+    dataset: str, batch_size: int, data_dir: str, train_split: str | None, eval_split: str
+) -> tuple[Source | None, Source, tuple[str, ...]]:
+    """The sources of the two splits, and the names of the classes; without training images if train_split is None."""
+    if dataset == "synthetic":
+        train = None if train_split is None else Numbers(1_281_167)
+        return train, Numbers(batch_size), tuple(f"class {i}" for i in range(1000))
+    if dataset.startswith("folder:"):
+        for key, split in {"train_split": train_split, "eval_split": eval_split}.items():
+            if split is not None and "[" in split:
+                log.warning("data.%s=%s takes no part of a folder: all of its images are used.", key, split)
+        return sources.open_folder(os.path.expanduser(dataset.removeprefix("folder:")), train_split is not None)
+    return sources.open_tfds(dataset, os.path.expanduser(data_dir), train_split, eval_split)
 
 
 def load_noise(data: Data, record: int, rng: np.random.Generator | None) -> Example:

@@ -5,15 +5,11 @@ example is augmented by a generator of its own, seeded by (seed, epoch, example)
 state, and the number of workers and processes changes nothing.
 """
 
-import contextlib
 import dataclasses
 import functools
 import gc
 import itertools
-import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -22,6 +18,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from fcvit_jax.data.workers import start_worker, without_signals
 from fcvit_jax.devices import shared_memory
 from fcvit_jax.errors import UserError, check_range
 
@@ -36,7 +33,7 @@ class Source(Protocol):
         """The number of examples."""
 
     def read(self, indices: Sequence[int]) -> Iterable[Any]:
-        """The records of some examples, as the task's `load_example` takes them."""
+        """The records of some examples, as `load_example` takes them."""
 
     def describe(self, index: int) -> str:
         """Names an example in error messages."""
@@ -296,18 +293,18 @@ def _stream(data: Data, load: Callable[[int], Batch], start: int, stop: int) -> 
     if data.workers and not flags.FLAGS.is_parsed():
         # Grain reads absl flags of its own, which absl refuses where a program has not parsed any.
         flags.FLAGS.mark_as_parsed()
-    start_worker = functools.partial(_start_worker, shared_memory.claim() if data.workers else None)
+    init = functools.partial(start_worker, shared_memory.claim() if data.workers else None)
     threads = 0 if data.workers else 1
     batches = (
         grain.MapDataset.range(start, stop)
         .map(load)
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads * data.prefetch))
-        .mp_prefetch(grain.MultiprocessingOptions(data.workers, data.prefetch), worker_init_fn=start_worker)
+        .mp_prefetch(grain.MultiprocessingOptions(data.workers, data.prefetch), worker_init_fn=init)
     )
     iterator = iter(batches)
     try:
         if data.workers:
-            with _without_signals():
+            with without_signals():
                 first = list(itertools.islice(iterator, 1))
             while first:
                 yield first.pop()  # keep no reference: the batch is in memory shared with a worker
@@ -324,28 +321,3 @@ def _stream(data: Data, load: Callable[[int], Batch], start: int, stop: int) -> 
         iterator.close()
         if data.workers:
             gc.collect()  # a reference cycle in Grain would keep the last batch in shared memory, and warn at exit
-
-
-@contextlib.contextmanager
-def _without_signals() -> Iterator[None]:
-    """Blocks Ctrl-C, SIGTERM and SIGHUP in this thread while inside, and for ever in processes that are started inside.
-
-    The signals reach all processes of a job. This process still needs a batch then, and ends its workers itself.
-    """
-    shared_memory.start_tracker()  # it unblocks the signals when it starts, so start it first
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker(prefix: str | None, index: int, count: int) -> None:
-    del index, count
-    shared_memory.name_with(prefix)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    multiprocessing.parent_process().join()  # returns even if it was killed; Grain's workers would not end alone
-    os._exit(1)

@@ -58,11 +58,7 @@ def open_dataset(
         do.
     """
     workers = check_loading(batch_size, workers, prefetch)
-    check_range("data", 32, crop_size=crop_size, short=short)
-    check_range("data", short, long=long)
-    check_range("data", 0, flip=flip, max_share=max_share)
-    if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
-        raise UserError(f"data.scale={scale} must be the smallest and the largest scale, such as (0.5, 2.0).")
+    _check_transforms(crop_size, long, short, scale, max_share, flip)
     if dataset.startswith("ade:"):
         path = os.path.join(os.path.expanduser(data_dir), os.path.expanduser(dataset.removeprefix("ade:")))
         splits = dict(train_split=train_split, eval_split=eval_split)
@@ -93,6 +89,16 @@ def open_dataset(
         eval_buckets=buckets if len(shapes) > 1 else None,
         constant=dataset == "synthetic",
     )
+
+
+def _check_transforms(
+    crop_size: int, long: int, short: int, scale: Sequence[float], max_share: float, flip: float
+) -> None:
+    check_range("data", 32, crop_size=crop_size, short=short)
+    check_range("data", short, long=long)
+    check_range("data", 0, flip=flip, max_share=max_share)
+    if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+        raise UserError(f"data.scale={scale} must be the smallest and the largest scale, such as (0.5, 2.0).")
 
 
 class _Opened(NamedTuple):

@@ -294,7 +294,7 @@ def save_variables(path: str | Path, variables: dict[str, Any], metadata: dict[s
 
     Args:
       path: a new or empty folder; removed again where it cannot be written.
-      variables: {"params": ..., "batch_stats": ...}.
+      variables: {"params": ..., ...}.
       metadata: as in `saved.load_metadata`.
 
     Raises:

@@ -25,7 +25,7 @@ def as_json(value: Any) -> str:
 
 
 def not_finite(metrics: Mapping[str, Any]) -> str:
-    """Lists all metrics, such as "loss nan, top1 0.0", if one of their numbers is not finite; otherwise ""."""
+    """Lists all metrics, such as "loss nan, lr 0.1", if one of their numbers is not finite; otherwise ""."""
     numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
     if all(map(math.isfinite, numbers.values())):
         return ""

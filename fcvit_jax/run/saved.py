@@ -63,7 +63,7 @@ def load_variables(path: str | Path, *, ema: bool | None = None) -> dict[str, An
 
     Example::
 
-        variables = load_variables("runs/digits")                        # {"params": ..., "batch_stats": ...}
+        variables = load_variables("runs/digits")                        # {"params": ..., ...}
 
     Args:
       path: as in `find_step`.
