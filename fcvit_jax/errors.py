@@ -11,12 +11,19 @@ from collections.abc import Iterator
 
 import jax
 
+MAX_IMAGE_SIZE = 8192  # pixels a side; beyond it memory runs out long before anything is computed
+
 # Everything that a run says goes here; a library says nothing more until its user installs a handler.
 log = logging.getLogger("fcvit_jax")
 
 
 class UserError(ValueError):
     """A mistake the user can fix: `main.py` and the tools print its message without a traceback and exit with 1."""
+
+
+def printable(text: str) -> str:
+    """Text in which what is no character to print, such as the start of a command to a terminal, is escaped."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 class Stopped(KeyboardInterrupt):
@@ -41,7 +48,7 @@ class _AboveBar(logging.Handler):
         if stream is None:  # it was closed or redirected to nothing
             return
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        text = prefix + self.format(record)
+        text = printable(prefix + self.format(record))
         try:
             try:
                 from tqdm import tqdm
@@ -89,7 +96,7 @@ def exit_on_error() -> Iterator[None]:
         yield
         _flush()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable(f"error: {error}"))
     except KeyboardInterrupt as error:
         _flush()
         os._exit(128 + getattr(error, "number", 2))  # a normal exit during compilation may crash the process

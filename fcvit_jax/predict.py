@@ -12,7 +12,7 @@ import numpy as np
 from flax import linen as nn
 
 from fcvit_jax import tasks
-from fcvit_jax.errors import UserError, exit_on_error, log
+from fcvit_jax.errors import UserError, exit_on_error, log, printable
 from fcvit_jax.run import saved
 from fcvit_jax.run.results import as_json
 
@@ -119,7 +119,7 @@ def _predict(args: argparse.Namespace) -> int:
             if number == i == 0:
                 print(f"{'image':{widths[0]}}  {'class':{widths[1]}}  {measure}")
             label = "" if i else str(path)
-            print(f"{label:{widths[0]}}  {line['class']:{widths[1]}}  {value:{len(measure)}.2%}", flush=True)
+            print(f"{label:{widths[0]}}  {printable(line['class']):{widths[1]}}  {value:{len(measure)}.2%}", flush=True)
     return int(bool(failed))
 
 

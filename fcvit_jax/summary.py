@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from fcvit_jax import networks, tasks
-from fcvit_jax.errors import UserError, exit_on_error
+from fcvit_jax.errors import MAX_IMAGE_SIZE, UserError, exit_on_error
 from fcvit_jax.networks import vit
 from fcvit_jax.networks.blocks import GlobalContext
 from fcvit_jax.networks.fcvit import VARIANTS
@@ -56,8 +56,8 @@ def summarize(model: nn.Module, image_size: int = 224) -> dict[str, Part]:
       UserError: the network takes no images of this size.
     """
     least = getattr(model, "patch_size", 32)
-    if image_size < least:
-        raise UserError(f"--image-size={image_size}: the network needs at least {least} pixels a side.")
+    if not least <= image_size <= MAX_IMAGE_SIZE:
+        raise UserError(f"--image-size={image_size} must be at least {least} pixels and at most {MAX_IMAGE_SIZE}.")
     parts: dict[str, Part] = {}
 
     def count(call, args, kwargs, context):

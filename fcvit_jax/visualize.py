@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from fcvit_jax.figures.curves import draw_curves, read_metrics
 from fcvit_jax.figures.similarity import draw_similarity, head_correlation, similarity_maps
 from fcvit_jax.networks.vit import ViT
 from fcvit_jax.predict import CHECKPOINT_HELP, find_images, load, read_image
+from fcvit_jax.run.results import parse_object
 
 _MAX_IMAGES = 32  # in one picture
 
@@ -136,9 +136,8 @@ def _attention(args: argparse.Namespace) -> Figure:
 def _metric(workdir: Path) -> str:
     """The metric by which a run chooses its best checkpoint."""
     try:
-        config = json.loads((workdir / "config.json").read_text())
-        task = config.get("task", "classification")
-    except (OSError, ValueError, AttributeError) as error:
+        task = parse_object((workdir / "config.json").read_text()).get("task", "classification")
+    except (OSError, ValueError) as error:
         raise UserError(f"{workdir / 'config.json'} cannot be read: {error}; give folders of runs.") from error
     return tasks.load(task).BEST
 

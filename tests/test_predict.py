@@ -200,3 +200,29 @@ def test_names_that_are_no_utf_8_are_printed():
     tool = r"from fcvit_jax.errors import exit_on_error" "\n" r"with exit_on_error(): print('caf\udce9.jpg')"
     env = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
     assert subprocess.check_output([sys.executable, "-c", tool], env=env, timeout=100) == rb"caf\udce9.jpg" b"\n"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("image_size", value) for value in ("x", -5, 10**6, None, 40.5)),
+        *(("crop_pct", value) for value in ("a", 1e-3, None, [1])),
+        *(("class_names", value) for value in (["ant"], [1, 2, 3], "ant", None)),
+        ("model", TINY | {"depths": [10**7, 0, 0, 0]}),
+    ],
+)
+def test_metadata_that_cannot_be_are_one_line(tmp_path, key, value):
+    save_variables(tmp_path / "run", tiny_variables(), METADATA | {key: value})
+    with pytest.raises(UserError) as caught:
+        predict.load(tmp_path / "run")
+    text = str(caught.value)
+    assert len(text) < 300 and "\n" not in text and ("depths" if key == "model" else key) in text
+
+
+def test_commands_to_the_terminal_are_not_printed_raw(tmp_path, capsys):
+    names = ["\x1b[31mant", "bee\x07", "c\u202eat"]
+    save_variables(tmp_path / "run", tiny_variables(), METADATA | {"class_names": names})
+    (image,) = save_images(tmp_path, 1)
+    assert exit_of(predict.main, "--checkpoint", tmp_path / "run", image, "--top", 3) == 0
+    out = capsys.readouterr().out
+    assert all(c.isprintable() or c == "\n" for c in out) and "\\x1b[31mant" in out

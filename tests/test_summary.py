@@ -99,7 +99,7 @@ def test_the_tool_takes_the_names_and_the_image_size_of_vits(capsys):
 
 def test_sizes_that_the_network_does_not_take_are_refused():
     for name, size, message in (
-        ("fcvit_tiny", 31, "--image-size=31: the network needs at least 32"),
+        ("fcvit_tiny", 31, "--image-size=31 must be at least 32"),
         ("convnext_tiny", 31, "at least 32"),
         ("deit_small_patch16_224", 15, "at least 16"),
         ("deit_small_patch16_224", 40, "40 x 40 pixels cannot be cut into patches"),

@@ -133,3 +133,19 @@ def test_curves_of_what_is_no_run(tmp_path):
     assert "line 1 is not JSON" in exit_of(visualize.main, *args)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}\n')
     assert "of another program" in exit_of(visualize.main, *args)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"step": 1, "epoch": "x"}', "damaged: epoch is 'x', not a number"),
+        (b'{"epoch": 1, "train/loss": [1]}', "damaged: train/loss"),
+        (b'{"epoch": ' * 2000, "line 1 is not JSON"),
+        (b"[1]", "line 1 is not JSON"),
+        (b"\xff\xfe", "line 1 is not JSON"),
+    ],
+)
+def test_a_damaged_record_is_named(tmp_path, line, message):
+    (tmp_path / "metrics.jsonl").write_bytes(line + b'\n{"step": 2, "epoch": 2}\n')
+    with pytest.raises(UserError, match=message):
+        read_metrics(tmp_path)

@@ -8,6 +8,7 @@ bit for bit. The bicubic resize of other libraries differs by up to tens of grey
 
 import io
 import math
+import numbers
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -173,10 +174,10 @@ def eval_geometry(
       (width, height) after the resize, and the crop's (left, top, right, bottom) in it.
 
     Raises:
-      UserError: crop_pct not in (0, 1].
+      UserError: crop_pct not in [0.1, 1]; the share would be too small to resize an image for.
     """
-    if not 0 < crop_pct <= 1:
-        raise UserError(f"crop_pct={crop_pct} must be above 0 and at most 1")
+    if not isinstance(crop_pct, numbers.Real) or not 0.1 <= crop_pct <= 1:
+        raise UserError(f"crop_pct={crop_pct!r} must be at least 0.1 and at most 1")
     short = math.floor(image_size / crop_pct)
     if width <= height:
         size = short, int(short * height / width)

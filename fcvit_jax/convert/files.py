@@ -107,7 +107,7 @@ def _open_npz(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
     except OSError as error:
         raise UserError(f"Could not read {path}: {error.strerror}.") from error
     # Not with what NumPy says, which may advise to run code.
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, TypeError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"Could not read {path}: it is damaged, or no .npz.") from error
 
 

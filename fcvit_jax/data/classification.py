@@ -8,7 +8,7 @@ import numpy as np
 from fcvit_jax import augment
 from fcvit_jax.data import sources
 from fcvit_jax.data.loader import Data, Example, Numbers, Source, check_loading
-from fcvit_jax.errors import UserError, check_range, log
+from fcvit_jax.errors import MAX_IMAGE_SIZE, UserError, check_range, log
 
 
 def open_dataset(
@@ -57,7 +57,7 @@ def open_dataset(
       UserError: a value is out of its range; or the dataset is unknown, not prepared, or not made of images and labels;
         the message says what to do.
     """
-    check_range("data", 1, image_size=image_size)
+    check_range("data", 1, below=MAX_IMAGE_SIZE + 1, image_size=image_size)
     workers = check_loading(batch_size, workers, prefetch)
     augment.eval_geometry(image_size, image_size, image_size, crop_pct)  # refuses a crop_pct out of range
     augmentation = dict(crop_scale=crop_scale, crop_ratio=crop_ratio, flip=flip, rand_augment=rand_augment)

@@ -123,8 +123,9 @@ def check_loading(batch_size: int, workers: int, prefetch: int) -> int:
     Raises:
       UserError: a number is out of its range.
     """
-    check_range("data", 1, batch_size=batch_size, prefetch=prefetch)
-    check_range("data", -1, workers=workers)
+    check_range("data", 1, below=2**24, batch_size=batch_size)
+    check_range("data", 1, below=1024, prefetch=prefetch)
+    check_range("data", -1, below=max(64, 8 * available_cores()), workers=workers)
     return max(1, available_cores() - 1) if workers == -1 else workers
 
 

@@ -10,7 +10,7 @@ from fcvit_jax.augment import paired
 from fcvit_jax.augment.paired import IGNORED
 from fcvit_jax.data import ade20k, image_files, palettes, scenes
 from fcvit_jax.data.loader import Data, Example, Numbers, Source, check_loading
-from fcvit_jax.errors import UserError, check_range, log
+from fcvit_jax.errors import MAX_IMAGE_SIZE, UserError, check_range, log
 
 
 def open_dataset(
@@ -94,8 +94,8 @@ def open_dataset(
 def _check_transforms(
     crop_size: int, long: int, short: int, scale: Sequence[float], max_share: float, flip: float
 ) -> None:
-    check_range("data", 32, crop_size=crop_size, short=short)
-    check_range("data", short, long=long)
+    check_range("data", 32, below=MAX_IMAGE_SIZE + 1, crop_size=crop_size, short=short)
+    check_range("data", short, below=4 * MAX_IMAGE_SIZE, long=long)
     check_range("data", 0, flip=flip, max_share=max_share)
     if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
         raise UserError(f"data.scale={scale} must be the smallest and the largest scale, such as (0.5, 2.0).")

@@ -1,7 +1,6 @@
 """The figure of the curves of runs: loss, learning rate and a metric over epochs."""
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from matplotlib.figure import Figure
 
 from fcvit_jax.errors import UserError
 from fcvit_jax.figures import COLOURS, literal
+from fcvit_jax.run.results import parse_object
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
@@ -20,18 +20,22 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
     """
     path = workdir / "metrics.jsonl"
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(errors="replace").splitlines()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give folders of runs.") from error
     metrics = []
     for number, line in enumerate(lines, 1):
         try:
-            metrics.append(json.loads(line))
+            metrics.append(parse_object(line))
         except ValueError as error:
             if number < len(lines):
                 raise UserError(f"{path}, line {number} is not JSON: {error}") from error
-    if not all(isinstance(line, dict) and "epoch" in line for line in metrics):
+    if not all("epoch" in line for line in metrics):
         raise UserError(f"{path} is of another program: its lines have no epoch.")
+    for line in metrics:
+        for name, value in line.items():
+            if not isinstance(value, int | float | None):
+                raise UserError(f"{path} is damaged: {name} is {value!r:.40}, not a number.")
     if not metrics:
         raise UserError(f"{path} is empty: the run has reported nothing yet.")
     return metrics

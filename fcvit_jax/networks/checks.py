@@ -38,7 +38,7 @@ def check_counts(low: int, **counts: Any) -> None:
     for name, count in counts.items():
         if not isinstance(count, Integral):
             raise UserError(f"model.{name}={count!r} must be a whole number.")
-        check_range("model", low, **{name: count})
+        check_range("model", low, below=2**20 + 1, **{name: count})
 
 
 def check_tuples(low: int, **tuples: Any) -> None:
@@ -56,6 +56,8 @@ def check_tuples(low: int, **tuples: Any) -> None:
             raise UserError(f"model.{name}={counts!r} must be a tuple of whole numbers.")
         for count in counts:
             check_counts(low, **{name: count})
+        if name == "depths":
+            check_range("model", low, below=1000, depths=max(counts))  # each block is traced
 
 
 def check_dtypes(model: nn.Module) -> None:

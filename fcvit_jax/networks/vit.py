@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from flax.linen.initializers import normal
 
-from fcvit_jax.errors import UserError, check_range
+from fcvit_jax.errors import MAX_IMAGE_SIZE, UserError, check_range
 from fcvit_jax.networks.blocks import drop_path_factors
 from fcvit_jax.networks.checks import check_counts, check_dtypes, check_images, check_switches
 from fcvit_jax.networks.layers import gelu, layer_norm
@@ -311,6 +311,8 @@ def create_vit(name: str, num_classes: int = 1000, **fields) -> ViT:
     model = ViT(**VARIANTS[name] | {"num_classes": num_classes, **fields})
     counts = ("dim", "depth", "heads", "patch_size", "image_size", "mlp_ratio")
     check_counts(1, **{key: getattr(model, key) for key in counts})
+    check_range("model", 1, below=1000, depth=model.depth)  # each block is traced
+    check_range("model", 1, below=MAX_IMAGE_SIZE + 1, image_size=model.image_size)
     check_counts(0, num_classes=model.num_classes)
     check_range("model", 0, below=1, drop_path_rate=model.drop_path_rate)
     check_dtypes(model)

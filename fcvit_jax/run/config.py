@@ -22,6 +22,7 @@ from fcvit_jax.devices.hosts import check_same
 from fcvit_jax.devices.sharding import make_mesh
 from fcvit_jax.errors import UserError, check_range, log
 from fcvit_jax.run.checkpoint import Checkpointer
+from fcvit_jax.run.results import parse_object
 from fcvit_jax.run.saved import step_folders
 
 # Keys that each process may have its own value of.
@@ -69,7 +70,8 @@ class TrainOptions:
     def __post_init__(self):
         numbers = {"steps": self.steps} if self.steps is not None else {}
         counts = {key: getattr(self, key) for key in ("epochs", "accumulate", "log_every", "eval_every")}
-        check_range("train", 1, **counts, **numbers)
+        check_range("train", 1, below=2**31, **counts, **numbers)
+        check_range("train", 1, below=10**6, epochs=self.epochs)
         if self.ema_decay is not None:
             check_range("train", 0, below=1, ema_decay=self.ema_decay)
         steps = self.profile_steps
@@ -220,9 +222,14 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
     if not path.exists():
         return
     try:
-        old = _flat(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): choose another --workdir.") from error
+        old = _flat(parse_object(path.read_text()))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}). The checkpoints beside it need not be: move this file away, and the same "
+            "command goes on with the run, under the config that is given."
+        ) from error
     old = json.loads(json.dumps(_ADDED)) | old
     new = _flat(json.loads(config.to_json()))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))

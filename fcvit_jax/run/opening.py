@@ -20,7 +20,7 @@ from fcvit_jax.data import loader
 from fcvit_jax.data.loader import Data
 from fcvit_jax.devices.hosts import errors_on_all_processes
 from fcvit_jax.devices.sharding import make_mesh
-from fcvit_jax.errors import log
+from fcvit_jax.errors import check_range, log
 from fcvit_jax.run import config as run_config
 from fcvit_jax.run.saved import local_path
 from fcvit_jax.run.state import TrainState, abstract_state
@@ -84,6 +84,7 @@ def open_run(config: ConfigDict, workdir: str | Path) -> Run:
         model = task.create_model(**config.model)
         epochs, steps = config.train.epochs, config.train.steps
         total = task.num_epochs(config) * data.steps_per_epoch if steps is None else steps
+        check_range("train", 1, below=2**31, steps=total)
         sizes = data.steps_per_epoch, epochs, data.batch_size, total
         tx, schedule = _made(task.make_optimizer, *sizes, **config.optim)
         prepare = _made(task.make_prepare, model, **config.mixing)

@@ -11,6 +11,21 @@ import jax
 from fcvit_jax.errors import UserError
 
 
+def parse_object(text: str) -> dict[str, Any]:
+    """The object that JSON text holds.
+
+    Raises:
+      ValueError: the text is no JSON, is nested too deep, or holds something else.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__}, not an object")
+    return value
+
+
 def as_json(value: Any) -> str:
     """The JSON of a value, with null in place of each number that is not finite, since JSON has no such numbers."""
 

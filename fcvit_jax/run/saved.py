@@ -111,6 +111,9 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
         metadata = disk.load_metadata(step)
     except disk.Damaged as error:
         raise UserError(f"Could not read the metadata of {step}: {error}\n{_DAMAGED}") from error
+    names = metadata.get("class_names", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{step} is damaged: its class_names are no list of names.")
     return {key: value for key, value in metadata.items() if key != "format"}
 
 

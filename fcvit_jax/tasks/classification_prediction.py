@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 
 from fcvit_jax import augment, networks
-from fcvit_jax.errors import UserError, log
+from fcvit_jax.errors import MAX_IMAGE_SIZE, UserError, log
 from fcvit_jax.networks.normalize import normalize
 
 
@@ -33,7 +33,25 @@ def complete_metadata(source: Path, model: nn.Module, metadata: Mapping[str, Any
             "%s says nothing of %s; the defaults are numbered classes, images of %d pixels a side and crop_pct %s",
             *(source, ", ".join(missing), usual["image_size"], usual["crop_pct"]),
         )
-    return usual | metadata
+    complete = usual | metadata
+    _check_image_settings(source, complete)
+    if len(complete["class_names"]) != model.num_classes:
+        names = len(complete["class_names"])
+        raise UserError(f"{source} has {model.num_classes} classes, but {names} class_names.")
+    return complete
+
+
+def _check_image_settings(source: Path, metadata: Mapping[str, Any]) -> None:
+    """Checks "image_size" and "crop_pct" of a checkpoint's metadata.
+
+    Raises:
+      UserError: naming the source, and the one that is no such number.
+    """
+    size, share = metadata["image_size"], metadata["crop_pct"]
+    if not isinstance(size, int) or not 1 <= size <= MAX_IMAGE_SIZE:
+        raise UserError(f"{source} has image_size {size!r}, which is no size from 1 to {MAX_IMAGE_SIZE}.")
+    if not isinstance(share, int | float) or not 0.1 <= share <= 1:
+        raise UserError(f"{source} has crop_pct {share!r}, which is no number from 0.1 to 1.")
 
 
 def read_image(encoded: bytes, metadata: Mapping[str, Any]) -> np.ndarray:

@@ -202,7 +202,7 @@ def test_folders_that_are_no_good_are_refused(tmp_path):
     with pytest.raises(UserError, match="mount the bucket"):
         local_path("gs://bucket/run")
     (tmp_path / "config.json").write_text('{"seed": ')
-    with pytest.raises(UserError, match="config.json cannot be read"):
+    with pytest.raises(UserError, match="config.json is damaged"):
         check_workdir(config, tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file cannot be written: File exists"):
@@ -222,3 +222,10 @@ def test_none_is_for_keys_that_may_be_off():
         config.update_from_flattened_dict({key: None})
         with pytest.raises(UserError, match=f"{key}=None must have a value"):
             check_config(config, classification)
+
+
+@pytest.mark.parametrize("text", ["", '{"task": "class', "[1, 2]", '{"a":' * 3000, "\udcff"])
+def test_a_damaged_config_json_tells_how_to_keep_the_run(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match="config.json is damaged .* move this file away, and the same command goes on"):
+        check_workdir(tiny_config.get_config(), tmp_path)
