@@ -7,6 +7,7 @@ import math
 import numbers
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 
 import jax
@@ -97,6 +98,11 @@ def exit_on_error() -> Iterator[None]:
         _flush()
     except UserError as error:
         sys.exit(printable(f"error: {error}"))
+    except (RuntimeError, AssertionError) as error:
+        if not traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
+            raise
+        text, platforms = str(error).partition("\n")[0] or "there are none", os.environ.get("JAX_PLATFORMS", "")
+        sys.exit(f"error: JAX cannot use its devices: {text}\nIs JAX_PLATFORMS={platforms} right?")
     except KeyboardInterrupt as error:
         _flush()
         os._exit(128 + getattr(error, "number", 2))  # a normal exit during compilation may crash the process

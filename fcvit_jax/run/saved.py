@@ -1,6 +1,7 @@
 """Finding and loading what was saved: weights, their metadata and the network that they are of."""
 
 import contextlib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,13 +24,20 @@ def local_path(path: str | Path) -> Path:
     """The absolute path, with ~ expanded.
 
     Raises:
-      UserError: it is empty, or an address, such as gs://...
+      UserError: it is empty, an address, such as gs://..., or a name that the file system does not take.
     """
     if not str(path):
         raise UserError("The path of the run's folder is empty.")
     if re.match(r"\w\w+:/", str(path)):  # a Path has one slash of the two
         raise UserError(f"{path} must be a path: mount the bucket, for example with gcsfuse, and give its folder.")
-    return Path(path).expanduser().absolute()
+    path = Path(path).expanduser().absolute()
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # which whoever needs it says
+    except (OSError, ValueError) as error:  # too long, not allowed, or no name at all
+        raise UserError(f"{str(path)[:300]} cannot be used: {getattr(error, 'strerror', None) or error}.") from error
+    return path
 
 
 def step_folders(folder: Path) -> list[Path]:

@@ -271,3 +271,11 @@ def test_processes_fail_together_and_stop_at_the_same_item_of_an_evaluation(tmp_
     assert not list(tmp_path.glob("*/*"))
     seen, received = last.split()
     assert received == "True" and 20 <= int(seen) < 9_999
+
+
+def test_a_platform_that_is_not_there_is_one_line():
+    code = "import jax\nfrom fcvit_jax.errors import *\nwith exit_on_error():\n    jax.devices()"
+    env = os.environ | {"JAX_PLATFORMS": "tpu5"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and done.stderr.startswith("error: JAX cannot use its devices: ")
+    assert "JAX_PLATFORMS=tpu5" in done.stderr and "Traceback" not in done.stderr

@@ -229,3 +229,9 @@ def test_a_damaged_config_json_tells_how_to_keep_the_run(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match="config.json is damaged .* move this file away, and the same command goes on"):
         check_workdir(tiny_config.get_config(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_a_name_that_the_file_system_does_not_take_is_told(tmp_path, name):
+    with pytest.raises(UserError, match="cannot be used: "):
+        local_path(tmp_path / name)
