@@ -190,7 +190,8 @@ class Progress:
             return
         shown, rates = {"loss": f"{metrics['train/loss']:.3f}"}, ""
         # No rate for a shorter interval at the end: its last step does not include a wait for data and would look fast.
-        if step > self._since and step % self._log_every == 0:
+        # Steps that an accelerator finishes while the next are under way may be noted out of order.
+        if step > self._since and step % self._log_every == 0 and now > self._start:
             rate = (step - self._since) / (now - self._start)
             metrics["train/images_per_second"] = rate * self._batch_size
             metrics["train/data_wait"] = min(self._wait / (now - self._start), 1.0)
