@@ -6,6 +6,7 @@ import functools
 import multiprocessing
 import os
 import secrets
+import signal
 import sys
 from multiprocessing import resource_tracker, shared_memory
 from pathlib import Path
@@ -34,12 +35,17 @@ def claim() -> str | None:
 
 
 def start_tracker() -> None:
-    """Starts the process in which Python removes what is left at the end; it need not warn that there was something."""
+    """Starts the process in which Python removes what is left at the end, if it is not running yet.
+
+    It outlives a terminal that hangs up, and does not warn that there was something.
+    """
     quiet = "ignore::UserWarning:multiprocessing.resource_tracker"
     sys.warnoptions.append(quiet)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # it ignores SIGINT and SIGTERM by itself
     try:
         resource_tracker.ensure_running()
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         sys.warnoptions.remove(quiet)
 
 

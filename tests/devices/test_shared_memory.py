@@ -53,10 +53,12 @@ def test_a_worker_names_its_memory_by_its_run(monkeypatch):
 
 
 LEAK = """
-import sys
+import os, signal
+from multiprocessing import resource_tracker
 from multiprocessing import shared_memory as memory
 from fcvit_jax.devices import shared_memory
 shared_memory.start_tracker()
+os.kill(resource_tracker._resource_tracker._pid, signal.SIGHUP)
 print(memory.SharedMemory(create=True, size=8).name)
 """
 
