@@ -43,7 +43,8 @@ def _glob(self: epath.Path, pattern: str) -> Iterator[epath.Path]:
 
 class _Manager(ocp.CheckpointManager):
     def __init__(self, directory: Path, keep: int | None = None):
-        type(epath.Path(directory)).glob = _glob
+        if glob.escape(str(directory)) != str(directory):  # only such names need it, and it changes a library's class
+            type(epath.Path(directory)).glob = _glob
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             # Two managers may save at once: processes must not take a barrier of one for a barrier of the other.
