@@ -1,9 +1,11 @@
 """Eight simulated CPU devices and quick compilation, set up before anything imports jax; and absl flags for Grain."""
 
 import os
+import signal
 import socket
 from importlib.metadata import version
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which tests may run, has it ignored
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Small programs run in no time and compile for long: half as long without LLVM's optimiser, and half of that by XLA's
 # older emitters, which JAX 0.10 still has. Processes that the tests start do the same.
