@@ -1,5 +1,6 @@
 """The feature pyramid network: the neck between a backbone and a head that wants equal channels at every stride."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from flax import linen as nn
 from flax.linen.initializers import normal
 
 from fcvit_jax.errors import UserError
+from fcvit_jax.networks import fcvit
 from fcvit_jax.networks.layers import Conv1x1, masked, valid_cells
 
 
@@ -88,3 +90,21 @@ class FPN(nn.Module):
             conv = nn.Conv(self.channels, (3, 3), padding=1, kernel_init=init, name=f"output_{i}", **dtypes)
             results.append(masked(conv(masked(x, valid)), valid))
         return tuple(results)
+
+
+def init_around_backbone(model: nn.Module, init_decoder: Callable, key: jax.Array, jit: Callable) -> dict[str, Any]:
+    """Draws the initial weights of a network with a pyramid, its backbone's block by block; see `fcvit.init_variables`.
+
+    Args:
+      model: the network, with an attribute `backbone`.
+      init_decoder: init_decoder(model, key) draws the weights of neck and heads.
+      key: random key.
+      jit: jit(function, *args) returns a jitted function for arguments of these shapes.
+
+    Returns:
+      {"params": ..., "batch_stats": ...}.
+    """
+    backbone_key, decoder_key = jax.random.split(key)
+    variables = fcvit.init_variables(model.backbone, backbone_key, jit)
+    decoder = jit(functools.partial(init_decoder, model), decoder_key)(decoder_key)
+    return {name: {"backbone": tree, **decoder.get(name, {})} for name, tree in variables.items()}

@@ -10,10 +10,10 @@ from flax import linen as nn
 
 from fcvit_jax.errors import UserError, check_range
 from fcvit_jax.networks import boxes as box_lib
-from fcvit_jax.networks import fcvit, rpn
+from fcvit_jax.networks import rpn
 from fcvit_jax.networks.boxes import Samples
 from fcvit_jax.networks.fcvit import Backbone, create_backbone
-from fcvit_jax.networks.fpn import FPN
+from fcvit_jax.networks.fpn import FPN, init_around_backbone
 from fcvit_jax.networks.masks import crop_masks
 from fcvit_jax.networks.objects import Detections, Objects
 from fcvit_jax.networks.roi_align import pyramid_roi_align
@@ -301,10 +301,7 @@ def init_variables(
     model: MaskRCNN, key: jax.Array, jit: Callable = lambda function, *args: jax.jit(function)
 ) -> dict[str, Any]:
     """Draws the initial weights of a detector, its backbone's block by block; see `fcvit.init_variables`."""
-    backbone_key, decoder_key = jax.random.split(key)
-    variables = fcvit.init_variables(model.backbone, backbone_key, jit)
-    decoder = jit(functools.partial(init_decoder, model), decoder_key)(decoder_key)
-    return {name: {"backbone": tree, **decoder.get(name, {})} for name, tree in variables.items()}
+    return init_around_backbone(model, init_decoder, key, jit)
 
 
 def create_detector(

@@ -1,7 +1,6 @@
 """Semantic FPN (Kirillov et al., 2019): a backbone, a feature pyramid network and a head that classifies pixels."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,9 +10,8 @@ from flax import linen as nn
 from flax.linen.initializers import normal
 
 from fcvit_jax.errors import check_range
-from fcvit_jax.networks import fcvit
 from fcvit_jax.networks.fcvit import Backbone, create_backbone
-from fcvit_jax.networks.fpn import FPN
+from fcvit_jax.networks.fpn import FPN, init_around_backbone
 from fcvit_jax.networks.layers import BatchNorm
 
 
@@ -177,10 +175,7 @@ def init_variables(
     model: SemanticFPN, key: jax.Array, jit: Callable = lambda function, *args: jax.jit(function)
 ) -> dict[str, Any]:
     """Draws the initial weights of a segmenter, its backbone's block by block; see `fcvit.init_variables`."""
-    backbone_key, decoder_key = jax.random.split(key)
-    backbone = fcvit.init_variables(model.backbone, backbone_key, jit)
-    decoder = jit(functools.partial(init_decoder, model), decoder_key)(decoder_key)
-    return {name: {"backbone": backbone[name], **tree} for name, tree in decoder.items()}
+    return init_around_backbone(model, init_decoder, key, jit)
 
 
 def create_segmenter(
