@@ -20,14 +20,17 @@ DATA = np.load(Path(__file__).parent / "data" / "detection" / "detector_small.np
 META = json.loads(str(DATA["meta"]))
 PLACES = 5  # for objects; the images have 4 and 3
 
+NETWORK = {
+    "num_classes": META["ncls"],
+    "neck_channels": META["fpn"],
+    "box_channels": META["fc"],
+    "depths": META["layers"],
+    "dims": META["dims"],
+    "mlp_ratios": META["ratios"],
+}
 DETECTOR = fcvit_jax.create_detector(
     "fcvit_tiny",
-    META["ncls"],
-    neck_channels=META["fpn"],
-    box_channels=META["fc"],
-    depths=META["layers"],
-    dims=META["dims"],
-    mlp_ratios=META["ratios"],
+    **NETWORK,
     train_nms_pre=META["pre"][0],
     nms_pre=META["pre"][1],
     train_proposals=META["post"][0],

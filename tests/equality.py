@@ -1,6 +1,8 @@
 """Compares modules of ours with those of torch_reference.py, at random sizes and options, in float64 on its side."""
 
+import functools
 import zlib
+from typing import NamedTuple
 
 import hypothesis.strategies as st
 import jax
@@ -23,6 +25,37 @@ def assert_close(actual, expected, what, tolerance=1e-5):
     assert actual.shape == expected.shape, f"{what}: {actual.shape}, should be {expected.shape}"
     error = np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30)
     assert error <= tolerance, f"{what}: {error:.2e} of the largest value apart"
+
+
+def assert_same(actual, expected):
+    """The same names, and for each of them the same numbers."""
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        np.testing.assert_array_equal(actual[name], x, err_msg=name)
+
+
+def tensors(state_dict):
+    return {name: torch.from_numpy(x) for name, x in state_dict.items()}
+
+
+class Step(NamedTuple):
+    loss: jax.Array
+    logits: jax.Array
+    batch_stats: dict
+    grads: dict
+    image_grad: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def train_step(model, loss, variables, images, labels):
+    """What a training step computes, for a model without dropout; loss(logits, labels) gives a scalar."""
+
+    def loss_fn(params, images):
+        logits, updates = model.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
+        return loss(logits, labels), (logits, updates["batch_stats"])
+
+    (value, (logits, stats)), grads = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(variables["params"], images)
+    return Step(value, logits, stats, *grads)
 
 
 def formula_weights(shapes, seed):
@@ -77,7 +110,7 @@ def assert_module_equals(ours, theirs, place, shape, seed, *args):
       *args: further arguments of our module.
     """
     weights = formula_weights({name: tuple(x.shape) for name, x in theirs.state_dict().items()}, seed)
-    theirs.load_state_dict({name: torch.from_numpy(x) for name, x in weights.items()})
+    theirs.load_state_dict(tensors(weights))
     theirs.double()
     rng = np.random.default_rng(seed)
     images = rng.normal(0, 1, shape).astype(np.float32)

@@ -1,5 +1,7 @@
 """What several test files use: a small checkpoint, a training state, and what tools print and draw."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +84,11 @@ def expected_logits(images):
     return np.asarray(jax.jit(create_model(**TINY).apply)(tiny_variables(), normalize(images)))
 
 
+def said(caplog):
+    """What `convert` logged: Orbax has a warning of its own."""
+    return [r.getMessage() for r in caplog.records if Path(r.pathname).parent.name == "convert"]
+
+
 def assert_nothing_is_cut_off(figure):
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -103,6 +110,16 @@ def make_state(mesh, step, seed=0):
         ema=jax.tree.map(lambda x: 2 * x, {"params": params, "batch_stats": batch_stats}),
     )
     return jax.device_put(state, state_shardings(state, mesh))
+
+
+def save_states(workdir, states, metadata):
+    """Writes a checkpoint of each state, and returns the folder."""
+    checkpointer = Checkpointer(workdir)
+    for state in states:
+        checkpointer.save(state, metadata)
+    checkpointer.wait()
+    checkpointer.close()
+    return workdir
 
 
 def abstract(state, mesh):

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch_reference
+from equality import assert_same, tensors
 from flax import traverse_util
+from helpers import said
 
 from fcvit_jax import convert
 from fcvit_jax.convert.weights import infer
@@ -47,21 +49,6 @@ def original(**fields):
     """A state dict of the original's classifier, or of its pyramid."""
     shapes = torch_reference.FCViT(**{**SIZES, "num_classes": 5, **fields}).state_dict()
     return numbers({name: tuple(x.shape) for name, x in shapes.items()}, seed=1)
-
-
-def tensors(state_dict):
-    return {name: torch.from_numpy(x) for name, x in state_dict.items()}
-
-
-def assert_same(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name, x in expected.items():
-        np.testing.assert_array_equal(actual[name], x, err_msg=name)
-
-
-def said(caplog):
-    """What was logged, by us: Orbax has a warning of its own."""
-    return [r.getMessage() for r in caplog.records if Path(r.pathname).parent.name == "convert"]
 
 
 def test_conversion_of_an_mmsegmentation_checkpoint_is_exact_and_shapes_tell_the_network():

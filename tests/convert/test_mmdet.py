@@ -1,7 +1,6 @@
 """MMDetection's checkpoints <-> our detector, and a detector that starts from other weights."""
 
 import logging
-from pathlib import Path
 
 import detection_golden as golden
 import jax
@@ -9,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch_reference
-from detection_golden import DATA, META
+from detection_golden import DATA
+from equality import assert_same, tensors
 from flax import traverse_util
+from helpers import said
 
 import fcvit_jax
 from fcvit_jax import convert
@@ -22,15 +23,7 @@ from fcvit_jax.networks.fcvit import abstract_variables
 
 SIZES = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "mlp_ratios": (2, 2, 1, 1)}
 STATE_DICT = {name[3:]: DATA[name].astype(np.float32) for name in DATA if name.startswith("sd/")}
-DETECTOR = fcvit_jax.create_detector(
-    "fcvit_tiny",
-    META["ncls"],
-    neck_channels=META["fpn"],
-    box_channels=META["fc"],
-    depths=META["layers"],
-    dims=META["dims"],
-    mlp_ratios=META["ratios"],
-)
+DETECTOR = fcvit_jax.create_detector("fcvit_tiny", **golden.NETWORK)
 
 
 def detector(**fields):
@@ -44,21 +37,6 @@ def numbers(model):
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda x: rng.normal(0, 1, x.shape).astype(np.float32), abstract_variables(model))
     return convert.to_torch(variables, model)
-
-
-def tensors(state_dict):
-    return {name: torch.from_numpy(x) for name, x in state_dict.items()}
-
-
-def assert_same(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name, x in expected.items():
-        np.testing.assert_array_equal(actual[name], x, err_msg=name)
-
-
-def said(caplog):
-    """What was logged, by us: Orbax has a warning of its own."""
-    return [r.getMessage() for r in caplog.records if Path(r.pathname).parent.name == "convert"]
 
 
 def test_conversion_is_exact_and_shapes_tell_the_network():

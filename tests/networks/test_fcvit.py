@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch_reference
 from conftest import WELL
-from equality import assert_close, assert_module_equals, formula_weights, nhwc
+from equality import assert_close, assert_module_equals, formula_weights, nhwc, train_step
 from flax import linen as nn
 from flax import nnx, traverse_util
 
@@ -67,26 +66,6 @@ def smoothed_cross_entropy(logits, labels):
     return -(0.9 * jnp.take_along_axis(log_p, labels[:, None], 1)[:, 0] + 0.1 * log_p.mean(1)).mean()
 
 
-class Step(NamedTuple):
-    loss: jax.Array
-    logits: jax.Array
-    batch_stats: dict
-    grads: dict
-    image_grad: jax.Array
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def train_step(model, variables, images, labels):
-    """What a training step computes, without dropout."""
-
-    def loss_fn(params, images):
-        logits, updates = model.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
-        return smoothed_cross_entropy(logits, labels), (logits, updates["batch_stats"])
-
-    (loss, (logits, stats)), grads = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(variables["params"], images)
-    return Step(loss, logits, stats, *grads)
-
-
 @pytest.mark.parametrize(
     ("name", "size"), [*(("fcvit_small", k) for k in range(3)), *((name, 0) for name in list(GOLDENS)[1:])]
 )
@@ -125,7 +104,7 @@ def step_of(name):
     """The training step of a stored file, and its gradients and statistics by the original's names."""
     arrays, _, _ = golden(name)
     model, variables = small(name, **GOLDENS[name])
-    step = train_step(model, variables, nhwc(arrays["in0/images_nchw"]), arrays["train/labels"])
+    step = train_step(model, smoothed_cross_entropy, variables, nhwc(arrays["in0/images_nchw"]), arrays["train/labels"])
     # Gradients have the shapes of the parameters, so the conversion can name them; the statistics come along.
     return step, convert.to_torch({"params": step.grads, "batch_stats": step.batch_stats}, model)
 
@@ -305,7 +284,8 @@ def test_gradients_are_finite_for_blank_images():
         jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))),
     )
     for blank in (0, 1.7):
-        step = train_step(network, variables, np.full((2, 32, 32, 3), blank, np.float32), np.array([3, 1]))
+        images, labels = np.full((2, 32, 32, 3), blank, np.float32), np.array([3, 1])
+        step = train_step(network, smoothed_cross_entropy, variables, images, labels)
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(step)), blank
 
 

@@ -5,14 +5,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from equality import assert_close, formula_weights, nhwc
+from equality import assert_close, formula_weights, nhwc, train_step
 from flax import linen as nn
 from flax import traverse_util
 
@@ -62,26 +61,6 @@ def cross_entropy(logits, labels):
     log_p = jax.nn.log_softmax(resize_bilinear(logits, labels.shape[1:]))
     log_p = jnp.take_along_axis(log_p, jnp.where(labels == 255, 0, labels)[..., None], -1)[..., 0]
     return -jnp.where(labels == 255, 0, log_p).mean()
-
-
-class Step(NamedTuple):
-    loss: jax.Array
-    logits: jax.Array
-    batch_stats: dict
-    grads: dict
-    image_grad: jax.Array
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def train_step(model, variables, images, labels):
-    """What a training step computes, for a model without dropout."""
-
-    def loss_fn(params, images):
-        logits, updates = model.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
-        return cross_entropy(logits, labels), (logits, updates["batch_stats"])
-
-    (loss, (logits, stats)), grads = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(variables["params"], images)
-    return Step(loss, logits, stats, *grads)
 
 
 @pytest.mark.parametrize("size", [0, 1, 2])
@@ -150,7 +129,8 @@ def assert_step_equals(step, part, model, tolerance):
 def test_training_step_equals_the_originals():
     arrays, _, state_dict = golden("small")
     model, variables = stored("small", head_dropout_rate=0.0)
-    step = train_step(model, variables, nhwc(arrays["train/images_nchw"]), arrays["train/labels"].astype(int))
+    images, labels = nhwc(arrays["train/images_nchw"]), arrays["train/labels"].astype(int)
+    step = train_step(model, cross_entropy, variables, images, labels)
     compared = assert_step_equals(step, "train", model, 1e-5)
     assert compared == sum("num_batches" not in name for name in state_dict)
     assert_close(step.image_grad, nhwc(arrays["train/grad_images"]), "gradient of the images")
@@ -159,7 +139,8 @@ def test_training_step_equals_the_originals():
 def test_statistics_are_of_a_group_in_the_backbone_and_of_the_whole_batch_in_the_head():
     arrays, meta, _ = golden("small")
     model, variables = stored("small", head_dropout_rate=0.0, bn_group_size=meta["devices_images_each"])
-    step = train_step(model, variables, nhwc(arrays["train/images_nchw"]), arrays["train/labels"].astype(int))
+    images, labels = nhwc(arrays["train/images_nchw"]), arrays["train/labels"].astype(int)
+    step = train_step(model, cross_entropy, variables, images, labels)
     assert assert_step_equals(step, "devices", model, 5e-5) == 49 + 14
 
 
@@ -233,7 +214,7 @@ def test_six_optimizer_steps_equal_the_originals():
 
     @jax.jit
     def update(variables, opt_state, images, labels):
-        step = train_step(model, variables, images, labels)
+        step = train_step(model, cross_entropy, variables, images, labels)
         updates, opt_state = tx.update(step.grads, opt_state, variables["params"])
         params = optax.apply_updates(variables["params"], updates)
         return {"params": params, "batch_stats": step.batch_stats}, opt_state, step.loss

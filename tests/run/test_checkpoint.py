@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
-from helpers import abstract, contents, make_state, restore
+from helpers import abstract, contents, make_state, restore, save_states
 from jax.experimental import multihost_utils
 
 from fcvit_jax.devices.sharding import make_mesh, state_shardings
@@ -53,13 +53,7 @@ def states(mesh):
 @pytest.fixture(scope="module")
 def saved(states, tmp_path_factory):
     """A run's folder with checkpoints of two steps; not to be changed."""
-    workdir = tmp_path_factory.mktemp("saved")
-    checkpointer = Checkpointer(workdir)
-    for state in states.values():
-        checkpointer.save(state, METADATA)
-    checkpointer.wait()
-    checkpointer.close()
-    return workdir
+    return save_states(tmp_path_factory.mktemp("saved"), states.values(), METADATA)
 
 
 @pytest.fixture
@@ -274,11 +268,7 @@ def test_changed_metadata_are_noticed(workdir, states, mesh):
 @pytest.mark.parametrize("name", ["lr=[1e-3]", "[1]/a*b", "**", "?{a}", "with space", "ä", "100%"])
 def test_a_folder_may_have_any_name(tmp_path, states, mesh, name):
     """Of brackets and stars too, which are patterns to those who look for files by them."""
-    checkpointer = Checkpointer(tmp_path / name)
-    for state in states.values():
-        checkpointer.save(state, METADATA)
-    checkpointer.wait()
-    checkpointer.close()
+    save_states(tmp_path / name, states.values(), METADATA)
     assert_same(restore(tmp_path / name, states[4], mesh)[0], states[4])
     save_variables(tmp_path / name / "weights", states[2].variables, METADATA)
     assert_same(load_variables(tmp_path / name / "weights"), states[2].variables)

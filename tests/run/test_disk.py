@@ -10,7 +10,7 @@ import chex
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from helpers import contents, make_state, restore
+from helpers import contents, make_state, restore, save_states
 
 from fcvit_jax.devices.sharding import make_mesh
 from fcvit_jax.errors import UserError
@@ -44,13 +44,8 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def saved(mesh, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("saved")
-    checkpointer = Checkpointer(workdir)
-    for step in (2, 4):
-        checkpointer.save(make_state(mesh, step, seed=step), METADATA)
-    checkpointer.wait()
-    checkpointer.close()
-    return workdir
+    states = [make_state(mesh, step, seed=step) for step in (2, 4)]
+    return save_states(tmp_path_factory.mktemp("saved"), states, METADATA)
 
 
 @pytest.fixture
