@@ -7,7 +7,7 @@ import numpy as np
 
 from fcvit_jax import augment
 from fcvit_jax.data import sources
-from fcvit_jax.data.loader import Data, Example, Numbers, Source, check_loading
+from fcvit_jax.data.loader import Data, Example, Numbers, Source, check_loading, check_one_batch
 from fcvit_jax.errors import MAX_IMAGE_SIZE, UserError, check_range, log
 
 
@@ -66,10 +66,8 @@ def open_dataset(
     train, evaluation, class_names = _open_splits(
         dataset, batch_size, data_dir, train_split if training else None, eval_split
     )
-    if training and len(train) < batch_size:
-        raise UserError(
-            f"{dataset} has {len(train)} training images, less than one batch: data.batch_size is {batch_size}"
-        )
+    if training:
+        check_one_batch(dataset, train, batch_size)
     return Data(
         load_example=load_noise if dataset == "synthetic" else load_example,
         train=train,

@@ -129,6 +129,14 @@ def check_loading(batch_size: int, workers: int, prefetch: int) -> int:
     return max(1, available_cores() - 1) if workers == -1 else workers
 
 
+def check_one_batch(dataset: str, train: Source, batch_size: int) -> None:
+    """Raises a UserError if the training images of a dataset do not fill one batch."""
+    if len(train) < batch_size:
+        raise UserError(
+            f"{dataset} has {len(train)} training images, less than one batch: data.batch_size is {batch_size}"
+        )
+
+
 def available_cores() -> int:
     """The number of cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS

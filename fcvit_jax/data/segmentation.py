@@ -9,7 +9,7 @@ import numpy as np
 from fcvit_jax.augment import paired
 from fcvit_jax.augment.paired import IGNORED
 from fcvit_jax.data import ade20k, image_files, palettes, scenes
-from fcvit_jax.data.loader import Data, Example, Numbers, Source, check_loading
+from fcvit_jax.data.loader import Data, Example, Numbers, Source, check_loading, check_one_batch
 from fcvit_jax.errors import MAX_IMAGE_SIZE, UserError, check_range, log
 
 
@@ -154,10 +154,7 @@ def _unknown(dataset: str) -> str:
 
 def _check_training(opened: _Opened, dataset: str, batch_size: int, crop_size: int, long: int, short: int) -> None:
     """Refuses what cannot be trained on; long and short are those of the largest scale."""
-    if len(opened.train) < batch_size:
-        raise UserError(
-            f"{dataset} has {len(opened.train)} training images, less than one batch: data.batch_size is {batch_size}"
-        )
+    check_one_batch(dataset, opened.train, batch_size)
     sizes = np.unique(opened.train_sizes, axis=0).tolist()
     largest = max((paired.rescaled_size(*size, long, short) for size in sizes), key=max)
     if max(largest) < crop_size:

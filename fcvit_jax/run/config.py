@@ -22,7 +22,7 @@ from fcvit_jax.devices.hosts import check_same
 from fcvit_jax.devices.sharding import make_mesh
 from fcvit_jax.errors import UserError, check_range, log
 from fcvit_jax.run.checkpoint import Checkpointer
-from fcvit_jax.run.results import parse_object
+from fcvit_jax.run.results import parse_object, replace_text
 from fcvit_jax.run.saved import step_folders
 
 # Keys that each process may have its own value of.
@@ -327,10 +327,8 @@ def write_config(config: ConfigDict, workdir: Path) -> None:
     """
     if jax.process_index() != 0:
         return
-    unfinished = workdir / "config.json.tmp"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(config.to_json(indent=2) + "\n")
-        unfinished.replace(workdir / "config.json")
+        replace_text(workdir / "config.json", config.to_json(indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}.") from error

@@ -22,7 +22,7 @@ from fcvit_jax.data.loader import Data
 from fcvit_jax.devices.sharding import bytes_per_device
 from fcvit_jax.errors import UserError, log
 from fcvit_jax.run.config import group_size
-from fcvit_jax.run.results import as_json
+from fcvit_jax.run.results import as_json, replace_text
 from fcvit_jax.run.state import TrainState
 
 
@@ -94,9 +94,7 @@ class MetricsWriter:
                         first = min(first, metrics["step"] if metrics else first)
                     else:
                         kept.append((line, metrics))
-                unfinished = workdir / "metrics.jsonl.tmp"
-                unfinished.write_text("".join(f"{line}\n" for line, _ in kept))
-                unfinished.replace(self._path)
+                replace_text(self._path, "".join(f"{line}\n" for line, _ in kept))
             self._file = self._path.open("a")
             self._tensorboard = _TensorBoard(workdir / "tensorboard", first)
             for _, metrics in kept:  # what TensorBoard is told to forget together with what is dropped

@@ -26,6 +26,17 @@ def parse_object(text: str) -> dict[str, Any]:
     return value
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
 def as_json(value: Any) -> str:
     """The JSON of a value, with null in place of each number that is not finite, since JSON has no such numbers."""
 
@@ -82,10 +93,9 @@ def write_evaluation(workdir: Path, result: Mapping[str, Any]) -> None:
     """
     if jax.process_index() != 0 or numbers(result) == dict(result):
         return
-    path, unfinished = workdir / "evaluation.json", workdir / "evaluation.json.tmp"
+    path = workdir / "evaluation.json"
     try:
-        unfinished.write_text(json.dumps(result, indent=1) + "\n")
-        unfinished.replace(path)
+        replace_text(path, json.dumps(result, indent=1) + "\n")
     except OSError as error:
         raise UserError(
             f"{path} cannot be written: {error.strerror}. Fix this, then run the same command again."
