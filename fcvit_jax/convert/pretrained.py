@@ -1,9 +1,9 @@
 """A network's weights out of any file that has some for it; what the file lacks starts afresh."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -100,31 +100,22 @@ def _load_pyramid(path: str | Path, weights: Mapping[str, np.ndarray], model: Ba
 
 def _load_over_backbone(path: str | Path, weights: Mapping[str, np.ndarray], model: SemanticFPN | MaskRCNN) -> Loaded:
     """A segmenter, or a detector."""
-    if kind_of(weights) is type(model) is MaskRCNN:
-        outputs = _count_classes(weights, "params/box_head/logits/kernel", "roi_head.bbox_head.fc_cls.weight")
-        classes = max(outputs - 1, 1)  # without the background
-        variables = _fit(path, weights, model.clone(num_classes=classes))
-        if classes == model.num_classes:
-            return variables, "", ""
-        for head, tree in _fresh_decoder(model)["params"].items():
-            if head in ("box_head", "mask_head"):
-                variables["params"][head] |= {name: x for name, x in tree.items() if name in ("logits", "deltas")}
-        lack = f"has {classes} classes, the model {model.num_classes}"
-        return variables, lack, "the last layers of the heads start afresh"
+    decoder = _DECODERS[type(model)]
     if kind_of(weights) is type(model):
-        classes = _count_classes(weights, "params/head/classifier/kernel", "decode_head.conv_seg.weight")
+        classes = decoder.classes(_count_classes(weights, decoder.ours, decoder.theirs))
         variables = _fit(path, weights, model.clone(num_classes=classes))
         if classes == model.num_classes:
             return variables, "", ""
-        variables["params"]["head"]["classifier"] = _fresh_decoder(model)["params"]["head"]["classifier"]
-        lack = f"has {classes} classes, the model {model.num_classes}"
-        return variables, lack, "the classifier starts afresh"
+        held, fresh = variables["params"], _fresh_decoder(model)["params"]
+        for head, layer in decoder.last:
+            if layer in fresh.get(head, {}):
+                held[head][layer] = fresh[head][layer]
+        return variables, f"has {classes} classes, the model {model.num_classes}", decoder.afresh
     backbone, lack, _ = _load_pyramid(path, weights, model.backbone)
     fresh = _fresh_decoder(model)
     variables = {name: {"backbone": tree, **fresh.get(name, {})} for name, tree in backbone.items()}
     norms = "the norms of the pyramid, " if lack else ""
-    heads = "heads" if isinstance(model, MaskRCNN) else "head"
-    return variables, lack or "holds a feature pyramid", f"{norms}the neck and the {heads} start afresh"
+    return variables, lack or "holds a feature pyramid", f"{norms}the neck and the {decoder.heads} start afresh"
 
 
 def _fit(path: str | Path, weights: Mapping[str, np.ndarray], model: Network) -> dict[str, Any]:
@@ -165,8 +156,51 @@ def _count_classes(weights: Mapping[str, np.ndarray], ours: str, theirs: str) ->
 
 def _fresh_decoder(model: SemanticFPN | MaskRCNN) -> dict[str, Any]:
     """Variables of neck and heads as training from scratch would start with, always the same."""
-    init = mask_rcnn.init_decoder if isinstance(model, MaskRCNN) else semantic_fpn.init_decoder
-    return jax.device_get(jax.jit(functools.partial(init, model))(jax.random.key(0)))
+    init = functools.partial(_DECODERS[type(model)].init, model)
+    return jax.device_get(jax.jit(init)(jax.random.key(0)))
+
+
+class _Decoder(NamedTuple):
+    """What is known of neck and heads of a network over a backbone.
+
+    Attributes:
+      init: draws their weights.
+      ours, theirs: our path and their name of the kernel whose outputs tell the classes.
+      classes: the classes, of the number of these outputs.
+      last: (head, layer) of the layers that depend on the classes.
+      afresh: says that those start afresh.
+      heads: what the heads are called.
+    """
+
+    init: Callable[..., dict[str, Any]]
+    ours: str
+    theirs: str
+    classes: Callable[[int], int]
+    last: tuple[tuple[str, str], ...]
+    afresh: str
+    heads: str
+
+
+_DECODERS = {
+    SemanticFPN: _Decoder(
+        init=semantic_fpn.init_decoder,
+        ours="params/head/classifier/kernel",
+        theirs="decode_head.conv_seg.weight",
+        classes=lambda outputs: outputs,
+        last=(("head", "classifier"),),
+        afresh="the classifier starts afresh",
+        heads="head",
+    ),
+    MaskRCNN: _Decoder(
+        init=mask_rcnn.init_decoder,
+        ours="params/box_head/logits/kernel",
+        theirs="roi_head.bbox_head.fc_cls.weight",
+        classes=lambda outputs: max(outputs - 1, 1),  # without the background
+        last=(("box_head", "logits"), ("box_head", "deltas"), ("mask_head", "logits")),
+        afresh="the last layers of the heads start afresh",
+        heads="heads",
+    ),
+}
 
 
 # What a network can start from besides weights of its own kind and a classifier's, and how it does.
