@@ -1,42 +1,10 @@
-"""An image together with the boxes and masks of its objects: resized and flipped as the original's detection does.
+"""Boxes and masks of an image's objects, resized and flipped with it as the original's detection does.
 
+The image itself is resized by `paired.rescaled_size` and `paired.resize`.
 Boxes are float32 (n, 4): x1, y1, x2, y2 in pixels; masks are bool (n, height, width).
 """
 
 import numpy as np
-
-
-def rescaled_size(width: int, height: int, long: int = 1333, short: int = 800) -> tuple[int, int]:
-    """Computes the largest size with the same ratio whose longer side is at most `long` and shorter at most `short`.
-
-    Example::
-
-        rescaled_size(640, 480)     # (1067, 800)
-
-    Args:
-      width, height: of the image in pixels.
-      long, short: limits in pixels.
-
-    Returns:
-      (width, height), each rounded.
-    """
-    factor = min(long / max(width, height), short / min(width, height))
-    return int(width * factor + 0.5), int(height * factor + 0.5)
-
-
-def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes an image by OpenCV, bilinear and without antialiasing.
-
-    Args:
-      image: uint8 (height, width, 3).
-      size: (width, height) of the result.
-
-    Returns:
-      uint8 (size[1], size[0], 3).
-    """
-    import cv2
-
-    return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
 
 
 def resize_boxes(boxes: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:

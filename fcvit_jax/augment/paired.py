@@ -26,7 +26,9 @@ def _opencv() -> ModuleType:
     try:
         import cv2
     except ImportError as error:
-        raise UserError("Segmentation needs OpenCV for its pixels: pip install opencv-python-headless") from error
+        raise UserError(
+            "Segmentation and detection need OpenCV for their pixels: pip install opencv-python-headless"
+        ) from error
     cv2.setNumThreads(1)  # images are read by many processes, whose threads would get in each other's way
     return cv2
 

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from fcvit_jax.augment import objects
+from fcvit_jax.augment import objects, paired
 
 GOLDEN = Path(__file__).parent.parent / "data" / "detection_data.npz"
 
@@ -18,7 +18,7 @@ def golden():
 
 def test_sizes(golden):
     for (width, height, *expected), factor in zip(golden["sizes"].tolist(), golden["scale_factor"], strict=True):
-        size = objects.rescaled_size(width, height)
+        size = paired.rescaled_size(width, height, 1333, 800)
         assert list(size) == expected[:2]
         far = np.array([[0, 0, width, height], [width, height, width, height]], np.float32)
         moved = objects.resize_boxes(far, (width, height), size)
@@ -30,9 +30,9 @@ def test_an_image_with_its_objects(golden, case):
     case = {key.split("/")[1]: value for key, value in golden.items() if key.startswith(case)}
     image, boxes, masks = case["image_rgb"], case["boxes"], case["masks"].astype(bool)
     height, width = image.shape[:2]
-    size = objects.rescaled_size(width, height, *sorted(case["scale"].tolist(), reverse=True))
+    size = paired.rescaled_size(width, height, *sorted(case["scale"].tolist(), reverse=True))
     assert list(size[::-1]) == case["img_shape"].tolist()
-    image = objects.resize_image(image, size)
+    image = paired.resize(image, size)
     assert image.dtype == np.uint8
     np.testing.assert_array_equal(image, case["resized_rgb"])
     boxes = objects.resize_boxes(boxes, (width, height), size)
