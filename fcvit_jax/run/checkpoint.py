@@ -2,10 +2,11 @@
 
 import contextlib
 import glob
+import itertools
 import logging
+import re
 import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,7 +31,8 @@ def silence_orbax() -> None:
     logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     hook = sys.unraisablehook
-    sys.unraisablehook = lambda it: None if str(it.exc_value) == "Event loop is closed" else hook(it)
+    printed = r"Event loop is closed$|Encountered error while reading array index"
+    sys.unraisablehook = lambda it: None if re.match(printed, str(it.exc_value)) else hook(it)
 
 
 def _glob(self: epath.Path, pattern: str) -> Iterator[epath.Path]:
@@ -176,7 +178,7 @@ class Checkpointer:
         """Restores the newest checkpoint that is not damaged, and says what was damaged or unfinished.
 
         Whatever is newer than that one (damaged checkpoints, or a best from steps that are to be repeated) is moved to
-        `<workdir>/set_aside/`; what is left of unfinished saves is deleted.
+        `<workdir>/set_aside/`, with a text beside it that says why; what is left of unfinished saves is deleted.
 
         Args:
           abstract: shapes, dtypes and shardings of the state, as `state.abstract_state` gives them; the mesh need not
@@ -245,12 +247,16 @@ class Checkpointer:
             if number > step:
                 path = self.directory.parent / "best" / str(number)
                 newer[path] = f"{path} is newer than step {step}, from which the run goes on"
+        aside = self.directory.parent / "set_aside"
         for path, reason in newer.items():
-            aside = self.directory.parent / "set_aside"
-            aside.mkdir(exist_ok=True)
-            # Onto a new empty folder, since the same step may have been set aside before.
-            path.rename(tempfile.mkdtemp(prefix=f"{path.name}-", dir=aside))
-            log.info("%s; moved to %s", reason, aside)
+            with disk.explained(f"move {path} to {aside}", "Repair the disk, then run the same command again."):
+                aside.mkdir(exist_ok=True)
+                name = f"{path.parent.name}-{path.name}"  # and a number, where the same step was set aside before
+                names = itertools.chain([name], (f"{name}-{count}" for count in itertools.count(2)))
+                target = next(aside / name for name in names if not (aside / name).exists())
+                target.with_suffix(".txt").write_text(f"{reason}\nThe run went on from step {step}.\n")
+                path.rename(target)
+            log.info("%s; moved to %s", reason, target)
         for unfinished in self.directory.parent.glob("*/*.orbax-checkpoint-tmp*"):
             shutil.rmtree(unfinished)
             log.info("deleted %s, a save that was not finished", unfinished)

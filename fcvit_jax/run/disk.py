@@ -106,6 +106,27 @@ def _examine(parts: Mapping[str, Any], metadata: Mapping[str, Any]) -> tuple[dic
     return checksums, {name: all(finite for _, finite in pairs) for name, pairs in found.items()}
 
 
+class _PlainArrays(ocp.type_handlers.NumpyHandler):
+    """Reads what was saved of a `jax.Array` as a NumPy array, and not the devices that it was on.
+
+    Orbax's own handler fails where only the file that names these devices is damaged.
+    """
+
+    _array_metadata_store = None  # Orbax warns where a handler has none of that name
+
+    def typestr(self) -> str:
+        return "jax.Array"
+
+
+@contextlib.contextmanager
+def open_reader() -> Iterator[ocp.PyTreeCheckpointHandler]:
+    """Reads a part of a checkpoint into NumPy arrays, without a manager, which warns that a part is no whole."""
+    plain, numpy = (jax.Array, _PlainArrays()), (np.ndarray, ocp.type_handlers.NumpyHandler())
+    registry = ocp.type_handlers.create_type_handler_registry(plain, numpy)
+    with contextlib.closing(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as reader:
+        yield reader
+
+
 def check_shapes(step: Path, parts: Mapping[str, Any]) -> None:
     """Compares what a checkpoint says that it holds with shapes and dtypes; reads no values.
 
@@ -113,7 +134,7 @@ def check_shapes(step: Path, parts: Mapping[str, Any]) -> None:
       Damaged: they differ.
     """
     for name, part in parts.items():
-        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+        with open_reader() as reader:
             found = jax.tree.leaves(reader.metadata(step / name).tree)
         if sorted((x.shape, str(x.dtype)) for x in found) != sorted(
             (x.shape, str(x.dtype)) for x in jax.tree.leaves(part)
@@ -123,9 +144,16 @@ def check_shapes(step: Path, parts: Mapping[str, Any]) -> None:
         load_json(step / name)
 
 
-def load_json(item: Path) -> dict[str, Any]:
-    """Reads a JSON item of a checkpoint."""
-    return json.loads((item / "metadata").read_text())
+def load_json(item: Path, name: str = "metadata") -> dict[str, Any]:
+    """Reads a JSON file of a part of a checkpoint.
+
+    Raises:
+      OSError, ValueError: there is none, or it holds something else.
+    """
+    values = json.loads((item / name).read_text())
+    if not isinstance(values, dict):
+        raise ValueError(f"{item.name}/{name} is no JSON object")
+    return values
 
 
 def load_metadata(step: Path) -> dict[str, Any]:
@@ -162,10 +190,15 @@ def _is_storage(error: BaseException) -> bool:
 
 def reason(error: BaseException) -> str:
     """An error in one line that people can read: Orbax and TensorStore add thousands of characters of settings."""
+    if type(error) is Exception and error.__cause__ is not None:  # of Orbax, which says only in which array
+        error = error.__cause__
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     text = re.split(r" \[(?:tensorstore_spec|os_error_code)", text)[0]
     if found := re.search(r"OS error \d+: [^\[\]]+", text):
         return found[0].strip()
+    if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+        text = f"a JSON file is cut or changed: {text}"
+    text = re.sub(r'^[A-Z_]+: |Error opening "\w+" driver: | in OCDBT database at local file "[^"]*"', "", text)
     return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"  # the cause comes last
 
 

@@ -1,6 +1,5 @@
 """Finding and loading what was saved: weights, their metadata and the network that they are of."""
 
-import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -89,11 +88,9 @@ def load_variables(path: str | Path, *, ema: bool | None = None) -> dict[str, An
         raise UserError(f"{step} holds no exponential moving averages: the run did not keep them.")
 
     def read() -> tuple[dict[str, Any], dict[str, int]]:
-        # Without a CheckpointManager, which would warn that a part of a checkpoint is not a whole one.
-        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
-            tree = reader.metadata(item).tree
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            variables = reader.restore(item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+        disk.load_json(item, "_METADATA")  # whose damage Orbax does not notice
+        with disk.open_reader() as reader:
+            variables = reader.restore(item, args=ocp.args.PyTreeRestore())
         return variables, disk.load_json(step / "checksums")
 
     try:

@@ -85,14 +85,37 @@ def test_a_damaged_file_is_noticed_or_harmless(saved, states, mesh, tmp_path, ca
         assert_same(state, states[step])
         out = capsys.readouterr().out
         if step == 2:
-            assert f"{workdir / 'checkpoints/4'} cannot be read: " in out and "moved to" in out
+            aside = workdir / "set_aside/checkpoints-4"
+            why, end = out.split("; moved to ")
+            assert f"{workdir / 'checkpoints/4'} cannot be read: " in why and end == f"{aside}\n"
+            assert "\n" not in why and len(why) < 450 and "TensorStore" not in why
             assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["2"]
-            assert len(list((workdir / "set_aside").iterdir())) == 1
+            assert sorted(path.name for path in aside.parent.iterdir()) == [aside.name, f"{aside.name}.txt"]
+            assert aside.with_suffix(".txt").read_text() == f"{why}\nThe run went on from step 2.\n"
             noticed.add(file.parts[2])
         else:
             assert out == ""
     # Orbax keeps some files twice, or never reads them: that not all are noticed is well.
     assert {"variables", "optimizer", "ema", "metadata", "checksums"} <= noticed
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "flipped bit", "a list"])
+def test_that_it_is_unknown_what_devices_a_checkpoint_was_on_hurts_nobody(workdir, states, mesh, how):
+    for part in ("variables", "ema", "optimizer"):
+        path = workdir / f"checkpoints/4/{part}/_sharding"
+        path.write_text("[1, 2]") if how == "a list" else damage(path, how)
+    assert_same(restore(workdir, states[4], mesh)[0], states[4])
+    assert_same(load_variables(workdir, ema=False), states[4].variables)
+    assert_same(load_variables(workdir), states[4].ema)
+
+
+@pytest.mark.parametrize("file", ["metadata/metadata", "checksums/metadata", "variables/_METADATA"])
+@pytest.mark.parametrize("text", ["[1, 2]", "3", "", "{"])
+def test_json_that_holds_something_else_is_damage(workdir, states, mesh, file, text):
+    (workdir / "checkpoints/4" / file).write_text(text)
+    with pytest.raises(UserError, match="(?s)checkpoints/4: .*try an earlier step"):
+        load_variables(workdir, ema=False)
+    assert int(restore(workdir, states[4], mesh)[0].step) == 2
 
 
 def test_zeros_in_place_of_data_are_noticed(workdir, states, mesh):
@@ -112,15 +135,11 @@ def test_leftovers_of_killed_saves_are_passed_over(workdir, states, mesh, capsys
     out = capsys.readouterr().out
     assert f"{workdir / 'checkpoints/6'} cannot be read" in out
     assert out.count("a save that was not finished") == 2
-    assert sorted(path.name for path in workdir.glob("*/*")) == [
-        "2",
-        "4",
-        *(p.name for p in workdir.glob("set_aside/*")),
-    ]
+    assert sorted(path.name for path in workdir.glob("*/*")) == ["2", "4", "checkpoints-6", "checkpoints-6.txt"]
 
 
 def test_a_step_can_be_damaged_twice(workdir, states, mesh):
-    for _ in range(2):
+    for _ in range(3):
         damage(workdir / "checkpoints/4/metadata/metadata", "truncated")
         checkpointer = Checkpointer(workdir)
         state, _ = checkpointer.restore(abstract(states[4], mesh))
@@ -128,7 +147,8 @@ def test_a_step_can_be_damaged_twice(workdir, states, mesh):
         checkpointer.save(states[4], METADATA)
         checkpointer.wait()
         checkpointer.close()
-    assert len(list((workdir / "set_aside").iterdir())) == 2
+    aside = [path.name for path in (workdir / "set_aside").iterdir() if path.is_dir()]
+    assert sorted(aside) == ["checkpoints-4", "checkpoints-4-2", "checkpoints-4-3"]
     assert_same(restore(workdir, states[4], mesh)[0], states[4])
 
 
