@@ -22,6 +22,10 @@ class UserError(ValueError):
     """A mistake the user can fix: `main.py` and the tools print its message without a traceback and exit with 1."""
 
 
+class Unreadable(UserError):
+    """An example is broken or gone: in training, `data.on_broken="skip"` takes another in its place."""
+
+
 def printable(text: str) -> str:
     """Text in which what is no character to print, such as the start of a command to a terminal, is escaped."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
@@ -43,8 +47,8 @@ class _AboveBar(logging.Handler):
     """Prints records above a progress bar: warnings on stderr, all others on stdout."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if jax.distributed.is_initialized() and jax.process_index() > 0:
-            return  # the first process speaks for all
+        if jax.distributed.is_initialized() and jax.process_index() > 0 and not getattr(record, "of_process", False):
+            return  # the first process speaks for all, but of what is only of one
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
         if stream is None:  # it was closed or redirected to nothing
             return

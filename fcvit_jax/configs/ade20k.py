@@ -41,6 +41,7 @@ def get_config(name: str = "fcvit_s12") -> ConfigDict:
     data.batch_size = 32  # per update, over all devices and processes
     data.workers = -1  # decoding processes; -1: one fewer than cores; 0: decode in the training process
     data.prefetch = 1  # batches in each of a worker's two buffers
+    data.on_broken = "error"  # a broken training image ends the run; "skip": another one takes its place
     data.crop_size = 512  # height and width of the crops of training in pixels
     data.long = 2048  # longer side, in pixels, that an image at scale 1 must not exceed; in evaluation too
     data.short = 512  # and shorter side

@@ -19,7 +19,7 @@ from fcvit_jax.augment import images
 from fcvit_jax.data import image_files, palettes
 from fcvit_jax.data.image_files import Header, count, first
 from fcvit_jax.data.pairing import match
-from fcvit_jax.errors import UserError
+from fcvit_jax.errors import Unreadable, UserError
 
 IGNORED = 255
 LOOKED_AT = 16  # masks of a split that are decoded when it is opened
@@ -53,7 +53,8 @@ class Pairs:
         """The mask of one example as labels, uint8 (height, width).
 
         Raises:
-          UserError: the mask cannot be read, or holds a value that is no class.
+          Unreadable: the mask is broken or gone.
+          UserError: it holds a value that is no class.
         """
         values = self._values(index)
         beyond = np.unique(values)
@@ -74,7 +75,7 @@ class Pairs:
         try:
             return decode_mask(image_files.read_file(self.masks[index]))
         except UserError as error:
-            raise UserError(f"{self.masks[index]}: {error}") from error
+            raise type(error)(f"{self.masks[index]}: {error}") from error
 
 
 class Opened(NamedTuple):
@@ -102,6 +103,7 @@ def open_folder(
     eval_split: str = "validation",
     zero_is_class: bool = False,
     exif: bool = False,
+    skip_broken: bool = False,
 ) -> Opened:
     """Opens a folder of images and masks.
 
@@ -118,6 +120,7 @@ def open_folder(
       train_split, eval_split: names of folders.
       zero_is_class: see the module.
       exif: the masks belong to the images as their EXIF orientation turns them, and the images are to be decoded so.
+      skip_broken: in the training split, leave out images with whose header, or whose mask's, something is wrong.
 
     Raises:
       UserError: names, images or masks are not as they must be; the message says what to do.
@@ -135,8 +138,9 @@ def open_folder(
                 f"data.{key}={split}: {path} must have the folders images/{split} and annotations/{split}"
                 f" (both images and annotations have: {first(sorted(there)) or 'no folder'})"
             )
-        pairs = _pair(path, split, len(class_names), zero_is_class, exif, notes)
-        _look_at_values(os.path.join(path, "annotations", split), pairs, notes)
+        skip = skip_broken and key == "train_split"
+        pairs = _pair(path, split, len(class_names), zero_is_class, exif, skip, notes)
+        _look_at_values(os.path.join(path, "annotations", split), pairs, skip, notes)
         return pairs
 
     train = open_split("train_split", train_split) if training else None
@@ -160,7 +164,7 @@ def decode_mask(encoded: bytes) -> np.ndarray:
                 raise UserError(f"is {problem}")
             values = np.array(image, np.uint8)
     except images.BROKEN as error:
-        raise error if isinstance(error, UserError) else UserError(f"cannot be read: {error}") from error
+        raise error if isinstance(error, UserError) else Unreadable(f"cannot be read: {error}") from error
     bits, colour_type = encoded[24:26] if encoded.startswith(b"\x89PNG") else (8, 0)
     if colour_type == 0 and bits in (2, 4):
         values //= 255 // (2**bits - 1)  # Pillow spreads grey of few bits over 0 to 255
@@ -231,7 +235,9 @@ def _read_palette(path: str, num_classes: int, zero_is_class: bool) -> np.ndarra
         ) from error
 
 
-def _pair(path: str, split: str, num_classes: int, zero_is_class: bool, exif: bool, notes: list[str]) -> Pairs:
+def _pair(
+    path: str, split: str, num_classes: int, zero_is_class: bool, exif: bool, skip_broken: bool, notes: list[str]
+) -> Pairs:
     """Matches the images of a split with its masks and checks what the headers say."""
     image_folder, mask_folder = (os.path.join(path, kind, split) for kind in ("images", "annotations"))
     image_names = image_files.list_images(image_folder)
@@ -239,9 +245,19 @@ def _pair(path: str, split: str, num_classes: int, zero_is_class: bool, exif: bo
     pairs, image_ending, mask_ending = match(image_names, mask_names, image_folder, mask_folder)
     if image_ending or mask_ending:
         notes.append(f"{path}, {split}: image NAME{image_ending} belongs to mask NAME{mask_ending}")
+    broken = {} if skip_broken else None
+    headers = image_files.read_headers(image_folder, [image for image, _ in pairs], broken)
+    mask_headers = image_files.read_headers(mask_folder, [mask for _, mask in pairs], broken)
+    rows = [row for row in zip(pairs, headers, mask_headers, strict=True) if None not in row]
+    if broken:
+        some = first([f"{file} ({reason})" for file, reason in broken.items()])
+        notes.append(
+            f"{path}, {split}: left out, since a file cannot be read, {count(len(pairs) - len(rows), 'image')}: {some}"
+        )
+    if not rows:
+        raise UserError(f"{path}, {split}: no image of {len(pairs)} can be read with its mask")
+    pairs, headers, mask_headers = zip(*rows, strict=True)
     image_names, mask_names = zip(*pairs, strict=True)
-    headers = image_files.read_headers(image_folder, image_names)
-    mask_headers = image_files.read_headers(mask_folder, mask_names)
     _check_headers(mask_folder, mask_names, mask_headers, headers, exif)
     turned = [name for name, header in zip(image_names, headers, strict=True) if header.orientation != 1]
     if turned and not exif:
@@ -287,12 +303,16 @@ def _size(header: Header, exif: bool) -> tuple[int, int]:
     return header.turned if exif else (header.width, header.height)
 
 
-def _look_at_values(folder: str, pairs: Pairs, notes: list[str]) -> None:
+def _look_at_values(folder: str, pairs: Pairs, skip_broken: bool, notes: list[str]) -> None:
     """Refuses masks whose values are surely not meant as they would be understood, from a few of them."""
-    chosen = np.unique(np.linspace(0, len(pairs) - 1, LOOKED_AT).astype(int)).tolist()
-    values = set()
-    for index in chosen:
-        values |= set(np.unique(pairs._values(index)).tolist())
+    chosen, values = [], set()
+    for index in np.unique(np.linspace(0, len(pairs) - 1, LOOKED_AT).astype(int)).tolist():
+        try:
+            values |= set(np.unique(pairs._values(index)).tolist())
+            chosen.append(index)
+        except Unreadable:
+            if not skip_broken:
+                raise
     looked = f"{folder}: the {len(chosen)} masks looked at hold"
     if IGNORED in values and values <= {0, IGNORED}:
         raise UserError(

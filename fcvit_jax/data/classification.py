@@ -8,7 +8,7 @@ import numpy as np
 from fcvit_jax import augment
 from fcvit_jax.data import sources
 from fcvit_jax.data.loader import Data, Example, Numbers, Source, check_loading, check_one_batch
-from fcvit_jax.errors import MAX_IMAGE_SIZE, UserError, check_range, log
+from fcvit_jax.errors import MAX_IMAGE_SIZE, Unreadable, UserError, check_range, log
 
 
 def open_dataset(
@@ -20,6 +20,7 @@ def open_dataset(
     image_size: int = 224,
     workers: int = 0,
     prefetch: int = 1,
+    on_broken: str = "error",
     train_split: str = "train",
     eval_split: str = "validation",
     crop_pct: float = 0.9,
@@ -49,6 +50,7 @@ def open_dataset(
         this process may use, to leave one for training, but at least one.
       prefetch: batches in each of a worker's two buffers; it holds up to 2 * prefetch + 2 in shared memory. In an
         evaluation during training there are two such sets of workers.
+      on_broken: what an image that cannot be read does to training, see `loader.Data`; in evaluation it is an error.
       train_split, eval_split: TFDS splits, slices such as "train[:1%]" included.
       crop_pct: share of the resized image that evaluation crops.
       crop_scale, crop_ratio, flip, rand_augment: see `augment.train_transform`.
@@ -58,7 +60,7 @@ def open_dataset(
         the message says what to do.
     """
     check_range("data", 1, below=MAX_IMAGE_SIZE + 1, image_size=image_size)
-    workers = check_loading(batch_size, workers, prefetch)
+    workers = check_loading(batch_size, workers, prefetch, on_broken)
     augment.eval_geometry(image_size, image_size, image_size, crop_pct)  # refuses a crop_pct out of range
     augmentation = dict(crop_scale=crop_scale, crop_ratio=crop_ratio, flip=flip, rand_augment=rand_augment)
     augment.check_augmentation(**augmentation)
@@ -76,6 +78,7 @@ def open_dataset(
         batch_size=batch_size,
         workers=workers,
         prefetch=prefetch,
+        on_broken=on_broken,
         options={"image_size": image_size, "crop_pct": crop_pct, "augmentation": augmentation},
         about={"class_names": list(class_names), "image_size": image_size, "crop_pct": crop_pct},
         constant=dataset == "synthetic",
@@ -119,7 +122,8 @@ def load_example(data: Data, record: tuple[bytes, int], rng: np.random.Generator
       "image", (image_size, image_size, 3) uint8, and "label", () int32.
 
     Raises:
-      UserError: the image cannot be read, or there is no such label.
+      Unreadable: the image is broken.
+      UserError: there is no such label.
     """
     encoded, label = record
     if not 0 <= label < data.num_classes:
@@ -131,5 +135,5 @@ def load_example(data: Data, record: tuple[bytes, int], rng: np.random.Generator
         else:
             image = augment.train_transform(encoded, rng, options["image_size"], **options["augmentation"])
     except UserError as error:
-        raise UserError(f"not a readable image: {error}") from error
+        raise Unreadable(f"not a readable image: {error}") from error
     return {"image": image, "label": np.int32(label)}

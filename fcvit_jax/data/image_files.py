@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from fcvit_jax.augment import images
-from fcvit_jax.errors import UserError, log
+from fcvit_jax.errors import Unreadable, UserError, log
 
 THREADS = 16  # for headers, whose reading waits for the disk or the network
 # What undoes each EXIF orientation; 1, or none, is upright.
@@ -90,14 +90,16 @@ def list_images(folder: str, suffixes: tuple[str, ...] = images.IMAGE_SUFFIXES) 
     return sorted(found)
 
 
-def read_headers(folder: str, names: Sequence[str]) -> list[Header]:
+def read_headers(folder: str, names: Sequence[str], broken: dict[str, str] | None = None) -> list[Header | None]:
     """Reads the headers of image files, some 10,000 a second from a local disk.
 
     Args:
       folder, names: the files are `folder/name`.
+      broken: where the files go that cannot be read or are no images: reasons by path, with None in place of a header.
+        None: they are an error.
 
     Raises:
-      UserError: files cannot be read or are no images; names up to five, with the reason for the first.
+      UserError: such files; names up to five, with the reason for the first.
     """
 
     def read(name: str) -> Header | str:
@@ -109,22 +111,27 @@ def read_headers(folder: str, names: Sequence[str]) -> list[Header]:
 
     with ThreadPoolExecutor(THREADS) as pool:
         headers = list(pool.map(read, names))
-    broken = {name: header for name, header in zip(names, headers, strict=True) if isinstance(header, str)}
-    if broken:
-        reason = next(iter(broken.values()))
-        raise UserError(f"{folder}: {count(len(broken), 'file')} cannot be read as images: {first(broken)} ({reason})")
-    return headers
+    faults = {name: header for name, header in zip(names, headers, strict=True) if isinstance(header, str)}
+    if faults and broken is None:
+        reason = next(iter(faults.values()))
+        raise UserError(f"{folder}: {count(len(faults), 'file')} cannot be read as images: {first(faults)} ({reason})")
+    for name, reason in faults.items():
+        broken[os.path.join(folder, name)] = reason
+    return [None if isinstance(header, str) else header for header in headers]
 
 
 def read_file(path: str) -> bytes:
     """Reads a whole file.
 
     Raises:
-      UserError: it cannot be read.
+      Unreadable: it is not there, or must not be read.
+      UserError: it cannot be read for another reason, which may pass, such as a fault of the network.
     """
     try:
         with open(path, "rb") as file:
             return file.read()
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise Unreadable(f"{path} cannot be read: {error.strerror}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
 

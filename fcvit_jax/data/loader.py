@@ -7,19 +7,15 @@ state, and the number of workers and processes changes nothing.
 
 import dataclasses
 import functools
-import gc
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-import grain
 import jax
 import numpy as np
-from absl import flags
 
-from fcvit_jax.data.workers import start_worker, without_signals
-from fcvit_jax.devices import shared_memory
+from fcvit_jax.data.reading import MOST_TRIES, name_broken, read, read_for_training, stack
+from fcvit_jax.data.workers import available_cores, stream
 from fcvit_jax.errors import UserError, check_range
 
 Example = dict[str, np.ndarray]
@@ -62,11 +58,14 @@ class Data:
     Attributes:
       load_example: load_example(data, record, rng) -> arrays by name; a function of a module, so that workers find it.
         `rng` is the example's generator in training, and None in evaluation. Examples of a bucket have equal shapes.
+        It raises `Unreadable` for an example that is broken.
       train, eval: the examples of the two splits; train is None where it was not opened.
       class_names: one name per class, in the order of the labels.
       batch_size: examples per step over all processes.
       workers: decoding processes of this process; 0: decode in a thread of it.
       prefetch: batches in each of a worker's two buffers.
+      on_broken: what a training example that cannot be read does: "error" ends the run, "skip" puts another example of
+        the epoch (and of the bucket) in its place, which (seed, epoch, example) alone choose. A warning names it.
       options: what `load_example` needs besides the record.
       about: what the task keeps in checkpoints beside the weights, as JSON can hold it.
       train_buckets, eval_buckets: (examples,) integers; a batch holds examples of one bucket, since their shapes differ
@@ -81,6 +80,7 @@ class Data:
     batch_size: int
     workers: int = 0
     prefetch: int = 1
+    on_broken: str = "error"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     train_buckets: np.ndarray | None = None
@@ -113,16 +113,18 @@ class Data:
         return len(_eval_order(self))
 
 
-def check_loading(batch_size: int, workers: int, prefetch: int) -> int:
+def check_loading(batch_size: int, workers: int, prefetch: int, on_broken: str = "error") -> int:
     """Checks what every dataset is opened with, and returns the number of workers.
 
     Args:
-      batch_size, prefetch: as in `Data`.
+      batch_size, prefetch, on_broken: as in `Data`.
       workers: likewise; -1: one fewer than the cores that this process may use, but at least one.
 
     Raises:
-      UserError: a number is out of its range.
+      UserError: a number is out of its range, or `on_broken` is neither "error" nor "skip".
     """
+    if on_broken not in ("error", "skip"):
+        raise UserError(f"data.on_broken={on_broken!r} must be 'error' or 'skip'.")
     check_range("data", 1, below=2**24, batch_size=batch_size)
     check_range("data", 1, below=1024, prefetch=prefetch)
     check_range("data", -1, below=max(64, 8 * available_cores()), workers=workers)
@@ -135,13 +137,6 @@ def check_one_batch(dataset: str, train: Source, batch_size: int) -> None:
         raise UserError(
             f"{dataset} has {len(train)} training images, less than one batch: data.batch_size is {batch_size}"
         )
-
-
-def available_cores() -> int:
-    """The number of cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 def train_batches(
@@ -174,7 +169,7 @@ def train_batches(
         raise UserError("These data were opened for evaluation alone.")
     rows = _rows(data, process_index, process_count)
     load = functools.partial(_train_batch, _without(data, "eval"), seed, rows)
-    return _stream(data, load, start_step, start_step + num_steps)
+    return _batches(data, load, start_step, start_step + num_steps, functools.partial(name_broken, set()))
 
 
 def eval_batches(data: Data, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
@@ -193,7 +188,7 @@ def eval_batches(data: Data, process_index: int = 0, process_count: int = 1) -> 
     """
     rows = _rows(data, process_index, process_count)
     load = functools.partial(_eval_batch, _without(data, "train"), rows)
-    return _stream(data, load, 0, data.num_eval_batches)
+    return _batches(data, load, 0, data.num_eval_batches, lambda batch: batch)
 
 
 def batch_shapes(data: Data, training: bool = True) -> list[dict[str, jax.ShapeDtypeStruct]]:
@@ -202,11 +197,12 @@ def batch_shapes(data: Data, training: bool = True) -> list[dict[str, jax.ShapeD
     Raises:
       UserError: that example cannot be read.
     """
-    source, buckets = (data.train, data.train_buckets) if training else (data.eval, data.eval_buckets)
-    firsts = [0] if buckets is None else np.unique(buckets, return_index=True)[1]
+    buckets = data.train_buckets if training else data.eval_buckets
+    firsts = [0] if buckets is None else np.unique(buckets, return_index=True)[1].tolist()
     shapes = []
     for index in firsts:
-        example = _load(data, source, [int(index)], lambda index: np.random.default_rng(0) if training else None)
+        examples = _train_examples(data, 0, 0, [index])[0] if training else read(data, data.eval, [index])
+        example = stack(examples)
         shapes.append({k: jax.ShapeDtypeStruct((data.batch_size, *x.shape[1:]), x.dtype) for k, x in example.items()})
     return shapes
 
@@ -270,63 +266,41 @@ def _eval_order(data: Data) -> list[np.ndarray]:
     return [m[start : start + size] for m in members for start in range(0, len(m), size)]
 
 
-def _train_batch(data: Data, seed: int, rows: range, step: int) -> Batch:
+def _train_batch(data: Data, seed: int, rows: range, step: int) -> tuple[Batch, list[str]]:
+    """A batch, and what could not be read for it."""
     epoch, position = divmod(step, data.steps_per_epoch)
     indices = train_order(data, seed, epoch)[position][rows.start : rows.stop].tolist()
-    return _load(data, data.train, indices, lambda index: np.random.default_rng([seed, epoch, index]))
+    examples, broken = _train_examples(data, seed, epoch, indices)
+    return stack(examples), broken
+
+
+def _train_examples(data: Data, seed: int, epoch: int, indices: list[int]) -> tuple[list[Example], list[str]]:
+    def generator(index: int) -> np.random.Generator:
+        return np.random.default_rng([seed, epoch, index])
+
+    def others(index: int) -> np.ndarray:
+        order = train_order(data, seed, epoch).ravel()
+        if data.train_buckets is not None:
+            order = order[data.train_buckets[order] == data.train_buckets[index]]
+        # As above, the last number makes this seed another one.
+        return np.random.default_rng([seed, epoch, index, 2]).choice(order, min(len(order), MOST_TRIES), replace=False)
+
+    return read_for_training(data, indices, generator, others)
 
 
 def _eval_batch(data: Data, rows: range, number: int) -> Batch:
     order = _eval_order(data)[number]
     indices = order[rows.start : rows.stop].tolist()
     # A process without rows of its own still needs one example, for the shapes.
-    batch = _load(data, data.eval, indices or [int(order[0])], lambda index: None)
+    batch = stack(read(data, data.eval, indices or [int(order[0])]))
     filled = np.minimum(np.arange(len(rows)), max(len(indices), 1) - 1)
     return {name: x[filled] for name, x in batch.items()} | {"mask": np.arange(len(rows)) < len(indices)}
 
 
-def _load(data: Data, source: Source, indices: list[int], rng: Callable[[int], np.random.Generator | None]) -> Batch:
-    examples = []
-    for index, record in zip(indices, source.read(indices), strict=True):
-        try:
-            examples.append(data.load_example(data, record, rng(index)))
-        except UserError as error:
-            raise UserError(f"{source.describe(index)}: {error}") from error
-    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
-
-
-def _stream(data: Data, load: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
+def _batches(
+    data: Data, load: Callable[[int], Any], start: int, stop: int, received: Callable[[Any], Batch]
+) -> Iterator[Batch]:
     if data.constant:
-        yield from itertools.repeat(load(0), stop - start)
-        return
-    if data.workers and not flags.FLAGS.is_parsed():
-        # Grain reads absl flags of its own, which absl refuses where a program has not parsed any.
-        flags.FLAGS.mark_as_parsed()
-    init = functools.partial(start_worker, shared_memory.claim() if data.workers else None)
-    threads = 0 if data.workers else 1
-    batches = (
-        grain.MapDataset.range(start, stop)
-        .map(load)
-        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads * data.prefetch))
-        .mp_prefetch(grain.MultiprocessingOptions(data.workers, data.prefetch), worker_init_fn=init)
-    )
-    iterator = iter(batches)
-    try:
-        if data.workers:
-            with without_signals():
-                first = list(itertools.islice(iterator, 1))
-            while first:
-                yield first.pop()  # keep no reference: the batch is in memory shared with a worker
-        yield from iterator
-    except RuntimeError as error:
-        if "Worker process was terminated" not in str(error):
-            raise
-        raise UserError(
-            f"A process that decodes images died: {str(error).split('. ')[0]}. What it printed, if anything, is above. "
-            "If memory or shared memory ran out, set a lower --config.data.workers: each worker needs some of both. A "
-            'script that trains needs a file of its own and `if __name__ == "__main__":`, since the workers import it.'
-        ) from error
-    finally:
-        iterator.close()
-        if data.workers:
-            gc.collect()  # a reference cycle in Grain would keep the last batch in shared memory, and warn at exit
+        yield from itertools.repeat(received(load(0)), stop - start)
+    else:
+        yield from stream(load, start, stop, received, data.workers, data.prefetch)

@@ -10,7 +10,7 @@ from fcvit_jax.augment import paired
 from fcvit_jax.augment.paired import IGNORED
 from fcvit_jax.data import ade20k, image_files, palettes, scenes
 from fcvit_jax.data.loader import Data, Example, Numbers, Source, check_loading, check_one_batch
-from fcvit_jax.errors import MAX_IMAGE_SIZE, UserError, check_range, log
+from fcvit_jax.errors import MAX_IMAGE_SIZE, Unreadable, UserError, check_range, log
 
 
 def open_dataset(
@@ -21,6 +21,7 @@ def open_dataset(
     data_dir: str = ".",
     workers: int = 0,
     prefetch: int = 1,
+    on_broken: str = "error",
     train_split: str = "training",
     eval_split: str = "validation",
     zero_is_class: bool = False,
@@ -48,7 +49,7 @@ def open_dataset(
         many images and classes as ADE20K, one batch to evaluate.
       batch_size: images per step over all processes.
       data_dir: the folder from which a relative PATH starts.
-      workers, prefetch: as in `classification.open_dataset`.
+      workers, prefetch, on_broken: as in `classification.open_dataset`.
       train_split, eval_split, zero_is_class, exif: of a folder; see `ade20k.open_folder`.
       crop_size, scale, max_share, flip, distortion: of training; see `paired.train_transform`.
       long, short: of training and evaluation; see `paired.train_transform` and `paired.eval_transform`.
@@ -57,12 +58,13 @@ def open_dataset(
       UserError: a value is out of its range, or the dataset is unknown or not as it must be; the message says what to
         do.
     """
-    workers = check_loading(batch_size, workers, prefetch)
+    workers = check_loading(batch_size, workers, prefetch, on_broken)
     _check_transforms(crop_size, long, short, scale, max_share, flip)
     if dataset.startswith("ade:"):
         path = os.path.join(os.path.expanduser(data_dir), os.path.expanduser(dataset.removeprefix("ade:")))
         splits = dict(train_split=train_split, eval_split=eval_split)
-        opened = _open_folder(path, training, **splits, zero_is_class=zero_is_class, exif=exif)
+        options = dict(zero_is_class=zero_is_class, exif=exif, skip_broken=on_broken == "skip")
+        opened = _open_folder(path, training, **splits, **options)
     elif dataset == "digit_scenes":
         opened = _open_scenes()
     elif dataset == "synthetic":
@@ -84,6 +86,7 @@ def open_dataset(
         batch_size=batch_size,
         workers=workers,
         prefetch=prefetch,
+        on_broken=on_broken,
         options=sizes | {"augmentation": augmentation, "pixels": dict(zip(shapes, pixels, strict=True))},
         about=sizes | {"class_names": list(opened.class_names), "palette": opened.palette},
         eval_buckets=buckets if len(shapes) > 1 else None,
@@ -190,13 +193,14 @@ def load_example(data: Data, record: tuple[bytes, np.ndarray], rng: np.random.Ge
       of this shape has; "size", height and width of the image as it was.
 
     Raises:
-      UserError: the image cannot be read, or has another size than its labels.
+      Unreadable: the image is broken.
+      UserError: it has another size than its labels.
     """
     encoded, labels = record
     try:
         image = image_files.decode(encoded, data.options["exif"])
     except UserError as error:
-        raise UserError(f"not a readable image: {error}") from error
+        raise Unreadable(f"not a readable image: {error}") from error
     return _transform(data, image, labels, rng)
 
 

@@ -15,7 +15,8 @@ import tensorflow_datasets as tfds
 
 from fcvit_jax.augment.images import IMAGE_SUFFIXES, is_image_file
 from fcvit_jax.data import digits
-from fcvit_jax.errors import UserError, log
+from fcvit_jax.data.image_files import read_file
+from fcvit_jax.errors import Unreadable, UserError, log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Records:
         try:
             return self.source[index]
         except Exception as error:
-            raise UserError(f"record {index} of {self.dataset} {self.split} cannot be read: {error}") from error
+            raise Unreadable(f"record {index} of {self.dataset} {self.split} cannot be read: {error}") from error
 
 
 class Files:
@@ -71,11 +72,7 @@ class Files:
 
     def read(self, indices: Sequence[int]) -> Iterator[tuple[bytes, int]]:
         for index in indices:
-            try:
-                with open(self.describe(index), "rb") as file:
-                    yield file.read(), int(self.labels[index])
-            except OSError as error:
-                raise UserError(f"{self.describe(index)} cannot be read: {error.strerror}") from error
+            yield read_file(self.describe(index)), int(self.labels[index])
 
     def describe(self, index: int) -> str:
         start = self._ends[index - 1] if index else 0

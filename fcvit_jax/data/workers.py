@@ -1,13 +1,21 @@
-"""The processes that decode images: what they do with signals, with shared memory, and when their parent ends."""
+"""The processes that decode images: how they are fed, what they do with signals and shared memory, and how they end."""
 
 import contextlib
+import functools
+import gc
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+from absl import flags
 
 from fcvit_jax.devices import shared_memory
+from fcvit_jax.errors import UserError
 
 
 @contextlib.contextmanager
@@ -24,6 +32,13 @@ def without_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def available_cores() -> int:
+    """The number of cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
 def start_worker(prefix: str | None, index: int, count: int) -> None:
     del index, count
     shared_memory.name_with(prefix)
@@ -33,3 +48,51 @@ def start_worker(prefix: str | None, index: int, count: int) -> None:
 def _exit_with_parent() -> None:
     multiprocessing.parent_process().join()  # returns even if it was killed; Grain's workers would not end alone
     os._exit(1)
+
+
+def stream(
+    load: Callable[[int], Any], start: int, stop: int, received: Callable[[Any], Any], workers: int, prefetch: int
+) -> Iterator[Any]:
+    """Yields received(load(i)) for i from start to stop - 1.
+
+    Args:
+      load: what a worker process runs, or a thread where there are none; it is pickled.
+      start, stop: the numbers.
+      received: what this process does with what `load` returns.
+      workers: processes; 0: a thread.
+      prefetch: results in each of a worker's two buffers.
+
+    Raises:
+      UserError: a worker died.
+    """
+    if workers and not flags.FLAGS.is_parsed():
+        # Grain reads absl flags of its own, which absl refuses where a program has not parsed any.
+        flags.FLAGS.mark_as_parsed()
+    init = functools.partial(start_worker, shared_memory.claim() if workers else None)
+    threads = 0 if workers else 1
+    batches = (
+        grain.MapDataset.range(start, stop)
+        .map(load)
+        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads * prefetch))
+        .mp_prefetch(grain.MultiprocessingOptions(workers, prefetch), worker_init_fn=init)
+    )
+    iterator = iter(batches)
+    try:
+        if workers:
+            with without_signals():
+                first = list(itertools.islice(iterator, 1))
+            while first:
+                yield received(first.pop())  # keep no reference: the batch is in memory shared with a worker
+        yield from map(received, iterator)
+    except RuntimeError as error:
+        if "Worker process was terminated" not in str(error):
+            raise
+        raise UserError(
+            f"A process that decodes images died: {str(error).split('. ')[0]}. What it printed, if anything, is above. "
+            "If memory or shared memory ran out, set a lower --config.data.workers: each worker needs some of both. A "
+            'script that trains needs a file of its own and `if __name__ == "__main__":`, since the workers import it.'
+        ) from error
+    finally:
+        iterator.close()
+        if workers:
+            gc.collect()  # a reference cycle in Grain would keep the last batch in shared memory, and warn at exit

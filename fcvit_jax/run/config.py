@@ -17,6 +17,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from fcvit_jax import tasks
 from fcvit_jax.data.loader import Data
 from fcvit_jax.devices.hosts import check_same
 from fcvit_jax.devices.sharding import make_mesh
@@ -32,6 +33,7 @@ _FREE_KEYS = _PROCESS_KEYS | {
     "checkpoint.keep",
     "checkpoint.save_every",
     "compilation_cache",
+    "data.on_broken",
     "mesh.data",
     "mesh.fsdp",
     "resume_with_changes",
@@ -39,7 +41,7 @@ _FREE_KEYS = _PROCESS_KEYS | {
     "train.profile_steps",
 }
 # Keys that came later, with the value that a config or a run without them has.
-_ADDED = {"task": "classification", "train.profile_steps": ()}
+_ADDED = {"task": "classification", "data.on_broken": "error", "train.profile_steps": ()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,19 +89,38 @@ def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def complete(config: ConfigDict) -> ConfigDict:
-    """A copy of a config, with the values of keys that came after it was written."""
+    """A copy of a config, with the values of keys that came after it was written.
+
+    Raises:
+      UserError: there is no such task.
+    """
     config = copy.deepcopy(config)
     with config.unlocked():
         if "mixing" not in config:
             config.mixing = ConfigDict()  # a task may have no keys there
+        if "task" not in config:
+            config.task = _ADDED["task"]
+        known = _known_keys(tasks.load(config.task))
         for key, value in _ADDED.items():
-            *sections, name = key.split(".")
-            section = config
-            for part in sections:
-                section = section.get(part, ConfigDict())  # one that is missing is an error of `check_config`
-            if name not in section:
-                section[name] = value
+            section, _, name = key.rpartition(".")
+            # A section that is missing is an error of `check_config`.
+            if key in known and section in config and name not in config[section]:
+                config[section][name] = value
     return config
+
+
+def _known_keys(task: ModuleType) -> set[str]:
+    """What a config of a task may have, without the fields of its networks."""
+    sections = {
+        "data": _keywords(task.open_dataset),
+        "mixing": _keywords(task.make_prepare),
+        "optim": _keywords(task.make_optimizer),
+        "mesh": _keywords(make_mesh),
+        "checkpoint": _keywords(Checkpointer),
+        "train": {field.name for field in dataclasses.fields(TrainOptions)},
+    }
+    known = {f"{section}.{key}" for section, keys in sections.items() for key in keys}
+    return known | {"task", "seed", "init_from", "resume_with_changes", "compilation_cache", "model.name"}
 
 
 def check_config(config: ConfigDict, task: ModuleType) -> None:
@@ -115,17 +136,7 @@ def check_config(config: ConfigDict, task: ModuleType) -> None:
     """
     values = _flat(config.to_dict())
     fields = task.model_fields(values["model.name"]) if isinstance(values.get("model.name"), str) else set()
-    sections = {
-        "model": {"name", *fields},
-        "data": _keywords(task.open_dataset),
-        "mixing": _keywords(task.make_prepare),
-        "optim": _keywords(task.make_optimizer),
-        "mesh": _keywords(make_mesh),
-        "checkpoint": _keywords(Checkpointer),
-        "train": {field.name for field in dataclasses.fields(TrainOptions)},
-    }
-    known = {f"{section}.{key}" for section, keys in sections.items() for key in keys}
-    known |= {"task", "seed", "init_from", "resume_with_changes", "compilation_cache"}
+    known = _known_keys(task) | {f"model.{field}" for field in fields}
     # A variant has values for all fields of its model but this one.
     needed = known - {f"model.{field}" for field in fields - {"num_classes"}}
     faults = []
@@ -230,8 +241,8 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
             f"{path} is damaged ({error}). The checkpoints beside it need not be: move this file away, and the same "
             "command goes on with the run, under the config that is given."
         ) from error
-    old = json.loads(json.dumps(_ADDED)) | old
     new = _flat(json.loads(config.to_json()))
+    old = {key: value for key, value in json.loads(json.dumps(_ADDED)).items() if key in new} | old
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     lines = [f"  {key}: {old.get(key)} -> {new.get(key)}" for key in changed if key != "resume_with_changes"]
     has_checkpoint = bool(step_folders(workdir / "checkpoints"))

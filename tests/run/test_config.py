@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_config
+from ml_collections import ConfigDict
 
 from fcvit_jax import networks, optim
 from fcvit_jax.augment import mixing
@@ -25,9 +26,10 @@ from fcvit_jax.configs import (
 )
 from fcvit_jax.errors import UserError
 from fcvit_jax.networks.fcvit import create_model
-from fcvit_jax.run.config import check_config, check_workdir, class_order, write_config
+from fcvit_jax.run.config import check_config, check_workdir, class_order, complete, write_config
 from fcvit_jax.run.saved import local_path
 from fcvit_jax.tasks import classification
+from tests import fake_config
 
 
 @pytest.mark.parametrize(
@@ -195,6 +197,22 @@ def test_what_changes_no_result_may_change(tmp_path, capsys):
     config.compilation_cache = True
     check_workdir(config, tmp_path)
     assert "mesh.fsdp: 1 -> 4" in capsys.readouterr().out
+
+
+def test_a_run_of_an_older_version_has_the_defaults_of_later_keys(tmp_path):
+    config = tiny_config.get_config()
+    old = json.loads(config.to_json())
+    for key in ("task", "data.on_broken", "train.profile_steps"):
+        section, _, name = key.rpartition(".")
+        del (old[section] if section else old)[name]
+    (tmp_path / "checkpoints/20").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    check_workdir(config, tmp_path)
+    assert json.loads(complete(ConfigDict(old)).to_json()) == json.loads(config.to_json())
+    other = complete(fake_config.get_config())  # of a task that does not know all of these keys
+    assert "on_broken" not in other.data
+    write_config(other, tmp_path)
+    check_workdir(other, tmp_path)
 
 
 def test_folders_that_are_no_good_are_refused(tmp_path):
