@@ -21,6 +21,18 @@ from fcvit_jax.errors import UserError
 
 # A file in a folder is an image if its name ends in one of these.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+# What undoes each EXIF orientation; 1, or none, is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+EXCHANGING = [TURNS[orientation] for orientation in (5, 6, 7, 8)]  # width and height
+
 # What Pillow raises for broken or refused files.
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError)
 
@@ -34,6 +46,7 @@ def train_transform(
     crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
     flip: float = 0.5,
     rand_augment: Sequence[float] | None = (2, 9.0, 0.5),
+    exif: bool = False,
 ) -> np.ndarray:
     """Decodes one training image, crops and resizes it at random, flips it and applies RandAugment.
 
@@ -52,6 +65,7 @@ def train_transform(
       crop_ratio: smallest and largest width / height of the crop.
       flip: probability of a horizontal flip; 0 turns it off.
       rand_augment: (ops per image, magnitude, standard deviation of the magnitude); empty or None: off.
+      exif: see `decode`.
 
     Returns:
       uint8 (image_size, image_size, 3), RGB, read-only.
@@ -59,9 +73,12 @@ def train_transform(
     Raises:
       UserError: see `decode`.
     """
-    box = crop_box(rng, *_open(encoded).size, crop_scale, crop_ratio)
+    header = _open(encoded)
+    turn = TURNS.get(orientation(header)) if exif else None
+    size = header.size[::-1] if turn in EXCHANGING else header.size
+    box = crop_box(rng, *size, crop_scale, crop_ratio)
     resample = draw_resample(rng)
-    image = decode(_keep_rows(encoded, box[3]))
+    image = decode(_keep_rows(encoded, box[3])) if turn is None else decode(encoded, exif)
     # Crop first: resize(box=...) would also read pixels outside the box.
     image = image.crop(box).resize((image_size, image_size), RESAMPLE[resample])
     if rng.random() < flip:
@@ -96,7 +113,7 @@ def check_augmentation(
             raise UserError(f"data.{name}={value} must be {wanted}")
 
 
-def eval_transform(encoded: bytes, image_size: int = 224, crop_pct: float = 0.9) -> np.ndarray:
+def eval_transform(encoded: bytes, image_size: int = 224, crop_pct: float = 0.9, exif: bool = False) -> np.ndarray:
     """Decodes one image, resizes its shorter side to image_size / crop_pct (bicubic) and crops the centre.
 
     Example::
@@ -107,6 +124,7 @@ def eval_transform(encoded: bytes, image_size: int = 224, crop_pct: float = 0.9)
       encoded: an image file in any format Pillow reads.
       image_size: side of the output in pixels.
       crop_pct: share of the resized shorter side that the crop keeps, in (0, 1].
+      exif: see `decode`.
 
     Returns:
       uint8 (image_size, image_size, 3), RGB, read-only.
@@ -114,7 +132,7 @@ def eval_transform(encoded: bytes, image_size: int = 224, crop_pct: float = 0.9)
     Raises:
       UserError: see `decode` and `eval_geometry`.
     """
-    image = decode(encoded)
+    image = decode(encoded, exif)
     size, box = eval_geometry(*image.size, image_size, crop_pct)
     return np.asarray(image.resize(size, Image.BICUBIC).crop(box))
 
@@ -192,14 +210,15 @@ def is_image_file(file: os.DirEntry | Path) -> bool:
     return file.name.lower().endswith(IMAGE_SUFFIXES) and file.is_file()
 
 
-def decode(encoded: bytes) -> Image.Image:
+def decode(encoded: bytes, exif: bool = False) -> Image.Image:
     """Decodes an image file to RGB.
 
     Grey, palette, CMYK and transparent images become RGB as in Pillow's `convert("RGB")`, which ignores alpha. 16-bit
-    grey keeps its upper byte, as 16-bit colour does in Pillow. The EXIF orientation is ignored.
+    grey keeps its upper byte, as 16-bit colour does in Pillow.
 
     Args:
       encoded: an image file in any format Pillow reads.
+      exif: whether to turn and flip the image as its EXIF orientation says. (Pillow always does with TIFF files.)
 
     Returns:
       An RGB image; the first frame, if there are several.
@@ -209,6 +228,7 @@ def decode(encoded: bytes) -> Image.Image:
         decompression bomb). The message says which; the caller should add the name of the file.
     """
     image = _open(encoded)
+    turn = TURNS.get(orientation(image)) if exif else None
     try:
         image.load()
     except BROKEN as error:
@@ -216,7 +236,16 @@ def decode(encoded: bytes) -> Image.Image:
     image.info.pop("transparency", None)  # it is ignored like any alpha, but Pillow would warn
     if image.mode.startswith("I"):  # 16-bit grey ("I;16", or "I" in older Pillow), which convert would clip to white
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an image whose header is read: 1 to 8, of which 1 is upright."""
+    if "exif" not in image.info:  # getexif would decode the whole of a PNG to look for it
+        return 1
+    found = image.getexif().get(0x0112, 1)
+    return found if found in TURNS else 1
 
 
 def _open(encoded: bytes) -> Image.Image:

@@ -42,6 +42,7 @@ def get_config(name: str = "fcvit_s12") -> ConfigDict:
     data.workers = -1  # decoding processes; -1: one fewer than cores; 0: decode in the training process
     data.prefetch = 1  # batches in each of a worker's two buffers; docs/running.md says what shared memory they take
     data.on_broken = "error"  # a broken training image ends the run; "skip": another one takes its place
+    data.exif = False  # turn images as their EXIF orientation says
     data.crop_scale = (0.08, 1.0)  # smallest and largest share of the image's area
     data.crop_ratio = (3 / 4, 4 / 3)  # smallest and largest width over height
     data.flip = 0.5  # probability of a horizontal flip

@@ -23,6 +23,7 @@ def open_dataset(
     on_broken: str = "error",
     train_split: str = "train",
     eval_split: str = "validation",
+    exif: bool = False,
     crop_pct: float = 0.9,
     crop_scale: Sequence[float] = (0.08, 1.0),
     crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
@@ -52,6 +53,7 @@ def open_dataset(
         evaluation during training there are two such sets of workers.
       on_broken: what an image that cannot be read does to training, see `loader.Data`; in evaluation it is an error.
       train_split, eval_split: TFDS splits, slices such as "train[:1%]" included.
+      exif: turn images as their EXIF orientation says, in training and in evaluation.
       crop_pct: share of the resized image that evaluation crops.
       crop_scale, crop_ratio, flip, rand_augment: see `augment.train_transform`.
 
@@ -70,6 +72,7 @@ def open_dataset(
     )
     if training:
         check_one_batch(dataset, train, batch_size)
+    sizes = {"image_size": image_size, "crop_pct": crop_pct, "exif": exif}
     return Data(
         load_example=load_noise if dataset == "synthetic" else load_example,
         train=train,
@@ -79,8 +82,8 @@ def open_dataset(
         workers=workers,
         prefetch=prefetch,
         on_broken=on_broken,
-        options={"image_size": image_size, "crop_pct": crop_pct, "augmentation": augmentation},
-        about={"class_names": list(class_names), "image_size": image_size, "crop_pct": crop_pct},
+        options=sizes | {"augmentation": augmentation},
+        about=sizes | {"class_names": list(class_names)},
         constant=dataset == "synthetic",
     )
 
@@ -131,9 +134,10 @@ def load_example(data: Data, record: tuple[bytes, int], rng: np.random.Generator
     options = data.options
     try:
         if rng is None:
-            image = augment.eval_transform(encoded, options["image_size"], options["crop_pct"])
+            image = augment.eval_transform(encoded, options["image_size"], options["crop_pct"], options["exif"])
         else:
-            image = augment.train_transform(encoded, rng, options["image_size"], **options["augmentation"])
+            how = options["augmentation"] | {"exif": options["exif"]}
+            image = augment.train_transform(encoded, rng, options["image_size"], **how)
     except UserError as error:
         raise Unreadable(f"not a readable image: {error}") from error
     return {"image": image, "label": np.int32(label)}

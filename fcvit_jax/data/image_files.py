@@ -1,6 +1,5 @@
 """Image files of a data set: which there are, what their headers say, and their pixels, turned by EXIF or not."""
 
-import io
 import os
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,16 +12,6 @@ from fcvit_jax.augment import images
 from fcvit_jax.errors import Unreadable, UserError, log
 
 THREADS = 16  # for headers, whose reading waits for the disk or the network
-# What undoes each EXIF orientation; 1, or none, is upright.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class Header(NamedTuple):
@@ -105,7 +94,7 @@ def read_headers(folder: str, names: Sequence[str], broken: dict[str, str] | Non
     def read(name: str) -> Header | str:
         try:
             with open(os.path.join(folder, name), "rb") as file, Image.open(file) as image:
-                return Header(*image.size, _orientation(image), image.mode, image.format)
+                return Header(*image.size, images.orientation(image), image.mode, image.format)
         except images.BROKEN as error:
             return getattr(error, "strerror", None) or str(error)
 
@@ -149,20 +138,7 @@ def decode(encoded: bytes, exif: bool = False) -> np.ndarray:
     Raises:
       UserError: as `fcvit_jax.augment.images.decode`.
     """
-    image = images.decode(encoded)
-    if exif:
-        with Image.open(io.BytesIO(encoded)) as header:
-            orientation = _orientation(header)
-        if orientation in TURNS:
-            image = image.transpose(TURNS[orientation])
-    return np.asarray(image)
-
-
-def _orientation(image: Image.Image) -> int:
-    if "exif" not in image.info:  # getexif would decode the whole of a PNG to look for it
-        return 1
-    orientation = image.getexif().get(0x0112, 1)
-    return orientation if orientation in TURNS else 1
+    return np.asarray(images.decode(encoded, exif))
 
 
 def first(names: Collection[str]) -> str:

@@ -41,7 +41,12 @@ _FREE_KEYS = _PROCESS_KEYS | {
     "train.profile_steps",
 }
 # Keys that came later, with the value that a config or a run without them has.
-_ADDED = {"task": "classification", "data.on_broken": "error", "train.profile_steps": ()}
+_ADDED = {
+    "task": "classification",
+    "data.exif": False,
+    "data.on_broken": "error",
+    "train.profile_steps": (),
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from fcvit_jax.networks.normalize import normalize
 
 
 def complete_metadata(source: Path, model: nn.Module, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of a checkpoint with "class_names", "image_size" and "crop_pct"; says which it lacked.
+    """The metadata of a checkpoint with "class_names", "image_size" and "crop_pct"; says which it lacked; and "exif".
 
     Args:
       source: of the metadata, to be named.
@@ -33,7 +33,7 @@ def complete_metadata(source: Path, model: nn.Module, metadata: Mapping[str, Any
             "%s says nothing of %s; the defaults are numbered classes, images of %d pixels a side and crop_pct %s",
             *(source, ", ".join(missing), usual["image_size"], usual["crop_pct"]),
         )
-    complete = usual | metadata
+    complete = {"exif": False} | usual | metadata  # those of older runs, which did not turn images, do not say it
     _check_image_settings(source, complete)
     if len(complete["class_names"]) != model.num_classes:
         names = len(complete["class_names"])
@@ -60,7 +60,7 @@ def read_image(encoded: bytes, metadata: Mapping[str, Any]) -> np.ndarray:
     Raises:
       UserError: it cannot be read.
     """
-    return augment.eval_transform(encoded, metadata["image_size"], metadata["crop_pct"])
+    return augment.eval_transform(encoded, metadata["image_size"], metadata["crop_pct"], metadata.get("exif", False))
 
 
 @functools.partial(jax.jit, static_argnames="model")

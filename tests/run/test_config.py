@@ -202,7 +202,7 @@ def test_what_changes_no_result_may_change(tmp_path, capsys):
 def test_a_run_of_an_older_version_has_the_defaults_of_later_keys(tmp_path):
     config = tiny_config.get_config()
     old = json.loads(config.to_json())
-    for key in ("task", "data.on_broken", "train.profile_steps"):
+    for key in ("task", "data.exif", "data.on_broken", "train.profile_steps"):
         section, _, name = key.rpartition(".")
         del (old[section] if section else old)[name]
     (tmp_path / "checkpoints/20").mkdir(parents=True)
