@@ -6,8 +6,10 @@
 | `jax.interpreters.ad.defbilinear` | derivatives in both modes | 0.10 to 0.12 |
 | `jax.interpreters.batching.primitive_batchers` | `jax.vmap` | 0.10 to 0.12 |
 | `jax.interpreters.mlir.lower_fun`, `register_lowering` | programs for every platform | 0.10 to 0.12 |
-| `jax.core.ShapedArray`, `manual_axis_type` | shapes, and types inside `jax.shard_map` | from 0.10 (`vma` before) |
+| `update` of an array's type, `manual_axis_type` | types, inside `jax.shard_map` too | from 0.10 (`vma` before) |
 | `module_context.axis_context`, `.lowering_parameters.for_export` | when to use the kernels | 0.10 to 0.12 |
+
+The last row has no public alternative. Where JAX moves it, programs lose the kernels and a warning says so.
 """
 
 import warnings
@@ -18,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec as P
@@ -37,10 +38,10 @@ def match_manual_axes(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]
     return lax.pcast(x, tuple(other - own), to="varying"), lax.pcast(y, tuple(own - other), to="varying")
 
 
-def array_type(x: ShapedArray, shape: tuple[int, ...], dtype: Any) -> ShapedArray:
-    """The type of an array that is computed from x: inside `jax.shard_map` it varies over the same axes."""
+def array_type(x: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """The type of an array that is computed from one of type x: inside `jax.shard_map` both vary over the same axes."""
     sharding = x.sharding.update(spec=P(*[None] * len(shape)))
-    return ShapedArray(shape, dtype, sharding=sharding, manual_axis_type=x.manual_axis_type)
+    return x.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
 
 
 def bilinear(
@@ -121,21 +122,36 @@ def _is_whole(context: Any) -> bool:
     return all(size == 1 for axis, size in context.mesh.shape.items() if axis not in manual)
 
 
+def _hindrance(ctx: Any, window: tuple[int, int] | None) -> str | None:
+    """Why the program that is being lowered cannot have the kernels; "" needs no warning, None if it can have them."""
+    try:
+        whole = _is_whole(ctx.module_context.axis_context)
+        exported = ctx.module_context.lowering_parameters.for_export
+    except AttributeError:
+        return "this version of JAX does not say what the program is for"
+    if exported:  # an exported program must work with later versions of JAX
+        return ""
+    if not whole:  # XLA cannot partition a kernel between devices
+        return "the program is for several devices, without their mesh in context (jax.set_mesh)"
+    maps, second = ctx.avals_in
+    if not _has_kernels(maps.shape, window or second.shape[:2]):
+        return "this GPU, this version of JAX or maps of such sizes do not go with them"
+    return None
+
+
 def _pallas_lowering(ctx, x, other, *, window):
-    module, (maps, second) = ctx.module_context, ctx.avals_in
-    # XLA cannot partition a kernel between devices, and an exported program must work with later versions of JAX.
-    whole, exported = _is_whole(module.axis_context), module.lowering_parameters.for_export
-    if whole and not exported and _has_kernels(maps.shape, window or second.shape[:2]):
+    hindrance = _hindrance(ctx, window)
+    if hindrance is None:
         from fcvit_jax.depthwise.kernels import forward, weight_grad
 
         run = partial(weight_grad, window=window) if window else forward
     else:
         run = partial(_pallas_by_lax, window=window)
-        if not exported:
-            spread = "the program is for several devices, without their mesh in context (jax.set_mesh)"
-            reason = "this GPU, this version of JAX or maps of such sizes do not go with them" if whole else spread
-            warnings.warn(f"Depthwise convolutions by cuDNN, much slower than the kernels: {reason}", stacklevel=2)
-    return mlir.lower_fun(run, multiple_results=False)(ctx, x, other)
+        if hindrance:
+            warnings.warn(f"Depthwise convolutions by cuDNN, much slower than the kernels: {hindrance}", stacklevel=2)
+    with warnings.catch_warnings():  # users can do nothing about it; tests tell us when the backend is gone
+        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+        return mlir.lower_fun(run, multiple_results=False)(ctx, x, other)
 
 
 mlir.register_lowering(_pallas_p, _pallas_lowering, platform="cuda")

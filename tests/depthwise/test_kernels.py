@@ -77,17 +77,28 @@ def test_a_gpu_that_cannot_take_the_kernels_is_said():
         jax.jit(depthwise_conv).trace(x, kernel).lower(lowering_platforms=("cuda",))  # no GPU at all is none that can
 
 
+def test_a_version_of_jax_that_does_not_say_what_a_program_is_for_has_none(monkeypatch):
+    monkeypatch.setattr(primitives, "_has_kernels", lambda shape, window: True)
+    monkeypatch.setattr(primitives, "_is_whole", lambda context: context.another_name)
+    x, kernel, _ = draw((1, 4, 5, 16, 5))
+    with pytest.warns(UserWarning, match="by cuDNN.*: this version of JAX does not say"):
+        text = jax.jit(depthwise_conv).trace(x, kernel).lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.convolution" in text
+
+
 @pytest.mark.parametrize("gpu", ["NVIDIA A100-SXM4-40GB", "NVIDIA H100 80GB HBM3"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_all_passes_of_a_program_for_a_gpu_are_the_kernels(monkeypatch, gpu, dtype):
+@pytest.mark.parametrize("k", [3, 11])
+def test_all_passes_of_a_program_for_a_gpu_are_the_kernels(monkeypatch, recwarn, gpu, dtype, k):
     """No GPU is needed to lower it. This fails when a version of JAX no longer has what the kernels are written in."""
     monkeypatch.setattr(primitives, "_gpus_run_kernels", lambda: True)
     device = jax.sharding.AbstractDevice(gpu, None, "cuda")
     auto = (jax.sharding.AxisType.Auto,)
-    args = draw((2, 14, 14, 32, 11), dtype)
+    args = draw((2, 14, 14, 32, k), dtype)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), auto, abstract_device=device)):
         traced = jax.jit(value_and_gradients(ours(None))).trace(*args)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "stablehlo.convolution" not in text
     names = re.findall(r'custom_call @__gpu\$xla\.gpu\.triton.*? name = "(\w+)"', text)
     assert sorted(names) == ["depthwise_forward", "depthwise_forward", "depthwise_weight_grad"]
+    assert not list(recwarn)  # Pallas' own, of its end, tells users nothing that they could do
