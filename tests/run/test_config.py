@@ -23,10 +23,10 @@ from fcvit_jax.configs import (
     finetune,
     imagenet,
 )
+from fcvit_jax.devices.storage import run_path
 from fcvit_jax.errors import UserError
 from fcvit_jax.networks.fcvit import create_model
 from fcvit_jax.run.config import check_config, check_workdir, class_order, write_config
-from fcvit_jax.run.saved import local_path
 from fcvit_jax.tasks import classification
 
 
@@ -200,7 +200,7 @@ def test_what_changes_no_result_may_change(tmp_path, capsys):
 def test_folders_that_are_no_good_are_refused(tmp_path):
     config = tiny_config.get_config()
     with pytest.raises(UserError, match="mount the bucket"):
-        local_path("gs://bucket/run")
+        run_path("gs://bucket/run")
     (tmp_path / "config.json").write_text('{"seed": ')
     with pytest.raises(UserError, match="config.json is damaged"):
         check_workdir(config, tmp_path)
@@ -234,4 +234,4 @@ def test_a_damaged_config_json_tells_how_to_keep_the_run(tmp_path, text):
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
 def test_a_name_that_the_file_system_does_not_take_is_told(tmp_path, name):
     with pytest.raises(UserError, match="cannot be used: "):
-        local_path(tmp_path / name)
+        run_path(tmp_path / name)
