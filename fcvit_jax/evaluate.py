@@ -17,6 +17,7 @@ from tqdm import tqdm
 from fcvit_jax import tasks
 from fcvit_jax.data import loader
 from fcvit_jax.data.loader import Data
+from fcvit_jax.devices import storage
 from fcvit_jax.devices.hosts import errors_on_all_processes
 from fcvit_jax.devices.sharding import global_batch, make_mesh, state_shardings
 from fcvit_jax.devices.stopping import ProcessBatches, StopSignal
@@ -112,7 +113,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
         mesh = make_mesh(**config.mesh)
         model = task.create_model(**config.model)
         check_sizes(config, data, mesh, model, training=False)
-        path = saved.find_step(saved.local_path(workdir) / which)
+        path = saved.find_step(storage.run_path(workdir) / which)
         metadata = saved.load_metadata(path)
         if saved.task_of(metadata) != config.task:
             raise UserError(f"{path} is of the task {saved.task_of(metadata)}, the config of {config.task}.")
@@ -135,7 +136,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path, which: str = "c
     if table := results.describe_rows(result):
         log.info("%s", table)
     log.info("%s: %s, over %d examples", path, task.describe(result), result["count"])
-    results.write_evaluation(saved.local_path(workdir), {"step": int(path.name), **result})
+    results.write_evaluation(storage.run_path(workdir), {"step": int(path.name), **result})
     return result
 
 

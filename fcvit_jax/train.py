@@ -110,7 +110,7 @@ def train_and_evaluate(
             if is_due and notes.evaluated["step"] != step and not loop.stop.received:
                 notes = _evaluate(run, loop, state, notes)
             if step:
-                _save(run, checkpointer, state, notes)
+                _save(run, loop, state, notes)
             if step == run.total or loop.stop.received:
                 break
             state = _train(run, loop, state)
@@ -186,7 +186,7 @@ def _open_loop(
     )
     stack.enter_context(closing(batches))
     progress = stack.enter_context(closing(Progress(writer, start, run.total, data.batch_size, options.log_every)))
-    profiler = stack.enter_context(closing(Profiler(run.workdir / "profile", options.profile_steps)))
+    profiler = stack.enter_context(closing(Profiler(run.workdir, options.profile_steps)))
     return Loop(checkpointer, writer, progress, profiler, stop, batches, step)
 
 
@@ -239,7 +239,7 @@ def _evaluate(run: Run, loop: Loop, state: TrainState, notes: Notes) -> Notes:
     try:
         result = evaluate(run.task, run.model, state.eval_variables, data, run.mesh, loop.stop.watch)
     except UserError:  # an image is broken; the run continues from here once the user has replaced it
-        _save(run, loop.checkpointer, state, notes)
+        _save(run, loop, state, notes)
         loop.checkpointer.wait()
         raise
     if loop.stop.received:
@@ -258,8 +258,11 @@ def _evaluate(run: Run, loop: Loop, state: TrainState, notes: Notes) -> Notes:
     return notes
 
 
-def _save(run: Run, checkpointer: Checkpointer, state: TrainState, notes: Notes) -> None:
+def _save(run: Run, loop: Loop, state: TrainState, notes: Notes) -> None:
     """Saves the state as the newest checkpoint, and as the best where it is."""
+    checkpointer = loop.checkpointer
+    with errors_on_all_processes():
+        loop.writer.keep()  # a run that resumes from this checkpoint does not write these lines again
     metadata = run.describe() | {"evaluated": dict(notes.evaluated), "best": dict(notes.best)}
     try:
         checkpointer.save(state, metadata)

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fcvit_jax import tasks
+from fcvit_jax.devices import storage
 from fcvit_jax.errors import UserError, exit_on_error
 from fcvit_jax.figures import check_format, save, segmentation
 from fcvit_jax.figures.attention import attention_of, draw_heads, draw_queries, query_maps
@@ -136,7 +137,7 @@ def _attention(args: argparse.Namespace) -> Figure:
 def _metric(workdir: Path) -> str:
     """The metric by which a run chooses its best checkpoint."""
     try:
-        task = parse_object((workdir / "config.json").read_text()).get("task", "classification")
+        task = parse_object(storage.read_text(workdir / "config.json")).get("task", "classification")
     except (OSError, ValueError) as error:
         raise UserError(f"{workdir / 'config.json'} cannot be read: {error}; give folders of runs.") from error
     return tasks.load(task).BEST

@@ -14,6 +14,7 @@ from flax import traverse_util
 from fcvit_jax.convert.files import METADATA, import_torch, read, read_metadata, write_whole
 from fcvit_jax.convert.pretrained import load_pretrained
 from fcvit_jax.convert.weights import FAMILIES, Network, fields_of, fit, from_torch, infer, kind_of, to_torch
+from fcvit_jax.devices.storage import as_path
 from fcvit_jax.errors import UserError, log
 from fcvit_jax.networks.fcvit import with_fields
 from fcvit_jax.networks.vit import ViT
@@ -41,7 +42,7 @@ def load_network(
     Raises:
       UserError: the source cannot be read, holds another network, or there is no variant of this name.
     """
-    weights, metadata = read(Path(source), ema)
+    weights, metadata = read(as_path(source), ema)
     if "model" in metadata:
         try:
             model = FAMILIES[kind_of(weights)].create(**metadata["model"])

@@ -20,6 +20,7 @@ import numpy as np
 from flax import traverse_util
 
 from fcvit_jax.convert.wrappings import is_array, unwrap
+from fcvit_jax.devices import storage
 from fcvit_jax.errors import UserError
 
 # Where a .npz keeps what it says of itself, as JSON.
@@ -32,7 +33,7 @@ def read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str,
     Raises:
       UserError: the file cannot be read, or a weight is not finite.
     """
-    weights, metadata = _read(path.expanduser(), ema)
+    weights, metadata = _read(path, ema)
     broken = [name for name, x in weights.items() if not np.isfinite(x).all()]
     if broken:
         raise UserError(f"{path}: {broken[0]} is not finite, {len(broken)} of {len(weights)} tensors are not.")
@@ -40,11 +41,11 @@ def read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str,
 
 
 def _read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    if path.is_dir():
+    if storage.is_folder(path):
         from fcvit_jax.run import saved
 
         return traverse_util.flatten_dict(saved.load_variables(path, ema=ema), sep="/"), read_metadata(path)
-    if not path.is_file():
+    if not storage.is_file(path):
         raise UserError(f"There is no file or folder {path}.")
     ending = path.suffix.lower()
     if ending not in (".npz", ".safetensors"):
@@ -70,8 +71,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
       UserError: it cannot be read.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
+    path = storage.as_path(path)
+    if storage.is_folder(path):
         from fcvit_jax.run import saved
 
         return saved.load_metadata(path)

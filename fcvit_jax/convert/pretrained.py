@@ -11,6 +11,7 @@ import numpy as np
 from fcvit_jax.convert import vit
 from fcvit_jax.convert.files import is_ours, read
 from fcvit_jax.convert.weights import FAMILIES, Network, fields_of, fit, infer, kind_of, with_timm_names
+from fcvit_jax.devices.storage import as_path
 from fcvit_jax.errors import UserError, log
 from fcvit_jax.networks import mask_rcnn, semantic_fpn
 from fcvit_jax.networks.convnext import ConvNeXt
@@ -51,7 +52,7 @@ def load_pretrained(
       UserError: the file cannot be read, holds another network, has tensors that do not fit (then it lists them all),
         or does not hold the whole model, and `partial` is False.
     """
-    weights = with_timm_names(read(Path(path), ema)[0])
+    weights = with_timm_names(read(as_path(path), ema)[0])
     held, load = kind_of(weights), _LOADERS.get(type(model), _load_classifier)
     # What is none of the others counts as an FCViT's classifier, and what does not fit is listed.
     if held not in (FCViT, *_STARTS.get(type(model), ()), type(model)):

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from fcvit_jax.devices import storage
 from fcvit_jax.errors import UserError, log
 
 # If one of these is above 1, a launcher started this process as one of several. SLURM_NTASKS cannot be used: it is also
@@ -141,10 +142,10 @@ def check_shared(folder: Path) -> None:
     try:
         with errors_on_all_processes():  # the others wait here for process 0
             if jax.process_index() == 0:
-                mark.touch()
+                storage.replace_text(mark, "")
         with errors_on_all_processes():
-            if not mark.exists():
+            if not storage.is_file(mark):
                 raise UserError(f"{folder} is not the folder of process 0: choose a --workdir that all share.")
     finally:
         if jax.process_index() == 0:
-            mark.unlink(missing_ok=True)
+            storage.remove(mark)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from fcvit_jax.devices import storage
 from fcvit_jax.errors import UserError
 from fcvit_jax.figures import COLOURS, literal
 from fcvit_jax.run.results import parse_object
@@ -20,9 +21,9 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
     """
     path = workdir / "metrics.jsonl"
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        lines = storage.read_text(path, errors="replace").splitlines()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give folders of runs.") from error
+        raise UserError(f"{path}: {storage.words(error)}; give folders of runs.") from error
     metrics = []
     for number, line in enumerate(lines, 1):
         try:

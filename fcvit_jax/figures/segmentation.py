@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 
 from fcvit_jax.augment.paired import IGNORED
 from fcvit_jax.data.loader import Data
+from fcvit_jax.devices import storage
 from fcvit_jax.errors import UserError
 from fcvit_jax.run import saved
 
@@ -97,12 +98,13 @@ def from_arguments(args: argparse.Namespace) -> Figure:
 
 def _open_data(task: Any, checkpoint: str, dataset: str | None) -> Data:
     """The validation set that the run of a checkpoint has, or another, read as the run's."""
-    path = saved.local_path(checkpoint)  # a run's folder, one of those in it, or a step's in one of those
-    configs = [folder / "config.json" for folder in (path, *path.parents[:2]) if (folder / "config.json").is_file()]
+    path = storage.run_path(checkpoint)  # a run's folder, one of those in it, or a step's in one of those
+    configs = [folder / "config.json" for folder in (path, *path.parents[:2])]
+    configs = [config for config in configs if storage.is_file(config)]
     if not configs and dataset is None:
         raise UserError(f"{checkpoint} is in no run's folder, whose config.json names the data: give --dataset.")
     try:
-        options: Mapping[str, Any] = json.loads(configs[0].read_text())["data"] if configs else {"batch_size": 1}
+        options: Mapping[str, Any] = json.loads(storage.read_text(configs[0]))["data"] if configs else {"batch_size": 1}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{configs[0]} cannot be read: {error}") from error
     return task.open_dataset(training=False, **options | ({"dataset": dataset} if dataset else {}))

@@ -5,12 +5,11 @@ import glob
 import itertools
 import logging
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,10 +17,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from fcvit_jax.devices import storage
 from fcvit_jax.devices.hosts import check_shared, errors_on_all_processes
 from fcvit_jax.errors import UserError, check_range, log
 from fcvit_jax.run import disk
-from fcvit_jax.run.saved import load_variables, local_path
+from fcvit_jax.run.saved import load_variables
 from fcvit_jax.run.state import TrainState
 
 
@@ -59,27 +59,6 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
-def _lock(workdir: Path) -> TextIO:
-    """Opens a file that one run at a time can hold; the system releases it however that run's process ends.
-
-    Raises:
-      UserError: another one holds it, or the folder cannot be written.
-    """
-    import fcntl  # not on Windows, where the tools that only read work all the same
-
-    try:
-        file = (workdir / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}.") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        raise UserError(f"Another run is under way in {workdir}: stop it, or choose another --workdir.") from error
-    except OSError as error:
-        log.warning("%s has no locks (%s): make sure that no second run uses the folder.", workdir, error.strerror)
-    return file
-
-
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
@@ -107,7 +86,7 @@ class Checkpointer:
 
     def __init__(self, workdir: str | Path, *, keep: int = 3, save_every: int = 1000):
         check_range("checkpoint", 1, keep=keep, save_every=save_every)
-        workdir = local_path(workdir)
+        workdir = storage.run_path(workdir)
         self.save_every = save_every
         self.directory = workdir / "checkpoints"
         self._lock, self._managers = None, []
@@ -120,7 +99,7 @@ class Checkpointer:
             self._latest, self._best = self._managers
             check_shared(workdir)
             with errors_on_all_processes():
-                self._lock = _lock(workdir) if jax.process_index() == 0 else None
+                self._lock = storage.Lock(workdir) if jax.process_index() == 0 else None
             undo.pop_all()  # all went well
 
     def save(self, state: TrainState, metadata: dict[str, Any], *, best: bool = False) -> None:
@@ -250,16 +229,17 @@ class Checkpointer:
         aside = self.directory.parent / "set_aside"
         for path, reason in newer.items():
             with disk.explained(f"move {path} to {aside}", "Repair the disk, then run the same command again."):
-                aside.mkdir(exist_ok=True)
                 name = f"{path.parent.name}-{path.name}"  # and a number, where the same step was set aside before
                 names = itertools.chain([name], (f"{name}-{count}" for count in itertools.count(2)))
-                target = next(aside / name for name in names if not (aside / name).exists())
-                target.with_suffix(".txt").write_text(f"{reason}\nThe run went on from step {step}.\n")
-                path.rename(target)
+                target = next(aside / name for name in names if not storage.is_folder(aside / name))
+                storage.make_folder(aside)
+                storage.replace_text(target.with_suffix(".txt"), f"{reason}\nThe run went on from step {step}.\n")
+                storage.move(path, target)
             log.info("%s; moved to %s", reason, target)
-        for unfinished in self.directory.parent.glob("*/*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(unfinished)
-            log.info("deleted %s, a save that was not finished", unfinished)
+        for folder in (self.directory, self.directory.parent / "best"):
+            for unfinished in storage.unfinished_saves(folder):
+                storage.remove(unfinished)
+                log.info("deleted %s, a save that was not finished", unfinished)
 
     def has_best(self, step: int) -> bool:
         """Whether the best checkpoint is of this step."""
@@ -307,8 +287,8 @@ def save_variables(path: str | Path, variables: dict[str, Any], metadata: dict[s
     Raises:
       UserError: the folder is not empty, or cannot be written.
     """
-    path = local_path(path)
-    if path.is_dir() and any(path.iterdir()):
+    path = storage.run_path(path)
+    if storage.names(path):
         raise UserError(f"{path} is not empty: choose another folder.")
     with disk.explained(f"write {path}", "Is the disk full, or the folder not writable?"):
         try:
@@ -317,5 +297,6 @@ def save_variables(path: str | Path, variables: dict[str, Any], metadata: dict[s
                 manager.wait_until_finished()
             load_variables(path)  # what cannot be read back is not kept
         except BaseException:
-            shutil.rmtree(path, ignore_errors=True)  # else it would be refused the next time
+            with contextlib.suppress(OSError):
+                storage.remove(path)  # else it would be refused the next time
             raise

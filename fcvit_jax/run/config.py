@@ -19,11 +19,12 @@ from ml_collections import ConfigDict
 
 from fcvit_jax import tasks
 from fcvit_jax.data.loader import Data
+from fcvit_jax.devices import storage
 from fcvit_jax.devices.hosts import check_same
 from fcvit_jax.devices.sharding import make_mesh
 from fcvit_jax.errors import UserError, check_range, log
 from fcvit_jax.run.checkpoint import Checkpointer
-from fcvit_jax.run.results import parse_object, replace_text
+from fcvit_jax.run.results import parse_object
 from fcvit_jax.run.saved import step_folders
 
 # Keys that each process may have its own value of.
@@ -235,12 +236,12 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
       UserError: the folder holds checkpoints of another config.
     """
     path = workdir / "config.json"
-    if not path.exists():
+    if not storage.is_file(path):
         return
     try:
-        old = _flat(parse_object(path.read_text()))
+        old = _flat(parse_object(storage.read_text(path)))
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        raise UserError(f"{path} cannot be read: {storage.words(error)}.") from error
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged ({error}). The checkpoints beside it need not be: move this file away, and the same "
@@ -344,7 +345,7 @@ def write_config(config: ConfigDict, workdir: Path) -> None:
     if jax.process_index() != 0:
         return
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        replace_text(workdir / "config.json", config.to_json(indent=2) + "\n")
+        storage.make_folder(workdir)
+        storage.replace_text(workdir / "config.json", config.to_json(indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}.") from error
+        raise UserError(f"--workdir={workdir} cannot be written: {storage.words(error)}.") from error

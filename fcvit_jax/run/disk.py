@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from fcvit_jax.devices import storage
 from fcvit_jax.errors import UserError, log
 from fcvit_jax.run.state import TrainState
 
@@ -150,7 +151,7 @@ def load_json(item: Path, name: str = "metadata") -> dict[str, Any]:
     Raises:
       OSError, ValueError: there is none, or it holds something else.
     """
-    values = json.loads((item / name).read_text())
+    values = json.loads(storage.read_text(item / name))
     if not isinstance(values, dict):
         raise ValueError(f"{item.name}/{name} is no JSON object")
     return values

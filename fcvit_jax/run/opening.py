@@ -18,11 +18,11 @@ from ml_collections import ConfigDict
 from fcvit_jax import tasks
 from fcvit_jax.data import loader
 from fcvit_jax.data.loader import Data
+from fcvit_jax.devices import storage
 from fcvit_jax.devices.hosts import errors_on_all_processes
 from fcvit_jax.devices.sharding import make_mesh
 from fcvit_jax.errors import check_range, log
 from fcvit_jax.run import config as run_config
-from fcvit_jax.run.saved import local_path
 from fcvit_jax.run.state import TrainState, abstract_state
 from fcvit_jax.run.step import CompiledStep
 
@@ -92,7 +92,7 @@ def open_run(config: ConfigDict, workdir: str | Path) -> Run:
         shapes = loader.batch_shapes(data)
         for batch in shapes:
             jax.eval_shape(prepare, jax.random.key(0), batch)  # raises where the batch does not fit
-        workdir = local_path(workdir)
+        workdir = storage.run_path(workdir)
         run_config.check_workdir(config, workdir)
         abstract = abstract_state(task.init_variables, model, tx, mesh, ema=config.train.ema_decay is not None)
     run_config.check_processes(config, data)
@@ -122,7 +122,7 @@ def kept_programs(run: Run) -> Iterator[None]:
         jax.config.update("jax_compilation_cache_dir", path)
         compilation_cache.reset_cache()  # else JAX stays with the folder that it has
 
-    use(str(run.workdir / "compilation_cache"))
+    use(str(storage.program_cache(run.workdir)))
     try:
         yield
     finally:

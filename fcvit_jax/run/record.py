@@ -19,10 +19,11 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from fcvit_jax.data.loader import Data
+from fcvit_jax.devices import storage
 from fcvit_jax.devices.sharding import bytes_per_device
 from fcvit_jax.errors import UserError, log
 from fcvit_jax.run.config import group_size
-from fcvit_jax.run.results import as_json, replace_text
+from fcvit_jax.run.results import as_json
 from fcvit_jax.run.state import TrainState
 
 
@@ -84,19 +85,20 @@ class MetricsWriter:
         if jax.process_index() != 0:
             return
         self._path = workdir / "metrics.jsonl"
+        self._files = storage.GrowingFiles(workdir)
         with self._writing():
             kept, first = [], step + 1
-            if self._path.exists():
-                for line in self._path.read_text(errors="replace").splitlines():
+            if storage.is_file(self._path):
+                for line in storage.read_text(self._path, errors="replace").splitlines():
                     metrics = _parsed(line)  # None: cut off by a kill
                     is_evaluation = any(name.startswith("eval/") for name in metrics or ())
                     if metrics is None or metrics["step"] > (evaluated if is_evaluation else step):
                         first = min(first, metrics["step"] if metrics else first)
                     else:
                         kept.append((line, metrics))
-                replace_text(self._path, "".join(f"{line}\n" for line, _ in kept))
-            self._file = self._path.open("a")
-            self._tensorboard = _TensorBoard(workdir / "tensorboard", first)
+                storage.replace_text(self._path, "".join(f"{line}\n" for line, _ in kept))
+            self._file = self._files.local("metrics.jsonl").open("a")
+            self._tensorboard = _TensorBoard(self._files.local("tensorboard"), first)
             for _, metrics in kept:  # what TensorBoard is told to forget together with what is dropped
                 if metrics["step"] >= first:
                     values = {name: x for name, x in metrics.items() if "/" in name and isinstance(x, int | float)}
@@ -118,10 +120,20 @@ class MetricsWriter:
         if self._on_metrics is not None:
             self._on_metrics(step, dict(metrics))
 
+    def keep(self) -> None:
+        """Makes sure that all lines are in the run's folder; to be called before a checkpoint that comes after them.
+
+        Raises:
+          UserError: they could not be written.
+        """
+        if self._file is not None:
+            with self._writing():
+                self._files.keep()
+
     def close(self) -> None:
         """Closes the files."""
         if self._file is not None:
-            for file in (self._file, self._tensorboard):
+            for file in (self._file, self._tensorboard, self._files):
                 with contextlib.suppress(OSError):  # `write` has reported it
                     file.close()
 
@@ -131,7 +143,7 @@ class MetricsWriter:
             yield
         except OSError as error:
             raise UserError(
-                f"{self._path} cannot be written: {error.strerror}. Fix this, then run the same command again."
+                f"{self._path} cannot be written: {storage.words(error)}. Fix this, then run the same command again."
             ) from error
 
 
@@ -214,12 +226,13 @@ class Profiler:
     """Writes a trace of some steps by JAX's profiler, for TensorBoard or xprof.
 
     Args:
-      folder: where the trace is written.
+      workdir: the run's folder; the trace goes to profile/ in it.
       steps: (first, last): the updates from first to last are traced; (): none.
     """
 
-    def __init__(self, folder: Path, steps: Sequence[int]):
-        self._folder = folder
+    def __init__(self, workdir: Path, steps: Sequence[int]):
+        self._files = storage.GrowingFiles(workdir)
+        self._folder = workdir / "profile"
         self._first, self._last = steps or (0, 0)
         self._tracing = False
 
@@ -227,7 +240,7 @@ class Profiler:
     def step(self, number: int) -> Iterator[None]:
         """Starts the trace at the first step to trace, and marks the step in it. Steps count from 1."""
         if number == self._first:
-            jax.profiler.start_trace(self._folder)
+            jax.profiler.start_trace(self._files.local("profile"))
             self._tracing = True
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield
@@ -243,6 +256,7 @@ class Profiler:
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()
+            self._files.keep()
             log.info("the trace of steps %d to %d is in %s", self._first, self._last, self._folder)
 
 

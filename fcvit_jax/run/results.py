@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from fcvit_jax.devices import storage
 from fcvit_jax.errors import UserError
 
 
@@ -24,17 +25,6 @@ def parse_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"a {type(value).__name__}, not an object")
     return value
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all.
-
-    Raises:
-      OSError: it cannot be written.
-    """
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(text)
-    unfinished.replace(path)
 
 
 def as_json(value: Any) -> str:
@@ -95,8 +85,8 @@ def write_evaluation(workdir: Path, result: Mapping[str, Any]) -> None:
         return
     path = workdir / "evaluation.json"
     try:
-        replace_text(path, json.dumps(result, indent=1) + "\n")
+        storage.replace_text(path, json.dumps(result, indent=1) + "\n")
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written: {error.strerror}. Fix this, then run the same command again."
+            f"{path} cannot be written: {storage.words(error)}. Fix this, then run the same command again."
         ) from error

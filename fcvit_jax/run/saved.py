@@ -1,7 +1,5 @@
 """Finding and loading what was saved: weights, their metadata and the network that they are of."""
 
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -13,35 +11,16 @@ import orbax.checkpoint as ocp
 from flax import linen as nn
 
 from fcvit_jax import tasks
+from fcvit_jax.devices import storage
 from fcvit_jax.errors import UserError
 from fcvit_jax.run import disk
 
 _DAMAGED = "It is damaged or not from fcvit_jax; try an earlier step."
 
 
-def local_path(path: str | Path) -> Path:
-    """The absolute path, with ~ expanded.
-
-    Raises:
-      UserError: it is empty, an address, such as gs://..., or a name that the file system does not take.
-    """
-    if not str(path):
-        raise UserError("The path of the run's folder is empty.")
-    if re.match(r"\w\w+:/", str(path)):  # a Path has one slash of the two
-        raise UserError(f"{path} must be a path: mount the bucket, for example with gcsfuse, and give its folder.")
-    path = Path(path).expanduser().absolute()
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        pass  # which whoever needs it says
-    except (OSError, ValueError) as error:  # too long, not allowed, or no name at all
-        raise UserError(f"{str(path)[:300]} cannot be used: {getattr(error, 'strerror', None) or error}.") from error
-    return path
-
-
 def step_folders(folder: Path) -> list[Path]:
     """What looks like checkpoints in a `checkpoints` or `best` folder, which need not exist; their names are steps."""
-    return [path for path in folder.glob("*") if path.name.isdigit()]
+    return [folder / name for name in storage.names(folder) if name.isdigit()]
 
 
 def find_step(path: str | Path) -> Path:
@@ -53,13 +32,13 @@ def find_step(path: str | Path) -> Path:
     Raises:
       UserError: there is none.
     """
-    path = local_path(path)
-    if not path.is_dir():
+    path = storage.run_path(path)
+    if not storage.is_folder(path):
         raise UserError(f"No checkpoint at {path}: there is no such folder.")
-    if (path / "variables").is_dir():
+    if storage.is_folder(path / "variables"):
         return path
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = [step for step in step_folders(folder) if (step / "variables").is_dir()]
+    folder = path / "checkpoints" if storage.is_folder(path / "checkpoints") else path
+    steps = [step for step in step_folders(folder) if storage.is_folder(step / "variables")]
     if not steps:
         raise UserError(f"No checkpoint in {folder}: give a run's folder, its checkpoints or best folder, or a step's.")
     return max(steps, key=lambda p: int(p.name))
@@ -82,9 +61,9 @@ def load_variables(path: str | Path, *, ema: bool | None = None) -> dict[str, An
     """
     step = find_step(path)
     if ema is None:
-        ema = (step / "ema").is_dir()
+        ema = storage.is_folder(step / "ema")
     item = step / ("ema" if ema else "variables")
-    if not item.is_dir():
+    if not storage.is_folder(item):
         raise UserError(f"{step} holds no exponential moving averages: the run did not keep them.")
 
     def read() -> tuple[dict[str, Any], dict[str, int]]:
@@ -183,9 +162,9 @@ def load(checkpoint: str | Path) -> Saved:
     """
     file, _, name = str(checkpoint).rpartition(":")
     if Path(file).expanduser().is_file():
-        return _load_file(local_path(file), name)
-    path = local_path(checkpoint)
-    return _load_file(path, None) if path.is_file() else _load_step(find_step(path))
+        return _load_file(storage.run_path(file), name)
+    path = storage.run_path(checkpoint)
+    return _load_file(path, None) if storage.is_file(path) else _load_step(find_step(path))
 
 
 def _load_file(path: Path, name: str | None) -> Saved:

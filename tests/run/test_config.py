@@ -24,10 +24,10 @@ from fcvit_jax.configs import (
     finetune,
     imagenet,
 )
+from fcvit_jax.devices.storage import run_path
 from fcvit_jax.errors import UserError
 from fcvit_jax.networks.fcvit import create_model
 from fcvit_jax.run.config import check_config, check_workdir, class_order, complete, write_config
-from fcvit_jax.run.saved import local_path
 from fcvit_jax.tasks import classification
 from tests import fake_config
 
@@ -218,7 +218,7 @@ def test_a_run_of_an_older_version_has_the_defaults_of_later_keys(tmp_path):
 def test_folders_that_are_no_good_are_refused(tmp_path):
     config = tiny_config.get_config()
     with pytest.raises(UserError, match="mount the bucket"):
-        local_path("gs://bucket/run")
+        run_path("gs://bucket/run")
     (tmp_path / "config.json").write_text('{"seed": ')
     with pytest.raises(UserError, match="config.json is damaged"):
         check_workdir(config, tmp_path)
@@ -252,4 +252,4 @@ def test_a_damaged_config_json_tells_how_to_keep_the_run(tmp_path, text):
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
 def test_a_name_that_the_file_system_does_not_take_is_told(tmp_path, name):
     with pytest.raises(UserError, match="cannot be used: "):
-        local_path(tmp_path / name)
+        run_path(tmp_path / name)
