@@ -21,6 +21,7 @@ from flax import traverse_util
 
 from fcvit_jax.convert.wrappings import is_array, unwrap
 from fcvit_jax.errors import UserError
+from fcvit_jax.formats import hub
 
 # Where a .npz keeps what it says of itself, as JSON.
 METADATA = "__metadata__"
@@ -32,7 +33,7 @@ def read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str,
     Raises:
       UserError: the file cannot be read, or a weight is not finite.
     """
-    weights, metadata = _read(path.expanduser(), ema)
+    weights, metadata = _read(Path(hub.local(path)).expanduser(), ema)
     broken = [name for name, x in weights.items() if not np.isfinite(x).all()]
     if broken:
         raise UserError(f"{path}: {broken[0]} is not finite, {len(broken)} of {len(weights)} tensors are not.")
@@ -40,6 +41,10 @@ def read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str,
 
 
 def _read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    if hub.is_layout(path):
+        hub.check(path)
+        weights, metadata = _read(path / hub.WEIGHTS, ema)
+        return weights, hub.read_metadata(path) or metadata
     if path.is_dir():
         from fcvit_jax.run import saved
 
@@ -70,7 +75,9 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
       UserError: it cannot be read.
     """
-    path = Path(path).expanduser()
+    path = Path(hub.local(path)).expanduser()
+    if hub.is_layout(path):
+        return hub.read_metadata(path) or read_metadata(path / hub.WEIGHTS)
     if path.is_dir():
         from fcvit_jax.run import saved
 
