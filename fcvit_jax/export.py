@@ -5,13 +5,18 @@ The program needs only JAX and flatbuffers to run::
     program = jax.export.deserialize(open("exported/model.jax_export", "rb").read())
     logits = program.call(images)                   # images (N, S, S, 3) uint8, any N; logits (N, num_classes) float32
     names = json.load(open("exported/model.json"))["class_names"]
+
+With fcvit_jax, `load("exported")` gives both, and refuses files that were changed.
 """
 
 import argparse
+import contextlib
 import inspect
 import json
 import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.export
@@ -20,15 +25,21 @@ from flax import traverse_util
 from safetensors.numpy import save
 
 from fcvit_jax.errors import UserError, exit_on_error
+from fcvit_jax.formats import checksums, hub
 from fcvit_jax.predict import CHECKPOINT_HELP
-from fcvit_jax.run.saved import load, task_of
+from fcvit_jax.run import saved
+from fcvit_jax.run.results import parse_object
 
+FORMATS = ("jax", "hub")
 PLATFORMS = ("cpu", "cuda", "tpu")
+PROGRAM, ABOUT = "model.jax_export", "model.json"
 _OF_THE_RUN = ("best", "evaluated", "num_eval", "num_train")  # metadata that do not describe the network
 
 
-def export(checkpoint: str | Path, dest: str | Path, size: tuple[int, int] | None = None) -> None:
-    """Writes three files with the weights that evaluation uses of a checkpoint (averages, if the run kept them).
+def export(checkpoint: str | Path, dest: str | Path, size: tuple[int, int] | None = None, format: str = "jax") -> None:
+    """Writes files with the weights that evaluation uses of a checkpoint (averages, if the run kept them).
+
+    Of the format "jax":
 
     - `model.jax_export`: a serialised `jax.export` program for CPU, CUDA and TPU. Weights and normalisation are part of
       it. A classifier's maps images uint8 (N, S, S, 3) to logits float32 (N, num_classes), or to the pooled features of
@@ -39,36 +50,107 @@ def export(checkpoint: str | Path, dest: str | Path, size: tuple[int, int] | Non
       centre. A segmenter has "size" (H, W), "long", "short" (see `segmentation.eval_image`) and "palette".
     - `model.safetensors`: the variables by path, "params/stem/conv/kernel", ...
 
+    Of the format "hub", the layout of the Hugging Face hub: `model.safetensors`, the metadata as `config.json`, and a
+    card, `README.md`. In every format `SHA256SUMS` has the checksums of the other files.
+
     Args:
       checkpoint: as in `saved.load`.
       dest: a new or empty folder.
       size: (height, width) of the images of a segmenter; None: its "short" both.
+      format: one of `FORMATS`.
 
     Raises:
       UserError: the checkpoint cannot be read or its task takes no size, the folder is not empty or cannot be written.
     """
     dest = Path(dest).expanduser()
+    if format not in FORMATS:
+        raise UserError(f"There is no format {format!r}: choose from {', '.join(FORMATS)}.")
     if dest.is_file() or (dest.is_dir() and any(dest.iterdir())):
         raise UserError(f"{dest} is not an empty folder: choose another.")
-    task, model, variables, metadata = load(checkpoint)
-    about = {key: value for key, value in metadata.items() if key not in _OF_THE_RUN}
-    if size is not None and "size" not in inspect.signature(task.make_program).parameters:
+    network = saved.load(checkpoint)
+    about = {key: value for key, value in network.metadata.items() if key not in _OF_THE_RUN}
+    if format == "hub":
+        files = hub.make(_weights(network, about), about, network.metadata, _last_evaluation(network))
+    else:
+        function, images = _program(checkpoint, network, size)
+        about |= {"size": list(size)} if size is not None else {}
+        files = {PROGRAM: _serialized(function, images), ABOUT: json.dumps(about, indent=2).encode() + b"\n"}
+        files["model.safetensors"] = _weights(network, about)
+    _write(dest, files | {checksums.NAME: checksums.make(files)})
+
+
+def load(folder: str | Path) -> tuple[Callable[[jax.Array], jax.Array], dict[str, Any]]:
+    """Loads what `export` has written in the format "jax".
+
+    Example::
+
+        function, metadata = load("exported")
+        logits = function(images)                   # images (N, S, S, 3) uint8, with S = metadata["image_size"]
+
+    Returns:
+      The program as a function of uint8 images, which can be called inside `jax.jit`; and the content of `model.json`.
+
+    Raises:
+      UserError: the folder or a file in it is missing, was changed, or cannot be read by this version of JAX.
+    """
+    folder = Path(folder).expanduser()
+    if not (folder / PROGRAM).is_file():
+        raise UserError(f"{folder} has no {PROGRAM}: give a folder that fcvit_jax.export has written.")
+    checksums.check(folder)
+    try:
+        program = jax.export.deserialize(bytearray((folder / PROGRAM).read_bytes()))
+    except ValueError as error:  # the file is what was written, so the version of JAX is too old or too new
+        raise UserError(f"{folder / PROGRAM} cannot be read by JAX {jax.__version__}: {error}") from error
+    return program.call, parse_object((folder / ABOUT).read_text())
+
+
+def _program(
+    checkpoint: str | Path, network: saved.Saved, size: tuple[int, int] | None
+) -> tuple[Callable[[jax.Array], jax.Array], jax.ShapeDtypeStruct]:
+    """The function to export, and the shape of its images."""
+    task, model, variables, metadata = network
+    if size is None:
+        return task.make_program(model, variables, metadata)
+    if "size" not in inspect.signature(task.make_program).parameters:
         raise UserError(
-            f"{checkpoint} is of the task {task_of(metadata)}, whose images have one size: leave out --size."
+            f"{checkpoint} is of the task {saved.task_of(metadata)}, whose images have one size: leave out --size."
         )
-    options = {} if size is None else {"size": tuple(size)}
-    function, images = task.make_program(model, variables, metadata, **options)
-    about |= {"size": list(size)} if size is not None else {}
-    program = jax.export.export(jax.jit(function), platforms=PLATFORMS)(images)
-    weights = {path: np.asarray(x) for path, x in traverse_util.flatten_dict(variables, sep="/").items()}
-    files = {
-        "model.jax_export": program.serialize(),
-        "model.json": json.dumps(about, indent=2).encode() + b"\n",
-        "model.safetensors": save(weights, {"about": json.dumps(about)}),
-    }
+    return task.make_program(model, variables, metadata, size=tuple(size))
+
+
+def _serialized(function: Callable[[jax.Array], jax.Array], images: jax.ShapeDtypeStruct) -> bytes:
+    with _without_paths():
+        return bytes(jax.export.export(jax.jit(function), platforms=PLATFORMS)(images).serialize())
+
+
+@contextlib.contextmanager
+def _without_paths() -> Iterator[None]:
+    """Keeps the paths of source files, which tell of the exporter's machine, out of what is lowered meanwhile."""
+    before = jax.config.jax_traceback_in_locations_limit
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", before)
+
+
+def _weights(network: saved.Saved, about: Mapping[str, Any]) -> bytes:
+    weights = traverse_util.flatten_dict(network.variables, sep="/")
+    return save({path: np.asarray(x) for path, x in weights.items()}, {"about": json.dumps(about)})
+
+
+def _last_evaluation(network: saved.Saved) -> str:
+    """What the run's last evaluation gave, in a line; "" if the checkpoint says nothing of one."""
+    result = network.metadata.get("evaluated")
+    return f"{network.task.describe(result)} (step {result['step']:,})" if result else ""
+
+
+def _write(dest: Path, files: Mapping[str, bytes]) -> None:
+    """Writes all files, or none."""
     try:
         dest.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
+            (dest / name).parent.mkdir(parents=True, exist_ok=True)
             (dest / name).write_bytes(content)
             print(f"{dest / name}: {len(content):,} bytes")
     except OSError as error:
@@ -91,10 +173,16 @@ def main(argv: list[str] | None = None) -> None:
         metavar=("HEIGHT", "WIDTH"),
         help="of the images of a segmenter (default: its short)",
     )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="jax",
+        help="jax (default): the program; hub: weights and a card in the layout of the Hugging Face hub",
+    )
     parser.add_argument("dest", type=Path, metavar="DEST", help="a new or empty folder")
     args = parser.parse_args(argv)
     with exit_on_error():
-        export(args.checkpoint, args.dest, args.size)
+        export(args.checkpoint, args.dest, args.size, args.format)
 
 
 if __name__ == "__main__":

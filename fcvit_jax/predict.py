@@ -18,7 +18,8 @@ from fcvit_jax.run.results import as_json
 
 CHECKPOINT_HELP = (
     "a run's folder, its checkpoints or best folder (the newest step is taken), or one step's folder; or a file of"
-    " weights: .pth, .pth.tar, .safetensors, .npz; FILE:NAME where it does not tell a ViT from a DeiT"
+    " weights: .pth, .pth.tar, .safetensors, .npz; FILE:NAME where it does not tell a ViT from a DeiT; or"
+    " hf-hub:OWNER/NAME on the Hugging Face hub"
 )
 
 

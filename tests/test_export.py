@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ from helpers import ELSEWHERE, METADATA, exit_of, expected_logits, save_tiny, ti
 from safetensors.numpy import load_file
 
 from fcvit_jax import export
+from fcvit_jax.errors import UserError
+
+ABOUT = METADATA | {"exif": False}  # which checkpoints that do not say it are completed with
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +45,47 @@ def test_the_program_is_for_every_platform_and_batch_size(folder):
 
 
 def test_labels_and_weights_lie_beside_it(folder):
-    assert json.loads((folder / "out/model.json").read_text()) == METADATA
+    assert json.loads((folder / "out/model.json").read_text()) == ABOUT
     weights = load_file(folder / "out/model.safetensors")
     expected = traverse_util.flatten_dict(tiny_variables(), sep="/")
     assert weights.keys() == expected.keys()
     for name, x in expected.items():
         np.testing.assert_array_equal(weights[name], x)
+
+
+def test_the_program_does_not_tell_where_it_was_made(folder):
+    """JAX writes the paths of source files into programs."""
+    package = Path(export.__file__).parent
+    for path in (folder / "out").iterdir():
+        content = path.read_bytes()
+        for place in (package, package.parent, sys.prefix, Path.home(), folder):
+            assert str(place).encode() not in content, path.name
+        assert b".py" not in content, path.name
+    assert jax.config.jax_traceback_in_locations_limit != 0  # tracebacks are as they were
+
+
+def test_load_gives_the_program_and_refuses_changed_files(folder, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), np.uint8)
+    function, metadata = export.load(folder / "out")
+    assert metadata == ABOUT
+    np.testing.assert_allclose(function(images), expected_logits(images), rtol=1e-4, atol=1e-5)
+    sums = subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=folder / "out", capture_output=True, text=True)
+    assert sums.stdout.count(": OK") == 3 and sums.returncode == 0
+    for name in ("model.jax_export", "model.json", "SHA256SUMS"):
+        shutil.copytree(folder / "out", tmp_path / name)
+        content = bytearray((tmp_path / name / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (tmp_path / name / name).write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            export.load(tmp_path / name)
+    (tmp_path / "model.json/SHA256SUMS").write_bytes(b"")
+    with pytest.raises(UserError, match="SHA256SUMS is damaged"):
+        export.load(tmp_path / "model.json")
+    (tmp_path / "model.json/SHA256SUMS").unlink()
+    with pytest.raises(UserError, match="No such file"):
+        export.load(tmp_path / "model.json")
+    with pytest.raises(UserError, match="has no model.jax_export"):
+        export.load(folder)
 
 
 def test_nothing_is_overwritten(folder, tmp_path):

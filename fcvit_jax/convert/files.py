@@ -22,6 +22,7 @@ from flax import traverse_util
 from fcvit_jax.convert.wrappings import is_array, unwrap
 from fcvit_jax.devices import storage
 from fcvit_jax.errors import UserError
+from fcvit_jax.formats import hub
 
 # Where a .npz keeps what it says of itself, as JSON.
 METADATA = "__metadata__"
@@ -33,7 +34,7 @@ def read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str,
     Raises:
       UserError: the file cannot be read, or a weight is not finite.
     """
-    weights, metadata = _read(path, ema)
+    weights, metadata = _read(storage.as_path(hub.local(path)), ema)
     broken = [name for name, x in weights.items() if not np.isfinite(x).all()]
     if broken:
         raise UserError(f"{path}: {broken[0]} is not finite, {len(broken)} of {len(weights)} tensors are not.")
@@ -41,6 +42,10 @@ def read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str,
 
 
 def _read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    if hub.is_layout(path):
+        hub.check(path)
+        weights, metadata = _read(path / hub.WEIGHTS, ema)
+        return weights, hub.read_metadata(path) or metadata
     if storage.is_folder(path):
         from fcvit_jax.run import saved
 
@@ -71,7 +76,9 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
       UserError: it cannot be read.
     """
-    path = storage.as_path(path)
+    path = storage.as_path(hub.local(path))
+    if hub.is_layout(path):
+        return hub.read_metadata(path) or read_metadata(path / hub.WEIGHTS)
     if storage.is_folder(path):
         from fcvit_jax.run import saved
 

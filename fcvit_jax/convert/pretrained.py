@@ -39,7 +39,8 @@ def load_pretrained(
         variables = load_pretrained("fcvit_b12.pth.tar", create_detector("fcvit_s12"))
 
     Args:
-      path: a .pth or .pth.tar of the original, a .npz of ours, or the folder of a run or of one Orbax checkpoint.
+      path: a .pth or .pth.tar of the original, a .npz of ours, the folder of a run or of one Orbax checkpoint, or
+        weights in the layout of the Hugging Face hub: a folder, or `hf-hub:owner/name` (see `formats.hub.local`).
       model: what the weights are for.
       ema: True: the exponential moving averages; False: the plain weights; None: for a run of ours, what evaluation
         uses (the averages, if it kept them); for a file of the original, the plain weights, if it holds them.

@@ -13,6 +13,7 @@ from flax import linen as nn
 from fcvit_jax import tasks
 from fcvit_jax.devices import storage
 from fcvit_jax.errors import UserError
+from fcvit_jax.formats import hub
 from fcvit_jax.run import disk
 
 _DAMAGED = "It is damaged or not from fcvit_jax; try an earlier step."
@@ -155,16 +156,19 @@ def load(checkpoint: str | Path) -> Saved:
 
     Args:
       checkpoint: as in `find_step`, or any file that `fcvit_jax.convert.load_network` takes. FILE:NAME names the
-        variant, where the file does not tell a ViT from a DeiT.
+        variant, where the file does not tell a ViT from a DeiT. Or `hf-hub:owner/name`, or a folder in that layout.
 
     Raises:
       UserError: there is no checkpoint, it cannot be read, or it holds another network than it says.
     """
+    checkpoint = hub.local(checkpoint)
     file, _, name = str(checkpoint).rpartition(":")
     if Path(file).expanduser().is_file():
         return _load_file(storage.run_path(file), name)
     path = storage.run_path(checkpoint)
-    return _load_file(path, None) if storage.is_file(path) else _load_step(find_step(path))
+    if storage.is_file(path) or hub.is_layout(path):
+        return _load_file(path, None)
+    return _load_step(find_step(path))
 
 
 def _load_file(path: Path, name: str | None) -> Saved:
