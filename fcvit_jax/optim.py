@@ -1,5 +1,6 @@
 """Learning-rate schedules, AdamW with the recipe's rules of weight decay, and the moving average of the weights."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 
 from fcvit_jax.errors import UserError, check_range
+from fcvit_jax.freezing import freeze as freeze_under
 
 
 def make_schedule(
@@ -125,6 +127,7 @@ def make_optimizer(
     per_step: bool = False,
     clip_norm: float | None = None,
     head_lr_multiplier: float = 1.0,
+    freeze: Sequence[str] = (),
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Makes AdamW and its schedule. The rate `lr` is for `lr_batch_size` images and is scaled to the batch.
 
@@ -150,12 +153,14 @@ def make_optimizer(
       warmup_epochs, warmup_lr, min_lr, cooldown_epochs, per_step: as in `make_schedule`; these rates are not scaled.
       clip_norm: the largest global norm of the gradients; None or 0: no clipping.
       head_lr_multiplier: factor on the updates of the parameters under "head", including their decay.
+      freeze: paths of parameters that are not trained, see `freezing.frozen`.
 
     Returns:
       The gradient transformation, and the schedule (step -> rate, float32).
 
     Raises:
-      UserError: a value is out of its range; `init` raises it if `head_lr_multiplier` is set and there is no "head".
+      UserError: a value is out of its range; `init` raises it if `head_lr_multiplier` is set and there is no "head",
+        and as `freezing.freeze`.
     """
     del steps
     check_range("optim", 0, lr=lr, weight_decay=weight_decay, head_lr_multiplier=head_lr_multiplier)
@@ -180,7 +185,7 @@ def make_optimizer(
     ]
     if head_lr_multiplier != 1:
         parts.append(optax.masked(optax.scale(head_lr_multiplier), _in_head))
-    return optax.chain(*parts), schedule
+    return freeze_under(optax.chain(*parts), freeze), schedule
 
 
 def scale_lr(lr: float, lr_batch_size: int | None, batch_size: int) -> float:
@@ -205,18 +210,22 @@ def decay_mask(params: Any) -> Any:
     )
 
 
-def update_ema(ema: Any, new: Any, decay: float) -> Any:
-    """Updates an exponential moving average, without warm-up or bias correction, as the original does.
+def update_ema(ema: Any, new: Any, decay: float, updates: jax.Array | None = None) -> Any:
+    """Updates an exponential moving average, as the original does without warm-up or bias correction.
 
     Args:
       ema: a pytree of float32 arrays.
       new: a pytree of arrays like `ema`, of any float dtype.
       decay: weight of the old average.
+      updates: how many there were before. None: no warm-up. Otherwise the decay is min(decay, (1 + updates) /
+        (10 + updates)), as in TensorFlow and timm: 0.1 at first, and 0.9998 only after 45,000 updates. So the average
+        of a short run is not mostly of its first weights.
 
     Returns:
       decay * ema + (1 - decay) * new, float32.
     """
-    return optax.incremental_update(optax.tree.cast(new, jnp.float32), ema, 1 - decay)
+    share = 1 - decay if updates is None else jnp.maximum(1 - decay, 9 / (10 + updates))
+    return optax.incremental_update(optax.tree.cast(new, jnp.float32), ema, share)
 
 
 def _in_head(params: dict[str, Any]) -> dict[str, bool]:

@@ -187,6 +187,15 @@ def test_ema_moves_parameters_and_statistics():
     assert ema["params"]["w"].dtype == jnp.float32
 
 
+def test_ema_with_warmup_begins_with_a_smaller_decay():
+    old, new = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, 1.0])}
+    moved = jax.jit(lambda updates: optim.update_ema(old, new, 0.9998, updates)["w"])
+    for updates, decay in ((0, 0.1), (1, 2 / 11), (90, 0.91), (44_979, 44_980 / 44_989), (10**6, 0.9998)):
+        expected = decay * old["w"] + (1 - decay) * new["w"]
+        np.testing.assert_allclose(moved(jnp.int32(updates)) - old["w"], expected - old["w"], rtol=1e-3)
+        np.testing.assert_allclose(moved(jnp.int32(updates)), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "options",
     [

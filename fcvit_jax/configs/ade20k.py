@@ -59,12 +59,14 @@ def get_config(name: str = "fcvit_s12") -> ConfigDict:
     optim.b1 = 0.9  # decay of the first moment
     optim.b2 = 0.999  # and of the second
     optim.eps = 1e-8  # added to the root of the second moment
+    optim.freeze = ()  # paths of what is not trained, such as ("backbone",)
 
     train = config.train = ConfigDict()
     train.epochs = 64  # counts where train.steps is None
     train.steps = 40_000  # updates
     train.accumulate = 1  # number of parts that a batch is computed in, to save memory
     train.ema_decay = config_dict.placeholder(float)  # of the averaged weights; None: off
+    train.ema_warmup = False  # begin with a smaller decay, for short runs
     train.log_every = 50  # steps between two lines of metrics.jsonl
     train.eval_every = 6  # epochs between two evaluations
     train.profile_steps = ()  # (first, last): write a trace of these steps by JAX's profiler; (): none

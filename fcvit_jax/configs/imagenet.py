@@ -72,12 +72,14 @@ def get_config(name: str = "fcvit_s12") -> ConfigDict:
     optim.per_step = False  # change the rate every step rather than every epoch
     optim.clip_norm = 0.0  # largest global norm of the gradients; 0: no clipping
     optim.head_lr_multiplier = 1.0  # factor on the updates of the head, for fine-tuning
+    optim.freeze = ()  # paths of what is not trained, such as ("stem", "stages_0")
 
     train = config.train = ConfigDict()
     train.epochs = 300  # of the cosine
     train.steps = config_dict.placeholder(int)  # stop after this many updates; None: after all epochs
     train.accumulate = 1  # number of parts that a batch is computed in, to save memory
     train.ema_decay = config_dict.placeholder(float)  # of the averaged weights, such as 0.9998; None: off
+    train.ema_warmup = False  # begin with a smaller decay, for short runs
     train.log_every = 50  # steps between two lines of metrics.jsonl
     train.eval_every = 1  # epochs between two evaluations
     train.profile_steps = ()  # (first, last): write a trace of these steps by JAX's profiler; (): none

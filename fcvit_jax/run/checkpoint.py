@@ -192,7 +192,8 @@ class Checkpointer:
         raise UserError(
             "\n".join(damaged.values()) + "\nNone of this run's checkpoints can be read. Nothing was changed: "
             "restore them from a copy, or choose another --workdir to start afresh.\nIf the config was changed: what a "
-            "checkpoint holds depends on model, train.ema_decay and optim.head_lr_multiplier; undo such a change."
+            "checkpoint holds depends on model, train.ema_decay, optim.head_lr_multiplier and optim.freeze; undo such "
+            "a change."
         )
 
     def _restore_step(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:

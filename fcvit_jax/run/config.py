@@ -22,8 +22,9 @@ from fcvit_jax.data.loader import Data
 from fcvit_jax.devices import storage
 from fcvit_jax.devices.hosts import check_same
 from fcvit_jax.devices.sharding import make_mesh
-from fcvit_jax.errors import UserError, check_range, log
+from fcvit_jax.errors import UserError, log
 from fcvit_jax.run.checkpoint import Checkpointer
+from fcvit_jax.run.options import TrainOptions
 from fcvit_jax.run.results import parse_object
 from fcvit_jax.run.saved import step_folders
 
@@ -46,47 +47,10 @@ _ADDED = {
     "task": "classification",
     "data.exif": False,
     "data.on_broken": "error",
+    "optim.freeze": (),
+    "train.ema_warmup": False,
     "train.profile_steps": (),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainOptions:
-    """How long a run trains, and what it does on the way: `config.train`.
-
-    Attributes:
-      epochs: of the learning rate's schedule.
-      steps: stop after this many updates; None: after all epochs.
-      accumulate: number of parts that a batch is computed in, to save memory.
-      ema_decay: of the averaged weights, such as 0.9998; None: off.
-      log_every: steps between two lines of metrics.jsonl.
-      eval_every: epochs between two evaluations.
-      profile_steps: (first, last): the updates from first to last are traced by JAX's profiler; (): none.
-
-    Raises:
-      UserError: a value is out of its range.
-    """
-
-    epochs: int
-    steps: int | None
-    accumulate: int
-    ema_decay: float | None
-    log_every: int
-    eval_every: int
-    profile_steps: Sequence[int] = ()
-
-    def __post_init__(self):
-        numbers = {"steps": self.steps} if self.steps is not None else {}
-        counts = {key: getattr(self, key) for key in ("epochs", "accumulate", "log_every", "eval_every")}
-        check_range("train", 1, below=2**31, **counts, **numbers)
-        check_range("train", 1, below=10**6, epochs=self.epochs)
-        if self.ema_decay is not None:
-            check_range("train", 0, below=1, ema_decay=self.ema_decay)
-        steps = self.profile_steps
-        if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
-            raise UserError(
-                f"train.profile_steps={steps} must be the first and the last step to trace, from 1 up, or ()."
-            )
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:

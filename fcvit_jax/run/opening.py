@@ -62,6 +62,11 @@ class Run(NamedTuple):
         return jax.random.key(self.config.seed)
 
     @property
+    def freeze(self) -> tuple[str, ...]:
+        """Paths under which nothing is trained; a task's optimiser need not have them."""
+        return tuple(self.config.optim.freeze) if "freeze" in self.config.optim else ()
+
+    @property
     def eval_steps(self) -> int:
         """Updates between two evaluations."""
         return self.config.train.eval_every * self.data.steps_per_epoch
@@ -146,6 +151,8 @@ def compile_in_background(run: Run) -> Future[CompiledStep]:
             loss=run.task.loss,
             mesh=run.mesh,
             ema_decay=run.config.train.ema_decay,
+            ema_warmup=run.config.train.ema_warmup,
+            freeze=run.freeze,
             accumulate=run.config.train.accumulate,
             group_size=run_config.group_size(run.model),
         )

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from fcvit_jax import freezing
 from fcvit_jax.data.loader import Data
 from fcvit_jax.devices import storage
 from fcvit_jax.devices.sharding import bytes_per_device
@@ -274,6 +275,11 @@ def describe_run(
     groups = ""
     if hasattr(model, "bn_group_size"):
         groups = f", BatchNorm groups of {group_size(model) or data.batch_size // config.train.accumulate}"
+    frozen = ""
+    if "freeze" in config.optim and config.optim.freeze:
+        params = abstract.variables["params"]
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(freezing.frozen(params, config.optim.freeze)), strict=True)
+        frozen = f" ({sum(x.size for x, is_frozen in pairs if is_frozen):,} frozen)"
     scaled = ""
     if "lr_batch_size" in config.optim and config.optim.lr_batch_size:
         scaled = f" (optim.lr {config.optim.lr:.3g} x batch {data.batch_size} / {config.optim.lr_batch_size})"
@@ -284,7 +290,7 @@ def describe_run(
             f"{mesh.size} of {jax.device_count()} {mesh.devices.flat[0].device_kind} devices in {processes} "
             f"process{'es' * (processes > 1)}",
             f"mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}",
-            f"{parameters:,} parameters, computing in {jnp.dtype(model.dtype)}",
+            f"{parameters:,} parameters{frozen}, computing in {jnp.dtype(model.dtype)}",
             f"{bytes_per_device(abstract) / 2**20:.1f} MiB of state per device",
             f"batch {data.batch_size}{groups}",
             f"{data.num_train:,} training and {data.num_eval:,} validation images",

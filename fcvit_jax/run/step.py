@@ -10,7 +10,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from fcvit_jax import optim
+from fcvit_jax import freezing, optim
 from fcvit_jax.devices.sharding import MIN_SHARDED_SIZE, batch_sharding, state_shardings
 from fcvit_jax.run.state import TrainState
 
@@ -19,7 +19,10 @@ Batch = Mapping[str, jax.Array]
 
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "tx", "schedule", "prepare", "loss", "mesh", "ema_decay", "accumulate", "group_size"),
+    static_argnames=(
+        *("model", "tx", "schedule", "prepare", "loss", "mesh", "ema_decay", "ema_warmup", "freeze"),
+        *("accumulate", "group_size"),
+    ),
     donate_argnames="state",
 )
 def train_step(
@@ -34,6 +37,8 @@ def train_step(
     loss: Callable,
     mesh: Mesh,
     ema_decay: float | None = None,
+    ema_warmup: bool = False,
+    freeze: tuple[str, ...] = (),
     accumulate: int = 1,
     group_size: int | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -50,6 +55,9 @@ def train_step(
       loss: the task's `loss`.
       mesh: the devices.
       ema_decay: decay of the moving averages, where the state holds them.
+      ema_warmup: whether it begins smaller, see `optim.update_ema`.
+      freeze: paths under which nothing changes, see `freezing.frozen`; those of the optimiser. Batch statistics there
+        are the running ones, as in evaluation.
       accumulate: parts of the batch that go through the network one after the other, to save memory.
       group_size: examples that must stay together in a part, since they share batch statistics; None or 0: any.
 
@@ -66,7 +74,9 @@ def train_step(
         params = jax.lax.optimization_barrier(params)
 
     def loss_fn(params: Any, batch: Batch, key: jax.Array):
-        return loss(model, state.variables | {"params": params}, batch, key)
+        variables = state.variables | {"params": freezing.stop_gradients(params, freeze)}
+        with freezing.frozen_statistics(freeze):
+            return loss(model, variables, batch, key)
 
     def one_part(batch: Batch, key: jax.Array):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for the depthwise convolutions
@@ -83,7 +93,11 @@ def train_step(
     grads = jax.lax.with_sharding_constraint(grads, state_shardings(grads, mesh))
     updates, opt_state = tx.update(grads, state.opt_state, state.variables["params"])
     variables = state.variables | updated | {"params": optax.apply_updates(state.variables["params"], updates)}
-    ema = None if state.ema is None else optim.update_ema(state.ema, variables, ema_decay)
+    variables = freezing.keep(state.variables, variables, freeze)
+    ema = state.ema
+    if ema is not None:
+        ema = optim.update_ema(ema, variables, ema_decay, state.step if ema_warmup else None)
+        ema = freezing.keep(state.ema, ema, freeze)  # not even rounded
     new = TrainState(step=state.step + 1, variables=variables, opt_state=opt_state, ema=ema)
     new = jax.lax.with_sharding_constraint(new, state_shardings(new, mesh))
     return new, {"loss": value, **scalars, "grad_norm": _global_norm(grads), "lr": schedule(state.step)}

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax import lax
 from ml_collections import ConfigDict
 
-from fcvit_jax import convert, networks, optim
+from fcvit_jax import convert, freezing, networks, optim
 from fcvit_jax.augment.paired import IGNORED
 from fcvit_jax.data import segmentation as datasets
 from fcvit_jax.data.confusion import count_confusions, metrics
@@ -88,6 +88,7 @@ def make_optimizer(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
+    freeze: Sequence[str] = (),
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Makes AdamW, which decays every parameter, with a rate that falls to 0 over the run.
 
@@ -103,19 +104,21 @@ def make_optimizer(
       weight_decay: an update removes this share of every parameter, times the rate: of norms, biases and scales too.
       b1, b2: decay of the first and second moments.
       eps: added to the root of the second moment.
+      freeze: paths of parameters that are not trained, see `freezing.frozen`.
 
     Returns:
       The gradient transformation, and the schedule (step -> rate, float32).
 
     Raises:
-      UserError: a value is out of its range.
+      UserError: a value is out of its range; and as `freezing.freeze`.
     """
     del steps_per_epoch, epochs, batch_size
     check_range("optim", 0, weight_decay=weight_decay)
     check_range("optim", 1e-30, eps=eps)  # with 0, a parameter without gradient becomes 0 / 0
     check_range("optim", 0, below=1, b1=b1, b2=b2)
     schedule = optim.make_poly_schedule(lr, steps, power)
-    return optax.adamw(schedule, b1, b2, eps, weight_decay=weight_decay), schedule
+    tx = optax.adamw(schedule, b1, b2, eps, weight_decay=weight_decay)
+    return freezing.freeze(tx, freeze), schedule
 
 
 def num_epochs(config: ConfigDict) -> int:

@@ -143,6 +143,13 @@ def test_numbers_below_one_are_refused(key):
         check_config(config, classification)
 
 
+def test_a_warmup_of_averages_that_are_not_kept_is_refused():
+    config = tiny_config.get_config()
+    config.train.update(ema_decay=None, ema_warmup=True)
+    with pytest.raises(UserError, match="train.ema_warmup=True needs a train.ema_decay"):
+        check_config(config, classification)
+
+
 @pytest.mark.parametrize("key", ["epochs", "log_every", "eval_every", "accumulate"])
 def test_only_the_number_of_steps_may_be_left_out(key):
     config = tiny_config.get_config()
@@ -202,7 +209,7 @@ def test_what_changes_no_result_may_change(tmp_path, capsys):
 def test_a_run_of_an_older_version_has_the_defaults_of_later_keys(tmp_path):
     config = tiny_config.get_config()
     old = json.loads(config.to_json())
-    for key in ("task", "data.exif", "data.on_broken", "train.profile_steps"):
+    for key in ("task", "data.exif", "data.on_broken", "optim.freeze", "train.ema_warmup", "train.profile_steps"):
         section, _, name = key.rpartition(".")
         del (old[section] if section else old)[name]
     (tmp_path / "checkpoints/20").mkdir(parents=True)
