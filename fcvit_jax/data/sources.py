@@ -169,50 +169,65 @@ Add array_record files to it (only this needs TensorFlow and Beam; Beam goes to 
 def open_folder(path: str, training: bool = True) -> tuple[Files | None, Files, tuple[str, ...]]:
     """Opens a folder with train/CLASS/IMAGE and val/CLASS/IMAGE (or validation/). Class 2 comes before class 10.
 
+    A class may have no images in val; a message names such classes. Then its folder is empty, or there is none.
+
     Args:
       path: the folder; images end as `augment.IMAGE_SUFFIXES` says, in any case.
-      training: False: the folder train is not opened, and need not exist.
+      training: False: the folder train need not exist. If it does and has all classes of val, the classes are its.
 
     Returns:
       The training split (or None), the evaluation split, and the class names.
 
     Raises:
-      UserError: a folder is missing, a class is empty, or train and val differ in their classes.
+      UserError: a folder is missing, a class of train is empty, or val has classes that train has not, or no image.
     """
     train = os.path.join(path, "train")
     evaluation = [os.path.join(path, name) for name in ("val", "validation") if os.path.isdir(os.path.join(path, name))]
     if (training and not os.path.isdir(train)) or len(evaluation) != 1:
         raise UserError(f"{path} must have {'a folder train, and ' if training else ''}one of val and validation")
     (evaluation,) = evaluation
-    if not training:
-        classes = _list_classes(evaluation)
-        return None, Files(evaluation, classes), tuple(classes)
-    train_classes, eval_classes = _list_classes(train), _list_classes(evaluation)
-    if train_classes.keys() != eval_classes.keys():
+    train_classes = _list_images(train) if training else {}
+    if empty := {name for name, files in train_classes.items() if not files}:
+        kinds = ", ".join(IMAGE_SUFFIXES)
+        raise UserError(f"{train} has class folders without any image ({kinds}) directly in them: {_first(empty)}")
+    found = _list_images(evaluation)
+    if training and not found.keys() <= train_classes.keys():
         raise UserError(
             f"{train} and {evaluation} have different classes:"
-            f" only the first has {_first(train_classes.keys() - eval_classes.keys())},"
-            f" only the second has {_first(eval_classes.keys() - train_classes.keys())}."
-            " Every class needs a folder in both."
+            f" only the first has {_first(train_classes.keys() - found.keys())},"
+            f" only the second has {_first(found.keys() - train_classes.keys())}."
+            f" Every class of {evaluation} needs a folder in {train}."
         )
-    return Files(train, train_classes), Files(evaluation, eval_classes), tuple(train_classes)
+    names = list(train_classes) if training else _list_classes(train) if os.path.isdir(train) else []
+    names = names if found.keys() <= set(names) else list(found)
+    eval_classes = {name: found.get(name, []) for name in names}
+    if without := [name for name, files in eval_classes.items() if not files]:
+        if len(without) == len(names):
+            raise UserError(f"{evaluation} has no image ({', '.join(IMAGE_SUFFIXES)}) directly in a class folder")
+        log.info(
+            "%s has no images of %d of the %d classes: %s; metrics are over the others",
+            *(evaluation, len(without), len(names), _first(without)),
+        )
+    return Files(train, train_classes) if training else None, Files(evaluation, eval_classes), tuple(names)
 
 
-def _list_classes(folder: str) -> dict[str, list[str]]:
-    entries = _visible(folder)
-    classes = sorted((entry.name for entry in entries if entry.is_dir()), key=_natural_order)
+def _list_classes(folder: str) -> list[str]:
+    """The folders in a folder, in natural order."""
+    return sorted((entry.name for entry in _visible(folder) if entry.is_dir()), key=_natural_order)
+
+
+def _list_images(folder: str) -> dict[str, list[str]]:
+    """The images in each class folder, of which there must be some; a warning says what else there is."""
+    classes = _list_classes(folder)
     if not classes:
         raise UserError(f"{folder} has no class folders")
-    images, others = {}, [entry.name for entry in entries if not entry.is_dir()]
+    images, others = {}, [entry.name for entry in _visible(folder) if not entry.is_dir()]
     for name in classes:
         taken = {entry.name: is_image_file(entry) for entry in _visible(os.path.join(folder, name))}
         images[name] = sorted(file for file, is_image in taken.items() if is_image)
         others += [f"{name}/{file}" for file, is_image in taken.items() if not is_image]
-    kinds = ", ".join(IMAGE_SUFFIXES)
-    empty = {name for name, files in images.items() if not files}
-    if empty:
-        raise UserError(f"{folder} has class folders without any image ({kinds}) directly in them: {_first(empty)}")
     if others:
+        kinds = ", ".join(IMAGE_SUFFIXES)
         log.warning("%s: only images (%s) directly in a class folder are read, not %s", folder, kinds, _first(others))
     return images
 

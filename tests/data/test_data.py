@@ -357,7 +357,7 @@ def test_bad_folders(folder):
     (folder / "train" / "empty").mkdir()
     with pytest.raises(UserError, match="train has class folders without any image .*: empty$"):
         open_folder(folder)
-    (folder / "train" / "empty").rename(folder / "train" / "bird")
+    (folder / "train" / "empty").rename(folder / "train" / "bird")  # which is not in val, and may be so
     shutil.copy(folder / "val" / "cat" / "d.png", folder / "train" / "bird")
     (folder / "val" / "cat").rename(folder / "val" / "cats")
     with pytest.raises(UserError, match="different classes: only the first has bird, cat, only the second has cats"):
@@ -366,6 +366,30 @@ def test_bad_folders(folder):
     (folder / "train").mkdir()
     with pytest.raises(UserError, match="train has no class folders"):
         open_folder(folder)
+
+
+def test_a_class_may_have_no_validation_images(folder, caplog):
+    for name in ("ant", "bird"):
+        shutil.copytree(folder / "train" / "cat", folder / "train" / name)
+    (folder / "val" / "bird").mkdir()
+    dataset = open_folder(folder, batch_size=4)
+    assert dataset.class_names == ("ant", "bird", "cat", "dog") and (dataset.num_train, dataset.num_eval) == (8, 4)
+    (said,) = [message for message in caplog.messages if "no images of" in message]
+    assert said == f"{folder / 'val'} has no images of 2 of the 4 classes: ant, bird; metrics are over the others"
+    (batch,) = loader.eval_batches(dataset)
+    np.testing.assert_array_equal(batch["label"], [2, 2, 3, 3])
+    (batch,) = loader.train_batches(open_folder(folder, batch_size=8), 0, 0, 1)
+    assert sorted(batch["label"]) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+    assert open_folder(folder, training=False).class_names == dataset.class_names
+    (folder / "train" / "cat").rename(folder / "train" / "cats")  # of other data
+    assert open_folder(folder, training=False).class_names == ("bird", "cat", "dog")
+    shutil.rmtree(folder / "train")
+    assert open_folder(folder, training=False).class_names == ("bird", "cat", "dog")
+    for name in ("cat", "dog"):
+        shutil.rmtree(folder / "val" / name)
+    with pytest.raises(UserError, match="val has no image .* in a class folder"):
+        open_folder(folder, training=False)
 
 
 def test_evaluation_needs_no_training_images(folder, imagenet_mini):
