@@ -57,9 +57,9 @@ def export(checkpoint: str | Path, dest: str | Path, size: tuple[int, int] | Non
             f"{checkpoint} is of the task {task_of(metadata)}, whose images have one size: leave out --size."
         )
     options = {} if size is None else {"size": tuple(size)}
-    function, images = task.make_program(model, variables, metadata, **options)
+    function, *shapes = task.make_program(model, variables, metadata, **options)
     about |= {"size": list(size)} if size is not None else {}
-    program = jax.export.export(jax.jit(function), platforms=PLATFORMS)(images)
+    program = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*shapes)
     weights = {path: np.asarray(x) for path, x in traverse_util.flatten_dict(variables, sep="/").items()}
     files = {
         "model.jax_export": program.serialize(),
