@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from fcvit_jax.figures.curves import draw_curves, read_metrics
 from fcvit_jax.figures.similarity import draw_similarity, head_correlation, similarity_maps
 from fcvit_jax.networks.vit import ViT
 from fcvit_jax.predict import CHECKPOINT_HELP, find_images, load, read_image
-from fcvit_jax.run.results import parse_object
+from fcvit_jax.run.results import best_metric, parse_object
 
 _MAX_IMAGES = 32  # in one picture
 
@@ -133,18 +133,18 @@ def _attention(args: argparse.Namespace) -> Figure:
     return _heads(args) if args.beside else _queries(args)
 
 
-def _metric(workdir: Path) -> str:
-    """The metric by which a run chooses its best checkpoint."""
+def _metric(workdir: Path, lines: Sequence[Mapping[str, float]]) -> str:
+    """The metric by which a run, of whose record these are the lines, chooses its best checkpoint."""
     try:
         task = parse_object((workdir / "config.json").read_text()).get("task", "classification")
     except (OSError, ValueError) as error:
         raise UserError(f"{workdir / 'config.json'} cannot be read: {error}; give folders of runs.") from error
-    return tasks.load(task).BEST
+    return best_metric(tasks.load(task), {name.removeprefix("eval/") for line in lines for name in line})
 
 
 def _curves(args: argparse.Namespace) -> Figure:
     runs = {str(workdir): read_metrics(workdir) for workdir in args.workdirs}
-    metrics = {_metric(workdir) for workdir in args.workdirs}
+    metrics = {_metric(Path(workdir), lines) for workdir, lines in runs.items()}
     if len(metrics) > 1:
         raise UserError(
             f"These runs have different main metrics ({', '.join(sorted(metrics))}): draw the runs of each task apart."
