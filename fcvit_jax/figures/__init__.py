@@ -1,18 +1,36 @@
 """The figures of the tools, and what all of them use: colours, text and files."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from fcvit_jax.errors import UserError
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart. Yellow is left out: too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MAX_CLASSES = 40  # of a legend; the rest is counted
 
 
 def literal(text: str) -> str:
     """Escapes text for matplotlib, which reads text between two $ as a formula, and refuses what is not UTF-8."""
     return text.replace("$", r"\$").encode(errors="replace").decode()
+
+
+def class_patches(classes: Sequence[int], class_names: Sequence[str], colours: np.ndarray) -> list[Patch]:
+    """What a legend shows for some classes, whose colours are (all classes, 3) uint8."""
+    shown = [Patch(facecolor=colours[c] / 255, edgecolor="0.4", label=class_names[c]) for c in classes[:MAX_CLASSES]]
+    rest = len(classes) - MAX_CLASSES
+    return [*shown, Patch(facecolor="none", label=f"and {rest} more classes")] if rest > 0 else shown
+
+
+def legend_below(figure: Figure, handles: Sequence[Patch], columns: int = 8) -> None:
+    """Puts a legend under all of a figure, whose height must have room for it."""
+    # Given as they are: a legend would leave out labels that begin with "_".
+    texts = [literal(handle.get_label()) for handle in handles]
+    figure.legend(handles, texts, loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def check_format(path: Path) -> None:
