@@ -33,16 +33,19 @@ def export(checkpoint: str | Path, dest: str | Path, size: tuple[int, int] | Non
     - `model.jax_export`: a serialised `jax.export` program for CPU, CUDA and TPU. Weights and normalisation are part of
       it. A classifier's maps images uint8 (N, S, S, 3) to logits float32 (N, num_classes), or to the pooled features of
       a network without a head. A segmenter's maps images uint8 (N, h, w, 3), as evaluation resizes images of height H
-      and width W, to logits float32 (N, H, W, num_classes).
+      and width W, to logits float32 (N, H, W, num_classes). A detector's maps an image and its size to the objects in
+      it; see `detection.make_program`.
     - `model.json`: "class_names", "task", and "model" (the arguments of the task's `create_model`). A classifier has
       "image_size" (S) and "crop_pct": resize an image (bicubic) to a shorter side of floor(S / crop_pct), and crop its
-      centre. A segmenter has "size" (H, W), "long", "short" (see `segmentation.eval_image`) and "palette".
+      centre. A segmenter has "size" (H, W), "canvas" (h, w), "long", "short" (see `segmentation.eval_image`) and
+      "palette". A detector has "canvas" (h, w), "long", "short" (see `augment.objects.fit_image`) and "category_ids".
     - `model.safetensors`: the variables by path, "params/stem/conv/kernel", ...
 
     Args:
       checkpoint: as in `saved.load`.
       dest: a new or empty folder.
-      size: (height, width) of the images of a segmenter; None: its "short" both.
+      size: (height, width) of the images of a segmenter, None: its "short" both; of a detector's canvas, multiples of
+        32 pixels, None: that of wide images.
 
     Raises:
       UserError: the checkpoint cannot be read or its task takes no size, the folder is not empty or cannot be written.
@@ -59,6 +62,8 @@ def export(checkpoint: str | Path, dest: str | Path, size: tuple[int, int] | Non
     options = {} if size is None else {"size": tuple(size)}
     function, *shapes = task.make_program(model, variables, metadata, **options)
     about |= {"size": list(size)} if size is not None else {}
+    if "size" in inspect.signature(task.make_program).parameters:
+        about["canvas"] = list(shapes[0].shape[-3:-1])
     program = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*shapes)
     weights = {path: np.asarray(x) for path, x in traverse_util.flatten_dict(variables, sep="/").items()}
     files = {
@@ -89,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         nargs=2,
         type=int,
         metavar=("HEIGHT", "WIDTH"),
-        help="of the images of a segmenter (default: its short)",
+        help="of the images of a segmenter, or of the canvas of a detector (default: by its long and short)",
     )
     parser.add_argument("dest", type=Path, metavar="DEST", help="a new or empty folder")
     args = parser.parse_args(argv)

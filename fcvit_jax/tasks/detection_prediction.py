@@ -168,9 +168,7 @@ def predict_files(
     if overlay and masks is None:
         raise UserError("--overlay needs --masks FOLDER, to which it is written.")
     if not model.masks and (rle or (masks is not None and not overlay)):
-        raise UserError(
-            "This detector gives boxes without masks: leave out --rle, and give --masks only for --overlay."
-        )
+        raise UserError("This detector has no masks: leave out --rle, and give --masks only for --overlay.")
     written = set()
     for path, image in images:
         (found,) = predict(model, variables, [image], metadata, threshold)
