@@ -26,8 +26,20 @@ def class_patches(classes: Sequence[int], class_names: Sequence[str], colours: n
     return [*shown, Patch(facecolor="none", label=f"and {rest} more classes")] if rest > 0 else shown
 
 
-def legend_below(figure: Figure, handles: Sequence[Patch], columns: int = 8) -> None:
+def legend_columns(handles: Sequence[Patch], width: float) -> int:
+    """How many columns a legend has under a figure of a width in inches, so that its longest label finds room."""
+    longest = max(len(handle.get_label()) for handle in handles)
+    return max(min(int(15 * width) // (longest + 8), len(handles)), 1)  # 15 letters an inch, 8 of them for the patch
+
+
+def legend_height(handles: Sequence[Patch], width: float) -> float:
+    """Its height in inches."""
+    return 0.25 + 0.2 * -(-len(handles) // legend_columns(handles, width))
+
+
+def legend_below(figure: Figure, handles: Sequence[Patch]) -> None:
     """Puts a legend under all of a figure, whose height must have room for it."""
+    columns = legend_columns(handles, figure.get_size_inches()[0])
     # Given as they are: a legend would leave out labels that begin with "_".
     texts = [literal(handle.get_label()) for handle in handles]
     figure.legend(handles, texts, loc="outside lower center", ncols=columns, fontsize=8)

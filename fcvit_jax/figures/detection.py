@@ -10,9 +10,11 @@ from matplotlib.figure import Figure
 from fcvit_jax.data.coco_eval import Detections, Truth
 from fcvit_jax.data.image_files import count
 from fcvit_jax.errors import UserError
-from fcvit_jax.figures import class_patches, legend_below, literal
+from fcvit_jax.figures import class_patches, legend_below, legend_height, literal
 from fcvit_jax.figures.overlay import colours, draw_objects
 from fcvit_jax.figures.validation import choose_examples
+
+WIDTH = 9  # of a picture in inches
 
 
 def draw_detections(
@@ -32,9 +34,8 @@ def draw_detections(
     """
     heights = [image.shape[0] / image.shape[1] for image in images]
     classes = np.unique(np.concatenate([objects.classes for objects in (*truths, *found)])).astype(int).tolist()
-    columns = 8
-    room = 0.5 + 0.25 * -(-len(class_patches(classes, class_names, colours(len(class_names)))) // columns)
-    size = 9, sum(4.25 * height + 0.3 for height in heights) + room
+    handles = class_patches(classes, class_names, colours(len(class_names)))
+    size = WIDTH, sum(4.25 * height + 0.3 for height in heights) + 0.4 + legend_height(handles, WIDTH)
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     axes = figure.subplots(len(images), 2, squeeze=False, height_ratios=heights)
     for row, image, truth, there, name in zip(axes, images, truths, found, names, strict=True):
@@ -48,7 +49,7 @@ def draw_detections(
         row[0].set_ylabel(literal(name), fontsize=8)
     for axis, title in zip(axes[0], ("truth", "prediction"), strict=True):
         axis.set_title(title, fontsize=10)
-    legend_below(figure, class_patches(classes, class_names, colours(len(class_names))), columns)
+    legend_below(figure, handles)
     return figure
 
 

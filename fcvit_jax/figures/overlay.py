@@ -5,18 +5,21 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import to_rgb
 from PIL import Image, ImageDraw, ImageFont
 
 from fcvit_jax.data import palettes, segments
 from fcvit_jax.data.segments import RLE
 from fcvit_jax.errors import printable
+from fcvit_jax.figures import COLOURS
 
 LEAST_SIDE = 480  # pixels of the longer side of a picture; smaller images are enlarged, so that names can be read
 
 
 def colours(num_classes: int) -> np.ndarray:
     """A colour for each class that people with any colour vision can tell apart: uint8 (num_classes, 3), RGB."""
-    few = palettes.distinct(min(num_classes, 500))  # there are no more of them
+    first = np.array([to_rgb(colour) for colour in COLOURS[:6]]) * 255  # all but black
+    few = palettes.distinct(min(num_classes, 500), first.round())  # there are no more of them
     return few[np.arange(num_classes) % len(few)]
 
 
@@ -57,7 +60,7 @@ def draw_objects(
     picture = Image.fromarray(pixels)
     side = max(picture.size)
     draw, line = ImageDraw.Draw(picture), max(side // 350, 2)
-    font = _font(max(side // 45, 11))
+    font = _font(max(side // 55, 11))
     corners = (factor * np.asarray(boxes, float).reshape(-1, 4)).round().astype(int).tolist()
     for i in order:
         x1, y1, x2, y2 = corners[i]

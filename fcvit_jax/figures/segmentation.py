@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from fcvit_jax.augment.paired import IGNORED
-from fcvit_jax.figures import MAX_CLASSES, class_patches, legend_below
+from fcvit_jax.figures import class_patches, legend_below, legend_height
 from fcvit_jax.figures.validation import choose_examples
 
 WHITE, GREY, RED = (255, 255, 255), (150, 150, 150), (214, 39, 40)
@@ -37,9 +37,12 @@ def draw_segmentation(
     widest = max(image.shape[1] / image.shape[0] for image in images)
     drawn = [np.unique(maps) for maps in (*labels, *predictions)]
     classes = [c for c in np.unique(np.concatenate(drawn)).tolist() if c != IGNORED]
-    columns = 8
-    lines = -(-min(len(classes), MAX_CLASSES + 1) // columns) + 1
-    figure = Figure(figsize=(8 * widest + 1.0, 2.2 * len(images) + 0.5 + 0.25 * lines), dpi=150, layout="constrained")
+    handles = [*class_patches(classes, class_names, colours), Patch(facecolor=np.array(RED) / 255, label="wrong")]
+    if any((maps == IGNORED).any() for maps in labels):
+        handles.append(Patch(facecolor=np.array(GREY) / 255, label="ignored"))
+    width = 8 * widest + 1.0
+    size = width, 2.2 * len(images) + 0.5 + legend_height(handles, width)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
     axes = figure.subplots(len(images), 4, squeeze=False)
     for row, image, truth, found, name in zip(axes, images, labels, predictions, names, strict=True):
         counts = truth != IGNORED
@@ -54,10 +57,7 @@ def draw_segmentation(
         row[3].set_xlabel(f"{right:.1%} of the pixels are right", fontsize=8)
     for axis, title in zip(axes[0], ("image", "labels", "prediction", "errors"), strict=True):
         axis.set_title(title, fontsize=10)
-    handles = [*class_patches(classes, class_names, colours), Patch(facecolor=np.array(RED) / 255, label="wrong")]
-    if any((maps == IGNORED).any() for maps in labels):
-        handles.append(Patch(facecolor=np.array(GREY) / 255, label="ignored"))
-    legend_below(figure, handles, columns)
+    legend_below(figure, handles)
     return figure
 
 
