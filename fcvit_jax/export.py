@@ -16,6 +16,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -44,10 +45,12 @@ def export(checkpoint: str | Path, dest: str | Path, size: tuple[int, int] | Non
     - `model.jax_export`: a serialised `jax.export` program for CPU, CUDA and TPU. Weights and normalisation are part of
       it. A classifier's maps images uint8 (N, S, S, 3) to logits float32 (N, num_classes), or to the pooled features of
       a network without a head. A segmenter's maps images uint8 (N, h, w, 3), as evaluation resizes images of height H
-      and width W, to logits float32 (N, H, W, num_classes).
+      and width W, to logits float32 (N, H, W, num_classes). A detector's maps an image and its size to the objects in
+      it; see `detection.make_program`.
     - `model.json`: "class_names", "task", and "model" (the arguments of the task's `create_model`). A classifier has
       "image_size" (S) and "crop_pct": resize an image (bicubic) to a shorter side of floor(S / crop_pct), and crop its
-      centre. A segmenter has "size" (H, W), "long", "short" (see `segmentation.eval_image`) and "palette".
+      centre. A segmenter has "size" (H, W), "canvas" (h, w), "long", "short" (see `segmentation.eval_image`) and
+      "palette". A detector has "canvas" (h, w), "long", "short" (see `augment.objects.fit_image`) and "category_ids".
     - `model.safetensors`: the variables by path, "params/stem/conv/kernel", ...
 
     Of the format "hub", the layout of the Hugging Face hub: `model.safetensors`, the metadata as `config.json`, and a
@@ -56,7 +59,8 @@ def export(checkpoint: str | Path, dest: str | Path, size: tuple[int, int] | Non
     Args:
       checkpoint: as in `saved.load`.
       dest: a new or empty folder.
-      size: (height, width) of the images of a segmenter; None: its "short" both.
+      size: (height, width) of the images of a segmenter, None: its "short" both; of a detector's canvas, multiples of
+        32 pixels, None: that of wide images.
       format: one of `FORMATS`.
 
     Raises:
@@ -72,9 +76,11 @@ def export(checkpoint: str | Path, dest: str | Path, size: tuple[int, int] | Non
     if format == "hub":
         files = hub.make(_weights(network, about), about, network.metadata, _last_evaluation(network))
     else:
-        function, images = _program(checkpoint, network, size)
+        function, *shapes = _program(checkpoint, network, size)
         about |= {"size": list(size)} if size is not None else {}
-        files = {PROGRAM: _serialized(function, images), ABOUT: json.dumps(about, indent=2).encode() + b"\n"}
+        if _takes_size(network.task):
+            about["canvas"] = list(shapes[0].shape[-3:-1])
+        files = {PROGRAM: _serialized(function, *shapes), ABOUT: json.dumps(about, indent=2).encode() + b"\n"}
         files["model.safetensors"] = _weights(network, about)
     _write(dest, files | {checksums.NAME: checksums.make(files)})
 
@@ -104,23 +110,25 @@ def load(folder: str | Path) -> tuple[Callable[[jax.Array], jax.Array], dict[str
     return program.call, parse_object((folder / ABOUT).read_text())
 
 
-def _program(
-    checkpoint: str | Path, network: saved.Saved, size: tuple[int, int] | None
-) -> tuple[Callable[[jax.Array], jax.Array], jax.ShapeDtypeStruct]:
-    """The function to export, and the shape of its images."""
+def _takes_size(task: ModuleType) -> bool:
+    return "size" in inspect.signature(task.make_program).parameters
+
+
+def _program(checkpoint: str | Path, network: saved.Saved, size: tuple[int, int] | None) -> tuple[Any, ...]:
+    """The function to export, and the shapes of its arguments, of which the images are the first."""
     task, model, variables, metadata = network
     if size is None:
         return task.make_program(model, variables, metadata)
-    if "size" not in inspect.signature(task.make_program).parameters:
+    if not _takes_size(task):
         raise UserError(
             f"{checkpoint} is of the task {saved.task_of(metadata)}, whose images have one size: leave out --size."
         )
     return task.make_program(model, variables, metadata, size=tuple(size))
 
 
-def _serialized(function: Callable[[jax.Array], jax.Array], images: jax.ShapeDtypeStruct) -> bytes:
+def _serialized(function: Callable[..., Any], *shapes: jax.ShapeDtypeStruct) -> bytes:
     with _without_paths():
-        return bytes(jax.export.export(jax.jit(function), platforms=PLATFORMS)(images).serialize())
+        return bytes(jax.export.export(jax.jit(function), platforms=PLATFORMS)(*shapes).serialize())
 
 
 @contextlib.contextmanager
@@ -171,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
         nargs=2,
         type=int,
         metavar=("HEIGHT", "WIDTH"),
-        help="of the images of a segmenter (default: its short)",
+        help="of the images of a segmenter, or of the canvas of a detector (default: by its long and short)",
     )
     parser.add_argument(
         "--format",

@@ -3,7 +3,7 @@
 import argparse
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ CHECKPOINT_HELP = (
     " weights: .pth, .pth.tar, .safetensors, .npz; FILE:NAME where it does not tell a ViT from a DeiT; or"
     " hf-hub:OWNER/NAME on the Hugging Face hub"
 )
+_SHARE = 7  # characters of a share in percent
 
 
 def load(checkpoint: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
@@ -109,19 +110,49 @@ def _predict(args: argparse.Namespace) -> int:
                 log.error("%s", error)
                 failed.append(path)
 
-    widths = [max(map(len, texts)) for texts in (["image", *map(str, paths)], ["class", *metadata["class_names"]])]
     found = task.predict_files(model, jax.device_put(variables), read(), metadata, **options)
-    for number, (path, said) in enumerate(found):
-        if as_lines:
+    if as_lines:
+        for path, said in found:
             print(as_json({"image": str(path)} | said), flush=True)
-            continue
-        for i, line in enumerate(said["predictions"]):
-            measure, value = list(line.items())[-1]
-            if number == i == 0:
-                print(f"{'image':{widths[0]}}  {'class':{widths[1]}}  {measure}")
-            label = "" if i else str(path)
-            print(f"{label:{widths[0]}}  {printable(line['class']):{widths[1]}}  {value:{len(measure)}.2%}", flush=True)
+    else:
+        widths = [max(map(len, texts)) for texts in (["image", *map(str, paths)], ["class", *metadata["class_names"]])]
+        _print_table(found, widths)
     return int(bool(failed))
+
+
+def _add_pictures(group: Any) -> None:
+    group.add_argument(
+        "--masks", type=Path, metavar="FOLDER", help="write a PNG of the classes, or of the objects, of every image"
+    )
+    group.add_argument("--overlay", action="store_true", help="and one of them in colours on the image")
+
+
+def _print_table(found: Iterable[tuple[Path, Mapping[str, Any]]], widths: Sequence[int]) -> None:
+    """Prints a line for each prediction, with what it has besides the number of its class and its mask.
+
+    Args:
+      found: from the task's `predict_files`.
+      widths: in characters, of the columns of the images and of the classes.
+    """
+    header = True
+    for path, said in found:
+        label = str(path)
+        for row in said["predictions"]:
+            columns = {name: value for name, value in row.items() if name not in ("class", "index", "mask")}
+            if header:
+                titles = [f"{name:{_SHARE}}" for name in columns]
+                print(f"{'image':{widths[0]}}  {'class':{widths[1]}}  {'  '.join(titles).rstrip()}")
+                header = False
+            texts = "  ".join(map(_as_text, columns.values()))
+            print(f"{label:{widths[0]}}  {printable(row['class']):{widths[1]}}  {texts}".rstrip(), flush=True)
+            label = ""
+        if not said["predictions"]:
+            print(f"{label:{widths[0]}}  nothing found", flush=True)
+
+
+def _as_text(value: float | Sequence[float]) -> str:
+    """A share in percent, or a box in whole pixels."""
+    return f"{value:<{_SHARE}.2%}" if isinstance(value, float) else " ".join(f"{x:.0f}" for x in value)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -141,6 +172,7 @@ def main(argv: list[str] | None = None) -> None:
             group.description = f'{error}: pip install "fcvit-jax[train]"'
         else:
             task.add_arguments(group)
+    _add_pictures(parser.add_argument_group("segmentation and detection", argument_default=argparse.SUPPRESS))
     args = parser.parse_args(argv)
     with exit_on_error():
         sys.exit(_predict(args))

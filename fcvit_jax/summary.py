@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -13,12 +13,14 @@ from flax import linen as nn
 
 from fcvit_jax import networks, tasks
 from fcvit_jax.errors import MAX_IMAGE_SIZE, UserError, exit_on_error
-from fcvit_jax.networks import vit
+from fcvit_jax.networks import roi_heads, vit
 from fcvit_jax.networks.blocks import GlobalContext
 from fcvit_jax.networks.fcvit import VARIANTS
 from fcvit_jax.networks.layers import Conv1x1, DepthwiseConv
 from fcvit_jax.predict import CHECKPOINT_HELP
 from fcvit_jax.run.saved import load
+
+COCO = (800, 1344)  # height and width in pixels of what detectors get of COCO's wide images
 
 
 @dataclasses.dataclass
@@ -36,17 +38,21 @@ class Part:
     multiply_adds: int = 0
 
 
-def summarize(model: nn.Module, image_size: int = 224) -> dict[str, Part]:
+def summarize(model: nn.Module, image_size: int | Sequence[int] = 224) -> dict[str, Part]:
     """Counts the cost of the parts of a network by tracing it. Nothing is compiled or computed.
+
+    A detector's heads are counted for all boxes that they may get: its `proposals` and its `max_detections`. What it
+    does besides, such as pooling the features of boxes, is not.
 
     Example::
 
         summarize(create_model("fcvit_s12"))["total"].multiply_adds             # 2645471232
         summarize(create_segmenter("fcvit_s12"), 512)["neck"].parameters        # 2623488
+        summarize(create_detector("fcvit_s12"), (800, 1344))["total"]           # 34.4 million parameters
 
     Args:
       model: the network.
-      image_size: side of the images in pixels.
+      image_size: side of the images in pixels, or height and width.
 
     Returns:
       Parts by name: those of the network itself, such as "pos embed", then those of its layers, in their order: "stem",
@@ -56,8 +62,10 @@ def summarize(model: nn.Module, image_size: int = 224) -> dict[str, Part]:
       UserError: the network takes no images of this size.
     """
     least = getattr(model, "patch_size", 32)
-    if not least <= image_size <= MAX_IMAGE_SIZE:
-        raise UserError(f"--image-size={image_size} must be at least {least} pixels and at most {MAX_IMAGE_SIZE}.")
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    for side in (height, width):
+        if not least <= side <= MAX_IMAGE_SIZE:
+            raise UserError(f"--image-size={side} must be at least {least} pixels and at most {MAX_IMAGE_SIZE}.")
     parts: dict[str, Part] = {}
 
     def count(call, args, kwargs, context):
@@ -68,9 +76,11 @@ def summarize(model: nn.Module, image_size: int = 224) -> dict[str, Part]:
         if len(module.path) == 1:
             part.shape = jax.tree.leaves(out)[-1].shape[1:]
             part.parameters += sum(x.size for x in jax.tree.leaves(module.variables["params"]))
-        if isinstance(module, nn.Conv | nn.Dense | Conv1x1 | DepthwiseConv):
+        if isinstance(module, nn.Conv | nn.Dense | nn.DenseGeneral | Conv1x1 | DepthwiseConv):
             # Each weight is multiplied once for every output position.
             part.multiply_adds += module.variables["params"]["kernel"].size * math.prod(out.shape[:-1])
+        elif isinstance(module, roi_heads.Doubling):  # each weight, once for every input position
+            part.multiply_adds += module.variables["params"]["kernel"].size * math.prod(args[0].shape[:-1])
         elif isinstance(module, GlobalContext) and module.weighted:
             part.multiply_adds += args[0].size  # the similarity multiplies every value by its head's query
         elif isinstance(module, vit.Block):
@@ -79,7 +89,7 @@ def summarize(model: nn.Module, image_size: int = 224) -> dict[str, Part]:
         return out
 
     with nn.intercept_methods(count):
-        params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, image_size, image_size, 3)))["params"]
+        params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, height, width, 3)))["params"]
     own = {_part_name(name): Part(x.shape, x.size) for name, x in params.items() if not isinstance(x, Mapping)}
     parts = own | parts
     costs = [field.name for field in dataclasses.fields(Part) if field.name != "shape"]
@@ -91,14 +101,22 @@ def _part_name(module_name: str) -> str:
     return re.sub(r"^block_\d+$", "blocks", re.sub(r"_block_\d+$", "", module_name)).replace("_", " ")
 
 
+def _size(text: str) -> int | tuple[int, int]:
+    sides = [int(side) for side in text.split("x")]
+    if len(sides) > 2:
+        raise ValueError
+    return sides[0] if len(sides) == 1 else tuple(sides)
+
+
 def _summary(args: argparse.Namespace) -> None:
-    task, model, metadata = tasks.load(args.task), None, {"image_size": 224}
+    task, model, size = tasks.load(args.task), None, COCO if args.task == "detection" else 224
     if args.checkpoint:
         _, model, _, metadata = load(args.checkpoint)
+        size = metadata["image_size"]
     elif args.name:
         model = task.create_model(args.name)
-        metadata = networks.settings(args.name)
-    size = metadata["image_size"] if args.image_size is None else args.image_size
+        size = size if args.task == "detection" else networks.settings(args.name)["image_size"]
+    size = size if args.image_size is None else args.image_size
     if model is not None:
         what = f"{args.name or args.checkpoint}, {model.num_classes} classes, {jnp.dtype(model.dtype)}"
         header = ["part", "output"]
@@ -110,7 +128,8 @@ def _summary(args: argparse.Namespace) -> None:
             model = task.create_model(name)
             rows.append((name, stages, summarize(model, size)["total"]))
         what = f"all FCViTs, {model.num_classes} classes, float32"
-    print(f"{what}, one image of {size} x {size}\n")
+    height, width = (size, size) if isinstance(size, int) else size
+    print(f"{what}, one image of {height} x {width}\n")
     first, second = (max(len(row[i]) for row in [header, *rows]) for i in range(2))
     print(f"{header[0]:{first}}  {header[1]:{second}}  parameters   multiply-adds")
     for name, shape, part in rows:
@@ -131,7 +150,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--task", choices=tasks.NAMES, default=tasks.NAMES[0], help="of NAME or of all variants (default: %(default)s)"
     )
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images (default: the network's)")
+    parser.add_argument(
+        "--image-size",
+        type=_size,
+        metavar="PIXELS",
+        help="side of the images, or HEIGHTxWIDTH (default: the network's, of detection 800x1344)",
+    )
     args = parser.parse_args(argv)
     with exit_on_error():
         _summary(args)

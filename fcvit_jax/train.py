@@ -244,7 +244,7 @@ def _evaluate(run: Run, loop: Loop, state: TrainState, notes: Notes) -> Notes:
         raise
     if loop.stop.received:
         return notes
-    step, metric = int(state.step), run.task.BEST
+    step, metric = int(state.step), results.best_metric(run.task, result)
     if numbers := results.not_finite(result):
         raise _diverged(loop.checkpointer, step, f"evaluation: {numbers}")
     evaluated = {"step": step, **result}

@@ -1,9 +1,9 @@
-"""Draws attention, similarity maps, curves of runs, and segmentations: `python -m fcvit_jax.visualize TOOL ...`."""
+"""Draws attention, similarity, curves of runs, segmentations and detections: `python -m fcvit_jax.visualize TOOL`."""
 
 import argparse
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 from fcvit_jax import tasks
 from fcvit_jax.devices import storage
 from fcvit_jax.errors import UserError, exit_on_error
-from fcvit_jax.figures import check_format, save, segmentation
+from fcvit_jax.figures import check_format, detection, save, segmentation
 from fcvit_jax.figures.attention import attention_of, draw_heads, draw_queries, query_maps
 from fcvit_jax.figures.curves import draw_curves, read_metrics
 from fcvit_jax.figures.similarity import draw_similarity, head_correlation, similarity_maps
 from fcvit_jax.networks.vit import ViT
 from fcvit_jax.predict import CHECKPOINT_HELP, find_images, load, read_image
-from fcvit_jax.run.results import parse_object
+from fcvit_jax.run.results import best_metric, parse_object
 
 _MAX_IMAGES = 32  # in one picture
 
@@ -134,18 +134,18 @@ def _attention(args: argparse.Namespace) -> Figure:
     return _heads(args) if args.beside else _queries(args)
 
 
-def _metric(workdir: Path) -> str:
-    """The metric by which a run chooses its best checkpoint."""
+def _metric(workdir: Path, lines: Sequence[Mapping[str, float]]) -> str:
+    """The metric by which a run, of whose record these are the lines, chooses its best checkpoint."""
     try:
         task = parse_object(storage.read_text(workdir / "config.json")).get("task", "classification")
     except (OSError, ValueError) as error:
         raise UserError(f"{workdir / 'config.json'} cannot be read: {error}; give folders of runs.") from error
-    return tasks.load(task).BEST
+    return best_metric(tasks.load(task), {name.removeprefix("eval/") for line in lines for name in line})
 
 
 def _curves(args: argparse.Namespace) -> Figure:
     runs = {str(workdir): read_metrics(workdir) for workdir in args.workdirs}
-    metrics = {_metric(workdir) for workdir in args.workdirs}
+    metrics = {_metric(Path(workdir), lines) for workdir, lines in runs.items()}
     if len(metrics) > 1:
         raise UserError(
             f"These runs have different main metrics ({', '.join(sorted(metrics))}): draw the runs of each task apart."
@@ -157,11 +157,11 @@ def main(argv: list[str] | None = None) -> None:
     prog = "python -m fcvit_jax.visualize"
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Draw attention, similarity maps, curves of runs, or segmentations. Each has its own --help.",
+        description="Draw attention, similarity, curves of runs, segmentations or detections. Each has its own --help.",
         epilog=f"example: {prog} curves runs/digits --output curves.png",
     )
-    tools = parser.add_subparsers(required=True, metavar="attention|similarity|curves|segmentation")
-    for add in (_add_attention, _add_similarity, _add_curves, _add_segmentation):
+    tools = parser.add_subparsers(required=True, metavar="attention|similarity|curves|segmentation|detections")
+    for add in (_add_attention, _add_similarity, _add_curves, _add_segmentation, _add_detections):
         add(tools, prog).add_argument("--output", required=True, type=Path, help="the picture: .png, .pdf, .svg, ...")
     args = parser.parse_args(argv)
     with exit_on_error():
@@ -230,12 +230,29 @@ def _add_segmentation(tools: Any, prog: str) -> argparse.ArgumentParser:
         description="Draw images of the validation set beside their labels, the predictions and the errors.",
         epilog=f"example: {prog} segmentation --checkpoint runs/scenes --output segmentation.png",
     )
+    _add_examples(tool)
+    tool.set_defaults(draw=segmentation.from_arguments)
+    return tool
+
+
+def _add_detections(tools: Any, prog: str) -> argparse.ArgumentParser:
+    tool = tools.add_parser(
+        "detections",
+        help="what a detector finds and misses",
+        description="Draw images of the validation set with their objects, beside those that were found.",
+        epilog=f"example: {prog} detections --checkpoint runs/scenes --output detections.png",
+    )
+    _add_examples(tool)
+    tool.add_argument("--threshold", type=float, default=0.3, metavar="SCORE", help="the least score to draw (0.3)")
+    tool.set_defaults(draw=detection.from_arguments)
+    return tool
+
+
+def _add_examples(tool: argparse.ArgumentParser) -> None:
     tool.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
     tool.add_argument("--dataset", help="as config.data.dataset (default: that of the checkpoint's run)")
     tool.add_argument("--first", type=int, default=0, metavar="N", help="number of the first image (0)")
     tool.add_argument("--count", type=int, default=4, metavar="N", help="how many images (4)")
-    tool.set_defaults(draw=segmentation.from_arguments)
-    return tool
 
 
 if __name__ == "__main__":

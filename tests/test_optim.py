@@ -67,6 +67,26 @@ def test_a_nonsensical_rate_of_segmentation_is_refused_by_name(options):
         optim.make_poly_schedule(**options)
 
 
+def test_the_rate_of_detection_equals_the_originals():
+    with np.load(DATA / "detection_schedule.npz") as file:
+        arrays = dict(file)
+    for length in (3665, 30):  # of an epoch; the second is shorter than the warm-up
+        steps, golden = arrays[f"lr{length}_iters"], arrays[f"lr{length}_lr"]
+        schedule = optim.make_step_schedule(steps_per_epoch=length)
+        np.testing.assert_allclose(jax.jit(schedule)(jnp.asarray(steps)), golden, rtol=1e-6)
+    np.testing.assert_allclose(optim.make_step_schedule()(249), 9.97e-5, rtol=1e-5)
+    schedule = optim.make_step_schedule(1.0, 10, (), warmup_steps=0)
+    assert schedule(0) == schedule(10**6) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"base_lr": -1.0}, {"warmup_steps": -1}, {"decay_epochs": (11, 8)}, {"decay_epochs": (0,)}]
+)
+def test_a_nonsensical_rate_of_detection_is_refused_by_name(options):
+    with pytest.raises(UserError, match=f"optim.{next(iter(options))}="):
+        optim.make_step_schedule(**options)
+
+
 def test_ten_steps_of_adamw_equal_the_originals():
     golden = np.load(DATA / "adamw.npz")
     names = [*golden["decay_names"], *golden["no_decay_names"]]

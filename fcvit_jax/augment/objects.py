@@ -1,10 +1,52 @@
-"""Boxes and masks of an image's objects, resized and flipped with it as the original's detection does.
+"""An image with the boxes and masks of its objects, resized and flipped as the original's detection does.
 
-The image itself is resized by `paired.rescaled_size` and `paired.resize`.
 Boxes are float32 (n, 4): x1, y1, x2, y2 in pixels; masks are bool (n, height, width).
 """
 
+from collections.abc import Iterable
+
 import numpy as np
+
+from fcvit_jax.augment import paired
+from fcvit_jax.augment.paired import ALIGNMENT
+
+
+def fit_image(image: np.ndarray, long: int = 1333, short: int = 800) -> tuple[np.ndarray, np.ndarray]:
+    """Resizes an image, keeping its ratio, to the largest size that `long` and `short` allow.
+
+    Example::
+
+        pixels, scale = fit_image(np.asarray(decode(jpeg)))             # 640 x 480 pixels become 1067 x 800
+
+    Args:
+      image: (H, W, 3) uint8, RGB.
+      long, short: the longer and the shorter side, in pixels, that the result must not exceed.
+
+    Returns:
+      (h, w, 3) uint8; and (4,) float32, pixels of the result for a pixel of the image along x, y, x and y.
+    """
+    height, width = image.shape[:2]
+    size = paired.rescaled_size(width, height, long, short)
+    return paired.resize(image, size), np.array([size[0] / width, size[1] / height] * 2, np.float32)
+
+
+def canvas_size(sizes: Iterable[tuple[int, int]], long: int = 1333, short: int = 800) -> tuple[int, int]:
+    """The smallest canvas (height, width), in multiples of 32 pixels, for images of any of these sizes.
+
+    Args:
+      sizes: (width, height) of the images before `fit_image`.
+      long, short: as in `fit_image`.
+    """
+    fitted = [paired.rescaled_size(width, height, long, short) for width, height in sizes]
+    width, height = (-(-max(sides) // ALIGNMENT) * ALIGNMENT for sides in zip(*fitted, strict=True))
+    return height, width
+
+
+def on_canvas(image: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
+    """The image at the top left of a canvas (height, width), which is black elsewhere: (height, width, 3) uint8."""
+    padded = np.zeros((*canvas, 3), np.uint8)
+    padded[: image.shape[0], : image.shape[1]] = image
+    return padded
 
 
 def resize_boxes(boxes: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
@@ -24,8 +66,7 @@ def source_indices(old: int, new: int) -> np.ndarray:
     return np.minimum(np.arange(new) * (1 / (new / old)), old - 1).astype(np.int64)
 
 
-def flip(image: np.ndarray, boxes: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Flips an image (height, width, 3), boxes and masks left to right."""
+def flip_boxes(boxes: np.ndarray, width: int) -> np.ndarray:
+    """Boxes after their image, `width` pixels wide, was flipped left to right."""
     x1, y1, x2, y2 = boxes.T
-    width = np.float32(image.shape[1])
-    return image[:, ::-1], np.stack([width - x2, y1, width - x1, y2], axis=1), masks[:, :, ::-1]
+    return np.stack([np.float32(width) - x2, y1, np.float32(width) - x1, y2], axis=1)

@@ -24,13 +24,17 @@ class Record(NamedTuple):
     """One image and the objects that training takes; m of them, which may be none.
 
     Attributes:
+      index: of the example.
       encoded: the image file.
+      size: width and height of the image, turned by EXIF where that is asked for.
       boxes: float32 (m, 4): x1, y1, x2, y2 in pixels of the image.
       classes: int32 (m,).
       rles: m masks of runs, for `segments.decode`; None where masks are not asked for.
     """
 
+    index: int
     encoded: bytes
+    size: tuple[int, int]
     boxes: np.ndarray
     classes: np.ndarray
     rles: list[RLE] | None
@@ -61,9 +65,15 @@ class Instances:
         return len(self.chosen)
 
     @property
-    def landscape(self) -> np.ndarray:
-        """Whether each example is wider than high, bool (n,): the two groups of which batches are made."""
-        return self.sizes[self.chosen, 0] > self.sizes[self.chosen, 1]
+    def example_sizes(self) -> np.ndarray:
+        """Width and height of the image of each example, int32 (n, 2)."""
+        return self.sizes[self.chosen]
+
+    @property
+    def example_counts(self) -> np.ndarray:
+        """How many objects of each example training takes, int64 (n,)."""
+        before = np.concatenate([[0], self.objects.train.cumsum()])[self.objects.starts]
+        return np.diff(before)[self.chosen]
 
     def read(self, indices: Sequence[int]) -> Iterator[Record]:
         objects = self.objects
@@ -72,7 +82,9 @@ class Instances:
             boxes = objects.boxes[kept]
             boxes[:, 2:] += boxes[:, :2]
             yield Record(
+                index=index,
                 encoded=image_files.read_file(self.describe(index)),
+                size=tuple(self.sizes[self.chosen[index]].tolist()),
                 boxes=boxes.astype(np.float32),
                 classes=objects.classes[kept],
                 rles=None if objects.segments is None else [self._rle(index, which) for which in kept.tolist()],
@@ -127,6 +139,7 @@ def open_folder(
     train_split: str = "train2017",
     eval_split: str = "val2017",
     masks: bool = True,
+    empty_images: bool = False,
     exif: bool = False,
 ) -> Opened:
     """Opens a folder of images and COCO's instances files, and reads the headers of all images.
@@ -143,6 +156,7 @@ def open_folder(
         file in its order; of the other file where training is False.
       train_split, eval_split: names of folders.
       masks: read the outlines too.
+      empty_images: train on images without objects too.
       exif: the annotations belong to the images as their EXIF orientation turns them, and the images are to be decoded
         so.
 
@@ -153,7 +167,7 @@ def open_folder(
     train = None
     if training:
         train, class_names = _open_split(path, "train_split", train_split, class_names, masks, exif, notes)
-        train = _for_training(train, masks, notes)
+        train = _for_training(train, masks, empty_images, notes)
     evaluation, class_names = _open_split(path, "eval_split", eval_split, class_names, masks, exif, notes)
     return Opened(train, evaluation, tuple(class_names), notes)
 
@@ -265,8 +279,9 @@ def _with_areas(instances: Instances) -> Instances:
     return dataclasses.replace(instances, objects=dataclasses.replace(objects, areas=areas))
 
 
-def _for_training(instances: Instances, masks: bool, notes: list[str]) -> Instances:
-    """Marks the objects that training takes, and chooses images of some size that have objects, crowds included."""
+def _for_training(instances: Instances, masks: bool, empty_images: bool, notes: list[str]) -> Instances:
+    """Marks the objects that training takes, and chooses images of some size that have objects, crowds included; or,
+    with `empty_images`, that may have none."""
     objects = instances.objects
     owners = np.repeat(np.arange(len(instances.sizes)), np.diff(objects.starts))
     low, size = objects.boxes[:, :2], objects.boxes[:, 2:]
@@ -283,7 +298,7 @@ def _for_training(instances: Instances, masks: bool, notes: list[str]) -> Instan
         if (train & chosen).any():
             said.append(f"{count((train & chosen).sum(), 'object')} {reason}")
         train &= ~chosen
-    empty = np.diff(objects.starts) == 0
+    empty = (np.diff(objects.starts) == 0) & (not empty_images)
     small = ~empty & (instances.sizes.min(1) < SMALLEST_SIDE)
     said += [
         f"{count(chosen.sum(), 'image')} {reason}"

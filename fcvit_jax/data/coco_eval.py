@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fcvit_jax.data import segments
 from fcvit_jax.data.segments import RLE
 
 MAX_DETECTIONS = [100, 300, 1000]  # of an image, in AP and the first AR, the second and the third
@@ -171,6 +172,6 @@ def to_results(
                 continue
             entry = {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
             if rle is not None:
-                entry["segmentation"] = {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
+                entry["segmentation"] = segments.as_text(rle)
             results.append(entry)
     return results

@@ -68,8 +68,8 @@ class Data:
         the epoch (and of the bucket) in its place, which (seed, epoch, example) alone choose. A warning names it.
       options: what `load_example` needs besides the record.
       about: what the task keeps in checkpoints beside the weights, as JSON can hold it.
-      train_buckets, eval_buckets: (examples,) integers; a batch holds examples of one bucket, since their shapes differ
-        between buckets. None: all examples have one shape.
+      train_buckets, eval_buckets: (examples,) integers from 0 on, none left out; a batch holds examples of one bucket,
+        since their shapes differ between buckets. None: all examples have one shape.
       constant: every batch is the first one, made once: for measuring a step without its input.
     """
 
@@ -100,13 +100,11 @@ class Data:
     def num_eval(self) -> int:
         return len(self.eval)
 
-    @property
+    @functools.cached_property  # the loop asks at every step
     def steps_per_epoch(self) -> int:
         if self.train_buckets is None:
             return self.num_train // self.batch_size
-        return sum(
-            -(-count // self.batch_size) for count in np.unique(self.train_buckets, return_counts=True)[1].tolist()
-        )
+        return sum(-(-count // self.batch_size) for count in np.bincount(self.train_buckets).tolist())
 
     @property
     def num_eval_batches(self) -> int:
@@ -219,15 +217,14 @@ def train_bucket(data: Data, seed: int, step: int) -> int:
         return 0
     epoch, position = divmod(step, data.steps_per_epoch)
     first = train_order(data, seed, epoch)[position, 0]
-    return int(np.searchsorted(np.unique(data.train_buckets), data.train_buckets[first]))
+    return int(data.train_buckets[first])
 
 
 def eval_bucket(data: Data, number: int) -> int:
     """Which entry of `batch_shapes` an evaluation batch has."""
     if data.eval_buckets is None:
         return 0
-    first = _eval_order(data)[number][0]
-    return int(np.searchsorted(np.unique(data.eval_buckets), data.eval_buckets[first]))
+    return int(data.eval_buckets[_eval_order(data)[number][0]])
 
 
 def _without(data: Data, split: str) -> Data:
@@ -250,7 +247,7 @@ def train_order(data: Data, seed: int, epoch: int) -> np.ndarray:
     order, size = rng.permutation(data.num_train), data.batch_size
     if data.train_buckets is None:
         return order[: data.steps_per_epoch * size].reshape(-1, size)
-    members = [order[data.train_buckets[order] == bucket] for bucket in np.unique(data.train_buckets)]
+    members = [order[data.train_buckets[order] == bucket] for bucket in range(data.train_buckets.max() + 1)]
     batches = np.concatenate([np.resize(m, (-(-len(m) // size), size)) for m in members])
     return rng.permutation(batches)
 
@@ -262,7 +259,7 @@ def _eval_order(data: Data) -> list[np.ndarray]:
     if data.eval_buckets is None:
         members = [np.arange(data.num_eval)]
     else:
-        members = [np.flatnonzero(data.eval_buckets == bucket) for bucket in np.unique(data.eval_buckets)]
+        members = [np.flatnonzero(data.eval_buckets == bucket) for bucket in range(data.eval_buckets.max() + 1)]
     return [m[start : start + size] for m in members for start in range(0, len(m), size)]
 
 

@@ -8,6 +8,17 @@ from PIL import Image
 from fcvit_jax.errors import UserError
 
 
+def check_new(path: Path, folder: Path, written: set[str]) -> None:
+    """Adds the name of an image, without its ending, to those whose masks were written to a folder.
+
+    Raises:
+      UserError: it is there already.
+    """
+    if path.stem in written:
+        raise UserError(f"{path}: {folder / path.stem}.png is already the mask of another image of that name.")
+    written.add(path.stem)
+
+
 def write_mask(path: Path, mask: np.ndarray, palette: np.ndarray) -> Path:
     """Writes a PNG of one channel whose values are classes, and which viewers show in the colours of the palette.
 

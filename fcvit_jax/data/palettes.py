@@ -25,7 +25,7 @@ def ade20k() -> np.ndarray:
     return np.frombuffer(bytes.fromhex(ADE20K), np.uint8).reshape(150, 3)
 
 
-def distinct(num_colours: int) -> np.ndarray:
+def distinct(num_colours: int, first: np.ndarray | None = None) -> np.ndarray:
     """Chooses colours one by one, each as far as possible from black, white and the colours before it.
 
     The distance of two colours is the smallest that they have in CIELAB to normal sight, to sight without red and to
@@ -37,21 +37,23 @@ def distinct(num_colours: int) -> np.ndarray:
 
     Args:
       num_colours: up to 510.
+      first: (n, 3) in 0 to 255, RGB, what to begin with; None: nothing.
 
     Returns:
       uint8 (num_colours, 3), RGB.
     """
     levels = np.linspace(0, 255, 8).round()
     candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
+    white, candidates = len(candidates) - 1, candidates if first is None else np.concatenate([candidates, first])
     seen = [_lab(_linear(candidates) @ np.transpose(sight)) for sight in (np.eye(3), PROTANOPIA, DEUTERANOPIA)]
 
     def distances(index: int) -> np.ndarray:
         return np.min([np.linalg.norm(lab - lab[index], axis=-1) for lab in seen], axis=0)
 
-    nearest = np.minimum(distances(0), distances(len(candidates) - 1))  # black and white
+    nearest = np.minimum(distances(0), distances(white))  # 0 is black
     chosen = []
-    for _ in range(num_colours):
-        chosen.append(int(nearest.argmax()))
+    for number in range(num_colours):
+        chosen.append(white + 1 + number if white + 1 + number < len(candidates) else int(nearest.argmax()))
         nearest = np.minimum(nearest, distances(chosen[-1]))
         nearest[chosen[-1]] = -1  # not again, where others seem equal to a sight
     return candidates[chosen].astype(np.uint8)

@@ -65,6 +65,19 @@ class Scenes:
     def describe(self, index: int) -> str:
         return f"scene {index} of digit_scenes {self.split}"
 
+    @property
+    def example_sizes(self) -> np.ndarray:
+        """Width and height of every scene in pixels, int32 (n, 2)."""
+        return np.full((len(self), 2), SIZE, np.int32)
+
+    @property
+    def category_ids(self) -> tuple[int, ...]:
+        """The digits."""
+        return tuple(range(len(CLASS_NAMES)))
+
+    def image_id(self, index: int) -> int:
+        return index
+
     def truth(self, index: int) -> Truth:
         """The objects of the fixed scene `index`, for COCO's evaluation."""
         scene = make_scene(self.split, index)

@@ -75,6 +75,11 @@ def encode(masks: np.ndarray) -> list[RLE]:
     return mask.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8))) if len(masks) else []
 
 
+def as_text(rle: RLE) -> dict[str, Any]:
+    """A mask of runs as JSON can hold it, and as COCO's results have it."""
+    return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
+
+
 class Builder:
     """Collects the outlines of objects one after the other."""
 

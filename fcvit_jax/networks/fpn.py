@@ -1,5 +1,6 @@
 """The feature pyramid network: the neck between a backbone and a head that wants equal channels at every stride."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from flax.linen.initializers import normal
 
 from fcvit_jax.errors import UserError
 from fcvit_jax.networks import fcvit
+from fcvit_jax.networks.fcvit import create_backbone
 from fcvit_jax.networks.layers import Conv1x1, masked, valid_cells
 
 
@@ -90,6 +92,40 @@ class FPN(nn.Module):
             conv = nn.Conv(self.channels, (3, 3), padding=1, kernel_init=init, name=f"output_{i}", **dtypes)
             results.append(masked(conv(masked(x, valid)), valid))
         return tuple(results)
+
+
+class OverBackbone:
+    """What a network with an attribute `backbone` says of itself, since its backbone does."""
+
+    @property
+    def mean(self) -> Sequence[float]:
+        """Of the pixels that the backbone takes, as in `normalize`."""
+        return self.backbone.mean
+
+    @property
+    def std(self) -> Sequence[float]:
+        """As `mean`."""
+        return self.backbone.std
+
+    @property
+    def dtype(self) -> Any:
+        """In which the backbone, the neck and the heads compute."""
+        return self.backbone.dtype
+
+    @property
+    def bn_group_size(self) -> int | None:
+        """Images that share the backbone's batch statistics."""
+        return self.backbone.bn_group_size
+
+
+def fields_around_backbone(network: type[nn.Module], name: str) -> set[str]:
+    """The fields of a network with a backbone, and those of the backbone of a name, which its `create_...` takes.
+
+    Raises:
+      UserError: there is no such backbone.
+    """
+    own, backbone = ({field.name for field in dataclasses.fields(x)} for x in (network, create_backbone(name)))
+    return (own | backbone) - {"parent", "name", "backbone", "share_blocks"}
 
 
 def init_around_backbone(model: nn.Module, init_decoder: Callable, key: jax.Array, jit: Callable) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from fcvit_jax.networks import boxes as box_lib
 from fcvit_jax.networks import rpn
 from fcvit_jax.networks.boxes import Samples
 from fcvit_jax.networks.fcvit import Backbone, create_backbone
-from fcvit_jax.networks.fpn import FPN, init_around_backbone
+from fcvit_jax.networks.fpn import FPN, OverBackbone, init_around_backbone
 from fcvit_jax.networks.masks import crop_masks
 from fcvit_jax.networks.objects import Detections, Objects
 from fcvit_jax.networks.roi_align import pyramid_roi_align
@@ -23,7 +23,7 @@ from fcvit_jax.networks.rpn import RPN, Levels, Proposals
 Maps = Sequence[jax.Array]
 
 
-class MaskRCNN(nn.Module):
+class MaskRCNN(OverBackbone, nn.Module):
     """A detector: boxes, classes and masks of the objects in images; made by `create_detector`.
 
     Example::
@@ -44,6 +44,8 @@ class MaskRCNN(nn.Module):
       neck_channels: of the feature pyramid network, the RPN and the mask head.
       box_channels: of the box head's hidden layers.
       masks: whether there is a mask branch.
+      mask_padding: training, too, sees each image as if it were alone; False: padding takes part in all statistics over
+        positions, as in the original's training.
       train_nms_pre: boxes of each level that take part in the suppression that gives proposals, in training.
       train_proposals: proposals of an image in training.
       nms_pre: as `train_nms_pre`, in evaluation.
@@ -62,6 +64,7 @@ class MaskRCNN(nn.Module):
     neck_channels: int = 256
     box_channels: int = 1024
     masks: bool = True
+    mask_padding: bool = True
     train_nms_pre: int = 2000
     train_proposals: int = 1000
     nms_pre: int = 1000
@@ -142,8 +145,6 @@ class MaskRCNN(nn.Module):
     ) -> dict[str, jax.Array]:
         """The losses of a batch, as `sampled_losses` gives them, with samples drawn from a key.
 
-        Padding takes part in the backbone's statistics, as it does in the original's training.
-
         Args:
           images: (N, H, W, 3), float, normalised, with zeros around the images.
           objects: what is in them.
@@ -151,11 +152,12 @@ class MaskRCNN(nn.Module):
           key: random key.
           train: batch statistics, dropout and drop-path as in training.
         """
-        maps = self.neck(images, train)
+        padded = box_lib.padded_size(sizes) if self.mask_padding else None
+        maps = self.neck(images, train, padded)
         levels = self.rpn_head(maps)
-        found = rpn.propose(levels, sizes, pre=self.train_nms_pre, number=self.train_proposals)
+        found = rpn.propose(levels, sizes, pre=self.train_nms_pre, number=self.train_proposals, padded=padded)
         of_anchors, of_rois = self.draw_samples(levels, found, objects, sizes, key)
-        return self.sampled_losses(maps, levels, found, objects, of_anchors, of_rois)
+        return self.sampled_losses(maps, levels, found, objects, of_anchors, of_rois, padded)
 
     def draw_samples(
         self, levels: Levels, found: Proposals, objects: Objects, sizes: jax.Array, key: jax.Array
@@ -177,7 +179,14 @@ class MaskRCNN(nn.Module):
         return of_anchors, of_rois
 
     def sampled_losses(
-        self, maps: Maps, levels: Levels, found: Proposals, objects: Objects, of_anchors: Samples, of_rois: Samples
+        self,
+        maps: Maps,
+        levels: Levels,
+        found: Proposals,
+        objects: Objects,
+        of_anchors: Samples,
+        of_rois: Samples,
+        padded: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
         """The losses for given samples.
 
@@ -189,6 +198,7 @@ class MaskRCNN(nn.Module):
           of_anchors: of each image, (N, rpn_samples); `index` is that of the anchor.
           of_rois: of each image, (N, roi_samples), positives in the first quarter; `index` is a row of the objects'
             boxes followed by the proposals'.
+          padded: as in `detect`.
 
         Returns:
           "loss", the sum of its parts "rpn_class_loss", "rpn_box_loss", "class_loss", "box_loss" and, where masks are
@@ -201,7 +211,7 @@ class MaskRCNN(nn.Module):
 
         candidates = jnp.concatenate([objects.boxes, found.boxes], 1)
         rois = jax.lax.stop_gradient(jnp.take_along_axis(candidates, of_rois.index[..., None], 1))
-        logits, deltas = self.box_head(self._features(maps, rois, 7))
+        logits, deltas = self.box_head(self._features(maps, rois, 7, padded))
         logits, deltas = (x.reshape(*rois.shape[:2], -1) for x in (logits, deltas))
         sums = jax.vmap(roi_losses)(logits, deltas, rois, of_rois, objects.boxes, objects.labels)
         losses["class_loss"] = self._mean(sums.class_loss, sums.number)
@@ -211,12 +221,14 @@ class MaskRCNN(nn.Module):
             if objects.masks is None:
                 raise UserError("The batch has no masks: create the detector with masks=False to train boxes alone.")
             of_masks = jax.tree.map(lambda x: x[:, : self.roi_samples // 4], of_rois)
-            losses["mask_loss"] = self._mask_loss(maps, rois[:, : self.roi_samples // 4], of_masks, objects)
+            losses["mask_loss"] = self._mask_loss(maps, rois[:, : self.roi_samples // 4], of_masks, objects, padded)
         total = sum(losses.values())
         return {"loss": total, **losses, "class_accuracy": self._mean(sums.correct, sums.number)}
 
-    def _mask_loss(self, maps: Maps, rois: jax.Array, samples: Samples, objects: Objects) -> jax.Array:
-        logits = self.mask_head(self._features(maps, rois, 14))
+    def _mask_loss(
+        self, maps: Maps, rois: jax.Array, samples: Samples, objects: Objects, padded: jax.Array | None
+    ) -> jax.Array:
+        logits = self.mask_head(self._features(maps, rois, 14, padded))
         logits = logits.reshape(*rois.shape[:2], *logits.shape[1:])
 
         def targets(masks, boxes, index, rows, columns):
@@ -227,11 +239,7 @@ class MaskRCNN(nn.Module):
         return self._mean(*jax.vmap(mask_loss)(logits, targets, labels, samples.positive & samples.valid))
 
     def detect(
-        self,
-        maps: Maps,
-        sizes: jax.Array,
-        scale_factors: jax.Array | None = None,
-        padded: jax.Array | None = None,
+        self, maps: Maps, sizes: jax.Array, scale_factors: jax.Array | None = None, padded: jax.Array | None = None
     ) -> Detections:
         """What is in images, given the maps of `neck`.
 

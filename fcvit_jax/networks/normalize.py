@@ -27,3 +27,19 @@ def normalize(images: jax.Array, mean: Sequence[float] = MEAN, std: Sequence[flo
     mean = np.float32(255 * np.array(mean))
     std = np.float32(255 * np.array(std))
     return (jnp.asarray(images, jnp.float32) - mean) / std
+
+
+def normalize_inside(
+    images: jax.Array, sizes: jax.Array, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
+) -> jax.Array:
+    """As `normalize`, of images at the top left of a canvas, which is 0 around them.
+
+    Args:
+      images: (N, H, W, 3).
+      sizes: (N, 2) int32, height and width of each image in pixels.
+      mean, std: as in `normalize`.
+    """
+    rows, columns = jnp.arange(images.shape[1])[:, None], jnp.arange(images.shape[2])
+    sizes = sizes[:, None, None, :]
+    inside = (rows < sizes[..., 0]) & (columns < sizes[..., 1])
+    return jnp.where(inside[..., None], normalize(images, mean, std), 0)

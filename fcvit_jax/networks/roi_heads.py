@@ -43,7 +43,7 @@ class BoxHead(nn.Module):
         return logits, nn.Dense(4 * self.num_classes, kernel_init=normal(0.001), name="deltas", **dtypes)(x)
 
 
-class _Doubling(nn.Module):
+class Doubling(nn.Module):
     """A transposed convolution of 2x2 with stride 2: position (i, j) gives the four results at (2i + a, 2j + b)."""
 
     features: int
@@ -83,7 +83,7 @@ class MaskHead(nn.Module):
         init = normal((2 / (9 * self.channels)) ** 0.5)
         for i in range(4):
             x = nn.relu(nn.Conv(self.channels, (3, 3), padding=1, kernel_init=init, name=f"conv_{i}", **dtypes)(x))
-        x = nn.relu(_Doubling(self.channels, name="doubling", **dtypes)(x))
+        x = nn.relu(Doubling(self.channels, name="doubling", **dtypes)(x))
         init = normal((2 / self.num_classes) ** 0.5)
         dtypes = {"dtype": jnp.float32, "param_dtype": self.param_dtype}
         return nn.Dense(self.num_classes, kernel_init=init, name="logits", **dtypes)(x)

@@ -1,6 +1,5 @@
 """Semantic FPN (Kirillov et al., 2019): a backbone, a feature pyramid network and a head that classifies pixels."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from flax.linen.initializers import normal
 
 from fcvit_jax.errors import check_range
 from fcvit_jax.networks.fcvit import Backbone, create_backbone
-from fcvit_jax.networks.fpn import FPN, init_around_backbone
+from fcvit_jax.networks.fpn import FPN, OverBackbone, fields_around_backbone, init_around_backbone
 from fcvit_jax.networks.layers import BatchNorm
 
 
@@ -82,7 +81,7 @@ class SemanticFPNHead(nn.Module):
         return nn.Dense(self.num_classes, kernel_init=uniform, bias_init=uniform, name="classifier", **dtypes)(total)
 
 
-class SemanticFPN(nn.Module):
+class SemanticFPN(OverBackbone, nn.Module):
     """A segmenter: the class of every position at a quarter of the image's size; made by `create_segmenter`.
 
     Neck and head have the dtypes of the backbone. The head's batch statistics are over the whole batch, whatever the
@@ -102,26 +101,6 @@ class SemanticFPN(nn.Module):
     neck_channels: int = 256
     head_channels: int = 128
     head_dropout_rate: float = 0.1
-
-    @property
-    def mean(self) -> Sequence[float]:
-        """Of the pixels that the backbone takes, as in `normalize`."""
-        return self.backbone.mean
-
-    @property
-    def std(self) -> Sequence[float]:
-        """As `mean`."""
-        return self.backbone.std
-
-    @property
-    def dtype(self) -> Any:
-        """In which the backbone, the neck and the head compute."""
-        return self.backbone.dtype
-
-    @property
-    def bn_group_size(self) -> int | None:
-        """Of the backbone: images that share its batch statistics."""
-        return self.backbone.bn_group_size
 
     def setup(self) -> None:
         dtypes = {"dtype": self.backbone.dtype, "param_dtype": self.backbone.param_dtype}
@@ -219,5 +198,4 @@ def model_fields(name: str) -> set[str]:
     Raises:
       UserError: there is no such variant.
     """
-    own, backbone = ({field.name for field in dataclasses.fields(x)} for x in (SemanticFPN, create_backbone(name)))
-    return (own | backbone) - {"parent", "name", "backbone", "share_blocks"}
+    return fields_around_backbone(SemanticFPN, name)

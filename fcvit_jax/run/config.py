@@ -36,6 +36,7 @@ _FREE_KEYS = _PROCESS_KEYS | {
     "checkpoint.save_every",
     "compilation_cache",
     "data.on_broken",
+    "data.results",
     "mesh.data",
     "mesh.fsdp",
     "resume_with_changes",

@@ -24,7 +24,7 @@ from fcvit_jax.devices import storage
 from fcvit_jax.devices.sharding import bytes_per_device
 from fcvit_jax.errors import UserError, log
 from fcvit_jax.run.config import group_size
-from fcvit_jax.run.results import as_json
+from fcvit_jax.run.results import as_json, best_metric
 from fcvit_jax.run.state import TrainState
 
 
@@ -302,9 +302,10 @@ def describe_run(
 
 def describe_evaluation(task: ModuleType, evaluated: Mapping[str, Any], best: Mapping[str, Any], epoch: float) -> str:
     """The line after an evaluation. `evaluated` and `best` hold metrics and "step", of it and of the best one."""
+    metric = best_metric(task, best)
     return (
         f"epoch {epoch:.4g}, step {evaluated['step']}: {task.describe(evaluated)}, over {evaluated['count']} examples "
-        f"(best {task.BEST} {best[task.BEST]:.2%} at step {best['step']})"
+        f"(best {metric} {best[metric]:.2%} at step {best['step']})"
     )
 
 

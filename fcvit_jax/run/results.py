@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -49,8 +50,14 @@ def not_finite(metrics: Mapping[str, Any]) -> str:
 
 
 def numbers(result: Mapping[str, Any]) -> dict[str, float]:
-    """What of an evaluation's result are numbers, not rows."""
-    return {name: value for name, value in result.items() if not isinstance(value, list)}
+    """What of an evaluation's result are numbers, not rows or None."""
+    return {name: value for name, value in result.items() if value is not None and not isinstance(value, list)}
+
+
+def best_metric(task: ModuleType, result: Collection[str]) -> str:
+    """The metric whose maximum `best/` keeps: the task's BEST; where it has several, the first that a result has."""
+    names = (task.BEST,) if isinstance(task.BEST, str) else task.BEST
+    return next((name for name in names if name in result), names[-1])
 
 
 def describe_rows(result: Mapping[str, Any]) -> str:

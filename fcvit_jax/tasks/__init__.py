@@ -2,7 +2,7 @@
 
 What a task has::
 
-    BEST = "top1"                                   # the metric whose maximum `best/` keeps
+    BEST = "top1"                                   # what `best/` keeps the maximum of; of several, the first
     open_dataset(training=True, *, dataset, batch_size, ...) -> Data                # config.data
     load_example(data, record, rng) -> {name: array}                                # in a worker; rng None: evaluation
     create_model(name, num_classes, **fields) -> nn.Module                          # config.model
@@ -35,7 +35,7 @@ from types import ModuleType
 
 from fcvit_jax.errors import UserError
 
-NAMES = ("classification", "segmentation")
+NAMES = ("classification", "segmentation", "detection")
 
 
 def load(name: str) -> ModuleType:

@@ -20,9 +20,8 @@ from fcvit_jax.data import segmentation as datasets
 from fcvit_jax.data.confusion import count_confusions, metrics
 from fcvit_jax.data.loader import Data
 from fcvit_jax.depthwise.spread import summed_over_devices
-from fcvit_jax.errors import check_range
 from fcvit_jax.networks import semantic_fpn
-from fcvit_jax.networks.normalize import normalize
+from fcvit_jax.networks.normalize import normalize, normalize_inside
 from fcvit_jax.run.config import match_classes
 from fcvit_jax.tasks import segmentation_prediction as prediction
 from fcvit_jax.tasks.segmentation_prediction import resize_logits
@@ -68,10 +67,8 @@ def make_prepare(model: nn.Module) -> Callable[[jax.Array, Mapping[str, jax.Arra
 
     def prepare(key: jax.Array, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         del key
-        images, size = normalize(batch["image"], model.mean, model.std), batch["size"][:, None, None, :]
-        rows, columns = jnp.arange(images.shape[1])[:, None], jnp.arange(images.shape[2])
-        inside = (rows < size[..., 0]) & (columns < size[..., 1])
-        return {"image": jnp.where(inside[..., None], images, 0), "label": batch["label"]}
+        images = normalize_inside(batch["image"], batch["size"], model.mean, model.std)
+        return {"image": images, "label": batch["label"]}
 
     return prepare
 
@@ -101,9 +98,7 @@ def make_optimizer(
       steps_per_epoch, epochs, batch_size: what the engine says of the run; nothing here depends on them.
       steps: updates of the whole run.
       lr, power: of `optim.make_poly_schedule`.
-      weight_decay: an update removes this share of every parameter, times the rate: of norms, biases and scales too.
-      b1, b2: decay of the first and second moments.
-      eps: added to the root of the second moment.
+      weight_decay, b1, b2, eps: of `optim.adamw_for_all`.
       freeze: paths of parameters that are not trained, see `freezing.frozen`.
 
     Returns:
@@ -113,12 +108,8 @@ def make_optimizer(
       UserError: a value is out of its range; and as `freezing.freeze`.
     """
     del steps_per_epoch, epochs, batch_size
-    check_range("optim", 0, weight_decay=weight_decay)
-    check_range("optim", 1e-30, eps=eps)  # with 0, a parameter without gradient becomes 0 / 0
-    check_range("optim", 0, below=1, b1=b1, b2=b2)
     schedule = optim.make_poly_schedule(lr, steps, power)
-    tx = optax.adamw(schedule, b1, b2, eps, weight_decay=weight_decay)
-    return freezing.freeze(tx, freeze), schedule
+    return freezing.freeze(optim.adamw_for_all(schedule, weight_decay, b1, b2, eps), freeze), schedule
 
 
 def num_epochs(config: ConfigDict) -> int:

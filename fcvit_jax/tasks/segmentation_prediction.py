@@ -124,11 +124,7 @@ def predict(
 
 
 def add_arguments(parser: Any) -> None:
-    """Adds the options of `predict_files` to a parser or a group of one, without defaults."""
-    parser.add_argument(
-        "--masks", type=Path, metavar="FOLDER", help="write a palette PNG of the classes of every image"
-    )
-    parser.add_argument("--overlay", action="store_true", help="and one of their colours on the image")
+    """The options of `predict_files` are also other tasks', and the tool adds them."""
 
 
 def predict_files(
@@ -168,9 +164,7 @@ def predict_files(
         ]
         files = {}
         if masks is not None:
-            if path.stem in written:
-                raise UserError(f"{path}: {masks / path.stem}.png is already the mask of another image of that name.")
-            written.add(path.stem)
+            mask_files.check_new(path, masks, written)
             files["mask"] = mask_files.write_mask(masks / f"{path.stem}.png", mask, palette)
             if overlay:
                 picture = mask_files.lay_over(image, mask, palette)

@@ -163,12 +163,12 @@ def test_evaluation_keeps_every_image_and_what_training_leaves_out(folder):
     assert evaluation.truth(0).crowd.tolist() == [True, False]
 
 
-def test_orientation_groups(folder):
+def test_sizes_of_images(folder):
     for name, size in (("2.jpg", (60, 80)), ("3.jpg", (60, 60))):
         folder.image(f"train2017/{name}", *size)
     for entry, size in zip(folder.train["images"], ((80, 60), (60, 80), (60, 60)), strict=True):
         entry["width"], entry["height"] = size
-    assert folder.open().train.landscape.tolist() == [True, False, False]
+    assert folder.open().train.example_sizes.tolist() == [[80, 60], [60, 80], [60, 60]]
 
 
 # Categories

@@ -223,6 +223,18 @@ def test_a_batch_without_masks(small_batch, plain_variables):
     assert "mask_loss" not in losses and "box_loss" in losses
 
 
+@pytest.mark.parametrize("mask_padding", [True, False])
+def test_losses_ignore_padding_unless_asked_not_to(plain_variables, small_batch, mask_padding):
+    images, objects, sizes = small_batch
+    canvas = np.random.default_rng(3).normal(0, 1, (2, 96, 128, 3)).astype(np.float32)
+    canvas[:, :64, :64] = images
+    losses = jax.jit(functools.partial(losses_of, mask_padding=mask_padding, **ALL))
+    alone, padded = (losses(plain_variables, x, objects, sizes, jax.random.key(1)) for x in (images, canvas))
+    for name, value in alone.items():
+        equal = padded[name] == pytest.approx(float(value), rel=1e-5)
+        assert equal if mask_padding else not equal or name == "class_accuracy", name
+
+
 def test_evaluation(variables):
     """Both images on the same canvas, padding and all."""
 
