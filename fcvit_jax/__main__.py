@@ -57,6 +57,7 @@ def run() -> None:
     # Grain's workers import this file again, and need none of this.
     from fcvit_jax.devices.cpu import tune_cpu
     from fcvit_jax.devices.hosts import exit_within, start_distributed
+    from fcvit_jax.devices.limits import check_limits
     from fcvit_jax.devices.shared_memory import start_tracker
     from fcvit_jax.evaluate import evaluate_checkpoint
     from fcvit_jax.run.checkpoint import silence_orbax
@@ -66,6 +67,7 @@ def run() -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # at absl's own default Orbax logs every file
             silence_orbax()
+        check_limits()
         start_tracker()  # before tqdm does, which starts one that a hang-up ends
         tune_cpu()
         start_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)

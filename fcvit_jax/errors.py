@@ -6,6 +6,7 @@ import logging
 import math
 import numbers
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from collections.abc import Iterator
 import jax
 
 MAX_IMAGE_SIZE = 8192  # pixels a side; beyond it memory runs out long before anything is computed
+
+_LESS_MEMORY = "A smaller --config.data.batch_size or a larger train.accumulate needs less; so do fewer data.workers."
 
 # Everything that a run says goes here; a library says nothing more until its user installs a handler.
 log = logging.getLogger("fcvit_jax")
@@ -90,10 +93,11 @@ def show_log() -> None:
 def exit_on_error() -> Iterator[None]:
     """Runs a command-line tool: shows its log, and ends it without a traceback.
 
-    The exit status is 1 with a message on a `UserError` or if the output cannot be written, 130 on Ctrl-C, 128 and its
-    number on another signal, and 141 on a broken pipe (`| head`). Names of files and classes that are no UTF-8 are
-    printed with escapes.
+    The exit status is 1 with a message on a `UserError`, if memory runs out or if the output cannot be written, 130 on
+    Ctrl-C, 128 and its number on another signal, and 141 on a broken pipe (`| head`). Names of files and classes that
+    are no UTF-8 are printed with escapes.
     """
+    _open_closed_streams()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     show_log()
@@ -102,7 +106,11 @@ def exit_on_error() -> Iterator[None]:
         _flush()
     except UserError as error:
         sys.exit(printable(f"error: {error}"))
+    except MemoryError as error:
+        sys.exit(f"error: memory ran out: {error}\n{_LESS_MEMORY}")
     except (RuntimeError, AssertionError) as error:
+        if found := re.search("RESOURCE_EXHAUSTED: .*", str(error)):  # of a device, whose memory JAX manages
+            sys.exit(f"error: memory ran out: {found[0]}\n{_LESS_MEMORY}")
         if not traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
             raise
         text, platforms = str(error).partition("\n")[0] or "there are none", os.environ.get("JAX_PLATFORMS", "")
@@ -121,6 +129,19 @@ def exit_on_error() -> Iterator[None]:
         except BrokenPipeError:
             os._exit(141)  # a normal exit would try to write the rest
         raise
+
+
+def _open_closed_streams() -> None:
+    """Connects standard streams that were closed with nothing, since the next files to be opened get their numbers.
+
+    What a library prints would be written into these files.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere == number:
+                os.set_inheritable(number, True)
+            setattr(sys, name, open(nowhere, "w" if number else "r"))  # noqa: SIM115
 
 
 def _flush() -> None:

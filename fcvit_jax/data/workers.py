@@ -1,11 +1,13 @@
 """The processes that decode images: how they are fed, what they do with signals and shared memory, and how they end."""
 
 import contextlib
+import errno
 import functools
 import gc
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +18,9 @@ from absl import flags
 
 from fcvit_jax.devices import shared_memory
 from fcvit_jax.errors import UserError
+
+_SHARED = "the shared memory (/dev/shm)"
+_REFUSALS = (errno.EAGAIN, errno.EMFILE, errno.ENOMEM, errno.ENOSPC)  # how a system refuses memory or processes
 
 
 @contextlib.contextmanager
@@ -50,6 +55,23 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
+def _about_worker(error: OSError | RuntimeError) -> str | None:
+    """What to say of an error of starting or running a worker; None if it is another error."""
+    fewer = f"Set a lower --config.data.workers, or make {_SHARED} larger (docker run --shm-size=8g)"
+    died = re.match(r"Worker process was terminated .* exit code (-?\d+)", str(error))
+    if isinstance(error, OSError) and error.filename is None and error.errno in _REFUSALS:
+        return f"The processes that decode images cannot be started: {error.strerror}. {fewer}."
+    if died and -int(died[1]) == signal.SIGBUS:
+        return f"A process that decodes images found no room in {_SHARED} for a batch. {fewer}."
+    if died:
+        return (
+            f"A process that decodes images died: {died[0]}. What it printed, if anything, is above. "
+            "If memory ran out, set a lower --config.data.workers: each worker needs some. A script that trains needs "
+            'a file of its own and `if __name__ == "__main__":`, since the workers import it.'
+        )
+    return None
+
+
 def stream(
     load: Callable[[int], Any], start: int, stop: int, received: Callable[[Any], Any], workers: int, prefetch: int
 ) -> Iterator[Any]:
@@ -63,7 +85,7 @@ def stream(
       prefetch: results in each of a worker's two buffers.
 
     Raises:
-      UserError: a worker died.
+      UserError: a worker cannot be started, or died.
     """
     if workers and not flags.FLAGS.is_parsed():
         # Grain reads absl flags of its own, which absl refuses where a program has not parsed any.
@@ -84,15 +106,12 @@ def stream(
             while first:
                 yield received(first.pop())  # keep no reference: the batch is in memory shared with a worker
         yield from map(received, iterator)
-    except RuntimeError as error:
-        if "Worker process was terminated" not in str(error):
-            raise
-        raise UserError(
-            f"A process that decodes images died: {str(error).split('. ')[0]}. What it printed, if anything, is above. "
-            "If memory or shared memory ran out, set a lower --config.data.workers: each worker needs some of both. A "
-            'script that trains needs a file of its own and `if __name__ == "__main__":`, since the workers import it.'
-        ) from error
+    except (OSError, RuntimeError) as error:
+        if text := _about_worker(error):
+            raise UserError(text) from error
+        raise
     finally:
-        iterator.close()
+        with contextlib.suppress(AssertionError):  # of a worker that the system did not start
+            iterator.close()
         if workers:
             gc.collect()  # a reference cycle in Grain would keep the last batch in shared memory, and warn at exit

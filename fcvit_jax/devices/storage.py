@@ -3,12 +3,15 @@
 They take paths from `run_path` or `as_path`, and raise OSError, which `words` puts into one line.
 """
 
+import os
 import re
 import shutil
 from pathlib import Path
 from typing import TextIO
 
 from fcvit_jax.errors import UserError, log
+
+_LONGEST = 200  # characters: what the names of a run's files add to that of its folder, at most
 
 
 def as_path(path: str | Path) -> Path:
@@ -38,6 +41,17 @@ def run_path(path: str | Path) -> Path:
     except (OSError, ValueError) as error:  # too long, not allowed, or no name at all
         raise UserError(f"{str(path)[:300]} cannot be used: {getattr(error, 'strerror', None) or error}.") from error
     return path
+
+
+def check_name(path: Path) -> None:
+    """Checks that checkpoints can lie in a folder, which need not exist.
+
+    Raises:
+      UserError: its name is no UTF-8, which Orbax and TensorStore need, or too long for files inside it.
+    """
+    if os.fsencode(str(path)) != str(path).encode(errors="replace"):  # what Python cannot decode has become surrogates
+        raise UserError(f"{path} is no name in UTF-8: choose another, or set LC_ALL=C.UTF-8 if it is one.")
+    run_path(path / ("x" * _LONGEST))
 
 
 def words(error: OSError) -> str:

@@ -26,13 +26,16 @@ from fcvit_jax.run.state import TrainState
 
 
 def silence_orbax() -> None:
-    """Stops Orbax, asyncio and TensorStore from printing, at length and per thread, the errors that they also raise."""
+    """Stops Orbax and what it uses, and Grain, from printing, at length and per thread, errors that they also raise."""
     logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
     logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    follows_another = re.compile(
+        "Event loop is closed|Encountered error while reading array index|can only join a started process"
+        "|'_UnixSelectorEventLoop' object has no attribute '_ssock'"
+    )
     hook = sys.unraisablehook
-    printed = r"Event loop is closed$|Encountered error while reading array index"
-    sys.unraisablehook = lambda it: None if re.match(printed, str(it.exc_value)) else hook(it)
+    sys.unraisablehook = lambda it: None if follows_another.match(str(it.exc_value)) else hook(it)
 
 
 def _glob(self: epath.Path, pattern: str) -> Iterator[epath.Path]:
@@ -87,6 +90,7 @@ class Checkpointer:
     def __init__(self, workdir: str | Path, *, keep: int = 3, save_every: int = 1000):
         check_range("checkpoint", 1, keep=keep, save_every=save_every)
         workdir = storage.run_path(workdir)
+        storage.check_name(workdir)
         self.save_every = save_every
         self.directory = workdir / "checkpoints"
         self._lock, self._managers = None, []
@@ -289,6 +293,7 @@ def save_variables(path: str | Path, variables: dict[str, Any], metadata: dict[s
       UserError: the folder is not empty, or cannot be written.
     """
     path = storage.run_path(path)
+    storage.check_name(path)
     if storage.names(path):
         raise UserError(f"{path} is not empty: choose another folder.")
     with disk.explained(f"write {path}", "Is the disk full, or the folder not writable?"):

@@ -27,6 +27,11 @@ _PASSING = re.compile(
     r"|Input/output error|Stale file handle|timed out|Connection (refused|reset)|Too many open files"
 )
 _STORAGE = re.compile(r"^[A-Z_]+: |OS error|TensorStore|OCDBT")
+# What to do where the storage itself is well.
+_ADVICE = {
+    "Too many open files": "Raise the limit of open files (ulimit -n 4096), then run the same command again.",
+    "File name too long": "Choose a folder with a shorter path.",
+}
 # What Orbax may raise about damage that it does not notice. So may a bug, but that strikes older checkpoints as well.
 UNCLEAR = (AttributeError, IndexError, NotImplementedError, TypeError)
 _T = TypeVar("_T")
@@ -238,11 +243,13 @@ def explained(action: str, advice: str) -> Iterator[None]:
 
     Args:
       action: what could not be done.
-      advice: what the user should do.
+      advice: what the user should do about a storage that fails.
     """
     try:
         yield
     except Exception as error:
         if not _is_storage(error):
             raise
-        raise UserError(f"Could not {action}: {reason(error)}\n{advice}") from error
+        text = reason(error)
+        advice = next((better for cause, better in _ADVICE.items() if cause in text), advice)
+        raise UserError(f"Could not {action}: {text}\n{advice}") from error

@@ -34,6 +34,7 @@ def find_step(path: str | Path) -> Path:
       UserError: there is none.
     """
     path = storage.run_path(path)
+    storage.check_name(path)
     if not storage.is_folder(path):
         raise UserError(f"No checkpoint at {path}: there is no such folder.")
     if storage.is_folder(path / "variables"):

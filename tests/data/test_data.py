@@ -1,6 +1,7 @@
 """Batches: order, sharding and evaluation; what a user is told about bad data; workers that fail or are killed."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import multiprocessing
@@ -436,12 +437,19 @@ def test_synthetic():
     assert collect(loader.eval_batches(part))["mask"].shape == (part.num_eval_batches, 2) == (2, 2)
 
 
-def test_a_worker_that_fails_or_dies_ends_the_run(folder):
+@pytest.mark.parametrize(
+    "number, said",
+    [
+        (signal.SIGKILL, "A process that decodes images died: .* exit code -9. .*data.workers"),
+        (signal.SIGBUS, "A process that decodes images found no room in the shared memory"),  # how Linux tells it
+    ],
+)
+def test_a_worker_that_fails_or_dies_ends_the_run(folder, number, said):
     dataset = open_folder(folder, workers=2, prefetch=1)
     batches = loader.train_batches(dataset, 0, 0, 100_000)
     next(batches)
-    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    with pytest.raises(UserError, match="A process that decodes images died: .* exit code -9. .*data.workers"):
+    os.kill(multiprocessing.active_children()[0].pid, number)
+    with pytest.raises(UserError, match=said):
         for _ in batches:
             pass
     assert not multiprocessing.active_children()
@@ -450,6 +458,16 @@ def test_a_worker_that_fails_or_dies_ends_the_run(folder):
     with pytest.raises(UserError, match="dog/b.jpg"):
         list(loader.train_batches(dataset, 0, 0, 100))
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Grain's, as it is deleted
+def test_workers_that_the_system_does_not_start_are_told_in_a_line(folder, monkeypatch):
+    def refuse(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+    with pytest.raises(UserError, match="cannot be started: No space left on device. .*data.workers.*shm-size"):
+        next(loader.train_batches(open_folder(folder, workers=2), 0, 0, 100))
 
 
 def test_workers_end_with_a_killed_parent(folder):

@@ -62,6 +62,24 @@ def test_a_run_goes_on_where_its_output_cannot_be_written(redirection):
     assert (done.returncode, done.stderr) == (0, "going on\n")
 
 
+def test_closed_streams_are_no_files_of_a_run(tmp_path):
+    """Else what a library prints on stderr would be written into the first file that is opened."""
+    code = f"""
+from fcvit_jax.errors import *
+with exit_on_error():
+    with open("{tmp_path}/file", "w") as file:
+        file.write("good")
+        file.flush()
+        print("out")
+        os.write(2, b"err")
+    from tqdm import tqdm
+    list(tqdm(range(3)))
+"""
+    command = ["bash", "-c", '"$0" -c \'' + code + "' <&- >&- 2>&-", sys.executable]
+    assert subprocess.run(command, cwd=ROOT, timeout=100).returncode == 0
+    assert (tmp_path / "file").read_text() == "good"
+
+
 def test_output_of_a_tool_that_cannot_be_written_is_an_error():
     code = "from fcvit_jax.errors import *\nwith exit_on_error():\n    print(1)"
     command = ["bash", "-c", f"\"$0\" -c '{code}' >/dev/full", sys.executable]
