@@ -6,12 +6,13 @@ import jax
 import numpy as np
 import pytest
 from helpers import TINY, assert_nothing_is_cut_off, exit_of, save_images, save_tiny, tiny_variables
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from fcvit_jax import visualize
 from fcvit_jax.augment.mixing import normalize
 from fcvit_jax.errors import UserError
-from fcvit_jax.figures.curves import draw_curves, read_metrics
+from fcvit_jax.figures.curves import draw_curves, read_metrics, smoothed
 from fcvit_jax.figures.similarity import draw_similarity, head_correlation, similarity_maps
 from fcvit_jax.networks.fcvit import create_model
 
@@ -55,7 +56,7 @@ def test_head_correlation():
     assert np.isnan(head_correlation(x)) and np.isnan(head_correlation(np.ones((2, 2, 3))))
 
 
-@pytest.mark.parametrize(("rows", "heads"), [(1, 1), (1, 8), (5, 2)])
+@pytest.mark.parametrize(("rows", "heads"), [(1, 1), (1, 8), (3, 8), (5, 2)])
 def test_similarity_figure(rows, heads):
     rng = np.random.default_rng(2)
     maps = rng.normal(size=(rows, 4, 4, heads)) * np.logspace(0, 2, heads) + rng.normal(size=heads)
@@ -64,6 +65,8 @@ def test_similarity_figure(rows, heads):
     title = "Token-global similarity in stages_2_block_11\nmean correlation between heads r = -0.12"
     figure = draw_similarity(images, maps, ["some/folder/a_name_$_$_long\udcff.jpeg"] * rows, title)
     assert_nothing_is_cut_off(figure)
+    box = figure.get_tightbbox()
+    assert figure.get_size_inches()[1] - box.height < 0.25  # no empty band above or below
     grid = np.array(figure.axes[: rows * (heads + 1)]).reshape(rows, heads + 1)
     for row, image_maps in zip(grid, maps, strict=True):
         np.testing.assert_array_equal(row[0].images[0].get_array(), images[0])
@@ -113,7 +116,9 @@ def test_curves(tmp_path):
     assert_nothing_is_cut_off(figure)
     loss, rate, top1 = figure.axes
     curves = [[line.get_xydata().tolist() for line in axis.lines if len(line.get_xydata())] for axis in figure.axes]
-    assert curves[0] == [[[1, 2], [2, 1]], [[1.5, 1.5]], [[1, 1], [2, 0.5]], [[1.5, 0.75]]]
+    points, smooth, validation = curves[0][::3], curves[0][1::3], curves[0][2::3]
+    assert points == [[[1, 2], [2, 1]], [[1, 1], [2, 0.5]]] and validation == [[[1.5, 1.5]], [[1.5, 0.75]]]
+    np.testing.assert_allclose(smooth, points, atol=1e-3)  # too few to smooth
     assert curves[1] == [[[1, 0.1], [2, 0.2]]] * 2 and curves[2] == [[[1.5, 50]], [[1.5, 25]]]
     assert [axis.get_title() for axis in figure.axes] == ["Loss", "Learning rate", "top1"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
@@ -122,6 +127,37 @@ def test_curves(tmp_path):
     ]
     visualize.main(["curves", str(tmp_path / "a"), "--output", str(tmp_path / "curves.png")])
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_the_drawn_loss_is_smoothed_and_the_legends_are_off_the_curves(tmp_path):
+    rng = np.random.default_rng(0)
+    losses = 2 - 0.01 * np.arange(100) + rng.uniform(-0.5, 0.5, 100)
+    lines = [{"step": i, "epoch": i / 10, "train/loss": x, "train/lr": None} for i, x in enumerate(losses)]
+    lines += [{"step": 99, "epoch": 9.9, "eval/loss": 1.0, "eval/mask_ap": 0.25, "eval/box_ap": 0.5}]
+    figure = draw_curves({"a": lines, "b": lines[:-1], "c": []}, "mask_ap")
+    points, smooth = figure.axes[0].lines[:2]
+    np.testing.assert_array_equal(points.get_ydata(), losses)
+    assert points.get_alpha() < 0.5 and points.get_linestyle() == "None" and smooth.get_linestyle() == "-"
+    np.testing.assert_array_equal(smooth.get_xdata(), points.get_xdata())
+    np.testing.assert_allclose(smooth.get_ydata()[10:-10], (2 - 0.01 * np.arange(100))[10:-10], atol=0.25)
+    assert np.abs(np.diff(smooth.get_ydata())).max() < 0.06 < np.abs(np.diff(losses)).max() / 10
+    assert figure.axes[2].lines[0].get_ydata().tolist() == [25.0]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "a: best mask_ap 25.00 %",
+        "b: not evaluated yet",
+        "c: not evaluated yet",
+    ]
+    assert_nothing_is_cut_off(figure)
+    canvas = FigureCanvasAgg(figure)
+    boxes = [axis.get_tightbbox(canvas.get_renderer()) for axis in figure.axes]
+    for legend in figure.legends:
+        assert not legend.get_window_extent(canvas.get_renderer()).count_overlaps(boxes)
+    assert len(figure.legends) == 2 and not any(axis.get_legend() for axis in figure.axes)
+
+
+def test_smoothing_keeps_constants_and_takes_any_number_of_values():
+    for count in (0, 1, 2, 3, 50):
+        np.testing.assert_allclose(smoothed([0.7] * count), np.full(count, 0.7))
 
 
 def test_curves_of_what_is_no_run(tmp_path):

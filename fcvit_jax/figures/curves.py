@@ -4,12 +4,16 @@ import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from fcvit_jax.devices import storage
 from fcvit_jax.errors import UserError
 from fcvit_jax.figures import COLOURS, literal
 from fcvit_jax.run.results import parse_object
+
+_VALIDATION = {"linestyle": "--", "marker": "o", "markersize": 4}
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
@@ -58,28 +62,46 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], metric: str |
             if name.startswith("eval/") and name not in ("eval/loss", "eval/count")
         )
         metric = next(evaluated, "not evaluated yet")
-    figure = Figure(figsize=(12, 4.2 + 0.25 * len(runs)), dpi=120, layout="constrained")
+    figure = Figure(figsize=(12, 4.4 + 0.25 * len(runs)), dpi=120, layout="constrained")
     loss, rate, quality = figure.subplots(1, 3)
     handles, labels = [], []  # passed to the legend directly, which otherwise leaves out names that begin with "_"
     for (name, metrics), colour in zip(runs.items(), itertools.cycle(COLOURS), strict=False):
-
-        def curve(axis, key, scale=1.0, metrics=metrics, **style):
-            points = [(line["epoch"], line[key] * scale) for line in metrics if key in line]
-            axis.plot(*zip(*points, strict=True) if points else ((), ()), **style)
-            return [value for _, value in points]
-
-        curve(loss, "train/loss", color=colour, linewidth=1.2)
-        curve(loss, "eval/loss", color=colour, linestyle="--", marker="o", markersize=4)
-        curve(rate, "train/lr", color=colour)
-        values = curve(quality, f"eval/{metric}", 100.0, color=colour, marker="o", markersize=4)
-        best = f"best {metric} {max(values):.2f} %" if values else "not evaluated yet"
+        epochs, losses = _points(metrics, "train/loss")
+        loss.plot(epochs, losses, ".", color=colour, markersize=5, alpha=0.35, markeredgewidth=0)
+        loss.plot(epochs, smoothed(losses), color=colour, linewidth=1.6)
+        loss.plot(*_points(metrics, "eval/loss"), color=colour, **_VALIDATION)
+        rate.plot(*_points(metrics, "train/lr"), color=colour)
+        epochs, values = _points(metrics, f"eval/{metric}")
+        quality.plot(epochs, [100 * value for value in values], color=colour, **_VALIDATION)
+        best = f"best {metric} {100 * max(values):.2f} %" if values else "not evaluated yet"
         handles += quality.plot((), (), color=colour)
         labels.append(literal(f"{name}: {best}"))
-    loss.plot((), (), color="0.4", label="training (augmented)")
-    loss.plot((), (), color="0.4", linestyle="--", marker="o", markersize=4, label="validation")
-    loss.legend(fontsize=9)
     figure.legend(handles, labels, loc="outside lower center", fontsize=10)
-    for axis, title, unit in ((loss, "Loss", "cross-entropy"), (rate, "Learning rate", ""), (quality, metric, "%")):
+    keys = [
+        Line2D((), (), color="0.4", marker=".", linestyle="", alpha=0.5, label="training batches, as augmented"),
+        Line2D((), (), color="0.4", linewidth=1.6, label="smoothed"),
+        Line2D((), (), color="0.4", **_VALIDATION, label="validation"),
+    ]
+    figure.legend(handles=keys, loc="outside upper center", ncols=len(keys), fontsize=9, frameon=False)
+    for axis, title, unit in ((loss, "Loss", ""), (rate, "Learning rate", ""), (quality, metric, "%")):
         axis.set(title=title, xlabel="epoch", ylabel=unit)
         axis.grid(alpha=0.3)
     return figure
+
+
+def _points(metrics: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
+    """The epochs that have a value, and the values."""
+    lines = [line for line in metrics if line.get(key) is not None]  # null: it was not finite
+    return [line["epoch"] for line in lines], [line[key] for line in lines]
+
+
+def smoothed(values: Sequence[float]) -> np.ndarray:
+    """The mean of every value and its neighbours, by Gaussian weights.
+
+    Mixing makes the losses of single batches jump, however well a network learns. The weights' standard deviation is a
+    twentieth of the curve, and some two values where there are few.
+    """
+    places, count = np.arange(len(values)), len(values)
+    deviation = max(count / 20, min(2, count / 8), 0.1)
+    weights = np.exp(-0.5 * ((places[:, None] - places) / deviation) ** 2)
+    return weights @ np.asarray(values) / weights.sum(1)

@@ -106,4 +106,6 @@ def draw_similarity(images: Sequence[np.ndarray], maps: np.ndarray, names: Seque
     bar = figure.colorbar(opaque, ax=axes, extend="both", shrink=min(1.0, 2.5 / len(images)), pad=0.01)
     bar.set_label("similarity to the mean\n(each map standardised)", fontsize=9)
     figure.suptitle(title, fontsize=12)
+    figure.draw_without_rendering()
+    figure.set_figheight(figure.get_tightbbox().height + 0.1)  # the images' shape may leave bands above and below
     return figure
