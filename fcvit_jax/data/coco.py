@@ -141,6 +141,7 @@ def open_folder(
     masks: bool = True,
     empty_images: bool = False,
     exif: bool = False,
+    skip_broken: bool = False,
 ) -> Opened:
     """Opens a folder of images and COCO's instances files, and reads the headers of all images.
 
@@ -159,6 +160,7 @@ def open_folder(
       empty_images: train on images without objects too.
       exif: the annotations belong to the images as their EXIF orientation turns them, and the images are to be decoded
         so.
+      skip_broken: leave out training images whose header cannot be read.
 
     Raises:
       UserError: files, names or annotations are not as they must be; the message says what to do.
@@ -166,14 +168,21 @@ def open_folder(
     notes = []
     train = None
     if training:
-        train, class_names = _open_split(path, "train_split", train_split, class_names, masks, exif, notes)
+        train, class_names = _open_split(path, "train_split", train_split, class_names, masks, exif, skip_broken, notes)
         train = _for_training(train, masks, empty_images, notes)
-    evaluation, class_names = _open_split(path, "eval_split", eval_split, class_names, masks, exif, notes)
+    evaluation, class_names = _open_split(path, "eval_split", eval_split, class_names, masks, exif, False, notes)
     return Opened(train, evaluation, tuple(class_names), notes)
 
 
 def _open_split(
-    path: str, key: str, split: str, class_names: Sequence[str] | None, masks: bool, exif: bool, notes: list[str]
+    path: str,
+    key: str,
+    split: str,
+    class_names: Sequence[str] | None,
+    masks: bool,
+    exif: bool,
+    skip_broken: bool,
+    notes: list[str],
 ) -> tuple[Instances, Sequence[str]]:
     folder, file = os.path.join(path, split), os.path.join(path, "annotations", f"instances_{split}.json")
     if not os.path.isdir(folder) or not os.path.isfile(file):
@@ -186,7 +195,7 @@ def _open_split(
     if class_names is None:
         class_names = coco_json.choose_classes(content, file, notes)
     classes = coco_json.match_classes(content, file, class_names, notes)
-    images = coco_json.read_images(content, file, folder, notes)
+    images = coco_json.read_images(content, file, folder, notes, skip_broken)
     annotations, objects = coco_json.read_objects(content, file, images, classes, notes)
     sizes = _sizes(images, file, annotations, objects, exif, notes)
     outlines = coco_json.read_segments(annotations, file, objects, sizes) if masks else None

@@ -147,10 +147,18 @@ def match_classes(content: Mapping[str, Any], file: str, class_names: Sequence[s
     return {key: class_names.index(name) for key, name in names.items() if name not in unknown}
 
 
-def read_images(content: Mapping[str, Any], file: str, folder: str, notes: list[str]) -> Images:
+def read_images(
+    content: Mapping[str, Any], file: str, folder: str, notes: list[str], skip_broken: bool = False
+) -> Images:
     """Finds the listed images in a folder and reads their headers.
 
     A name may have folders before it, or backslashes: the longest end of it that is a file in the folder is taken.
+
+    Args:
+      content, file: from `load`.
+      folder: of the images.
+      notes: lines for the user, to which some are added.
+      skip_broken: leave out images whose header cannot be read.
 
     Raises:
       UserError: an id or a name is missing, an id stands twice, files are missing or cannot be read.
@@ -175,12 +183,21 @@ def read_images(content: Mapping[str, Any], file: str, folder: str, notes: list[
         notes.append(
             f"{folder}: {file} does not list {count(len(unlisted), 'image')}, not used: {first(sorted(unlisted))}"
         )
+    broken = {} if skip_broken else None
+    rows = zip(entries, names, image_files.read_headers(folder, names, broken), strict=True)
+    rows = [row for row in rows if row[2] is not None]
+    if broken:
+        some = first([f"{name} ({reason})" for name, reason in broken.items()])
+        notes.append(f"{folder}: left out, since they cannot be read, {count(len(broken), 'image')}: {some}")
+    if not rows:
+        raise UserError(f"{folder}: no image of {len(entries)} can be read")
+    entries, names, headers = (list(column) for column in zip(*rows, strict=True))
     declared = [[_side(entry.get(key)) for key in ("width", "height")] for entry in entries]
     return Images(
         folder=folder,
         names=names,
         ids=[entry["id"] for entry in entries],
-        headers=image_files.read_headers(folder, names),
+        headers=headers,
         declared=np.array(declared, np.int64),
     )
 

@@ -14,7 +14,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from fcvit_jax import convert, freezing, networks, optim
-from fcvit_jax.data import coco_eval
+from fcvit_jax.data import coco_eval, detection_examples
 from fcvit_jax.data import detection as datasets
 from fcvit_jax.data.loader import Data
 from fcvit_jax.devices import storage
@@ -29,7 +29,7 @@ from fcvit_jax.tasks import detection_prediction as prediction
 BEST = ("mask_ap", "box_ap")
 create_model, init_variables = mask_rcnn.create_detector, mask_rcnn.init_variables
 model_fields = functools.partial(fields_around_backbone, mask_rcnn.MaskRCNN)
-open_dataset, load_example, read_pair = datasets.open_dataset, datasets.load_example, datasets.read_pair
+open_dataset, load_example, read_pair = datasets.open_dataset, detection_examples.load_example, datasets.read_pair
 complete_metadata, read_image, detect = prediction.complete_metadata, prediction.read_image, prediction.detect
 add_arguments, predict, predict_files = prediction.add_arguments, prediction.predict, prediction.predict_files
 make_program = prediction.make_program

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import chex
@@ -13,6 +14,7 @@ from PIL import Image
 from fcvit_jax.augment import objects
 from fcvit_jax.data import detection, loader, scenes, segments
 from fcvit_jax.data.coco import Record
+from fcvit_jax.data.detection_examples import load_example
 from fcvit_jax.errors import UserError
 from fcvit_jax.networks.masks import crop_masks
 
@@ -91,9 +93,9 @@ def test_examples_equal_the_originals(golden_data, case):
     canvas, wide = tuple(case["out_masks"].shape[1:]), width > height
     options = {"long": long, "short": short, "exif": False, "masks": True, "max_objects": 5}
     options |= {"flip": float(case["flip"]), "train_canvases": {wide: canvas}, "mask_shapes": {wide: (60, 53)}}
-    data = loader.Data(detection.load_example, None, None, (), 1, options=options)
+    data = loader.Data(load_example, None, None, (), 1, options=options)
     record = Record(0, file.getvalue(), (width, height), case["boxes"], np.array([4, 0, 2]), segments.encode(masks))
-    example = detection.load_example(data, record, np.random.default_rng(0))
+    example = load_example(data, record, np.random.default_rng(0))
     assert example["size"].tolist() == case["img_shape"].tolist()
     pixels = example["image"][: example["size"][0], : example["size"][1]]
     np.testing.assert_array_equal(pixels[:, ::-1] if case["flip"] else pixels, case["resized_rgb"])
@@ -285,6 +287,23 @@ def test_a_split_without_annotations_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match="instances_val2017.json has no annotation") as error:
         opened(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_broken_images_end_a_run_or_are_left_out(folder, tmp_path, caplog):
+    """One whose header is broken, when the folder is opened; one whose pixels are cut off, when it is its turn."""
+    path = shutil.copytree(folder, tmp_path / "coco")
+    cut = path / "train2017/5.png"
+    cut.write_bytes(cut.read_bytes()[:-900])
+    with pytest.raises(UserError, match="5.png: not a readable image"):
+        list(loader.train_batches(opened(path), 0, 0, 3))
+    (path / "train2017/1.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="1 file cannot be read as images: 1.png"):
+        opened(path)
+    with caplog.at_level(logging.INFO):
+        data = opened(path, on_broken="skip")
+        batches = list(loader.train_batches(data, 0, 0, data.steps_per_epoch))
+    assert data.num_train == 4 and len(batches) == data.steps_per_epoch == 2
+    assert "1 image: " in caplog.text and "5.png" in caplog.text
 
 
 def test_a_broken_image_is_named(folder, data):
