@@ -26,12 +26,13 @@ from flax import traverse_util
 from safetensors.numpy import save
 
 from fcvit_jax.errors import UserError, exit_on_error
-from fcvit_jax.formats import checksums, hub
+from fcvit_jax.formats import checksums, hub, onnx
+from fcvit_jax.networks.fcvit import with_fields
 from fcvit_jax.predict import CHECKPOINT_HELP
 from fcvit_jax.run import saved
 from fcvit_jax.run.results import parse_object
 
-FORMATS = ("jax", "hub")
+FORMATS = ("jax", "onnx", "hub")
 PLATFORMS = ("cpu", "cuda", "tpu")
 PROGRAM, ABOUT = "model.jax_export", "model.json"
 _OF_THE_RUN = ("best", "evaluated", "num_eval", "num_train")  # metadata that do not describe the network
@@ -53,6 +54,9 @@ def export(checkpoint: str | Path, dest: str | Path, size: tuple[int, int] | Non
       "palette". A detector has "canvas" (h, w), "long", "short" (see `augment.objects.fit_image`) and "category_ids".
     - `model.safetensors`: the variables by path, "params/stem/conv/kernel", ...
 
+    Of the format "onnx": `model.onnx`, the same function of the same images, in float32, from "images" to "output", for
+    classifiers and segmenters; and `model.json`.
+
     Of the format "hub", the layout of the Hugging Face hub: `model.safetensors`, the metadata as `config.json`, and a
     card, `README.md`. In every format `SHA256SUMS` has the checksums of the other files.
 
@@ -71,17 +75,24 @@ def export(checkpoint: str | Path, dest: str | Path, size: tuple[int, int] | Non
         raise UserError(f"There is no format {format!r}: choose from {', '.join(FORMATS)}.")
     if dest.is_file() or (dest.is_dir() and any(dest.iterdir())):
         raise UserError(f"{dest} is not an empty folder: choose another.")
+    if format == "hub" and size is not None:
+        raise UserError("The hub's layout holds no program for images of one size: leave out --size.")
     network = saved.load(checkpoint)
     about = {key: value for key, value in network.metadata.items() if key not in _OF_THE_RUN}
     if format == "hub":
         files = hub.make(_weights(network, about), about, network.metadata, _last_evaluation(network))
     else:
+        if format == "onnx":  # whose runtimes know no bfloat16 on CPUs
+            network = network._replace(model=with_fields(network.model, dtype=np.float32))
         function, *shapes = _program(checkpoint, network, size)
         about |= {"size": list(size)} if size is not None else {}
         if _takes_size(network.task):
             about["canvas"] = list(shapes[0].shape[-3:-1])
-        files = {PROGRAM: _serialized(function, *shapes), ABOUT: json.dumps(about, indent=2).encode() + b"\n"}
-        files["model.safetensors"] = _weights(network, about)
+        files = {ABOUT: json.dumps(about, indent=2).encode() + b"\n"}
+        if format == "onnx":
+            files["model.onnx"] = onnx.convert(function, *shapes)
+        else:
+            files |= {PROGRAM: _serialized(function, *shapes), "model.safetensors": _weights(network, about)}
     _write(dest, files | {checksums.NAME: checksums.make(files)})
 
 
@@ -169,8 +180,8 @@ def _write(dest: Path, files: Mapping[str, bytes]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m fcvit_jax.export",
-        description="Write a network as a jax.export program for any batch size on CPU, CUDA and TPU. Weights and "
-        "normalisation are part of it. Its labels (JSON) and its weights (safetensors) are written beside it.",
+        description="Write a network as a program for any batch size, or its weights. Normalisation is part of a "
+        "program, and its labels (JSON) are written beside it.",
         epilog="example: python -m fcvit_jax.export --checkpoint runs/digits exported/digits",
     )
     parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
@@ -185,7 +196,8 @@ def main(argv: list[str] | None = None) -> None:
         "--format",
         choices=FORMATS,
         default="jax",
-        help="jax (default): the program; hub: weights and a card in the layout of the Hugging Face hub",
+        help="jax (default): the program; onnx: the same as an ONNX model; hub: weights and a card in the layout of "
+        "the Hugging Face hub",
     )
     parser.add_argument("dest", type=Path, metavar="DEST", help="a new or empty folder")
     args = parser.parse_args(argv)

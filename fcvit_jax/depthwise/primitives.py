@@ -44,6 +44,10 @@ def array_type(x: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     return x.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
 
 
+# The operations of our own, and the functions that compute them by operations of JAX.
+COMPUTE: dict[Primitive, Callable] = {}
+
+
 def bilinear(
     name: str, compute: Callable, result: Callable, to_first: Callable, to_second: Callable, batch: Callable
 ) -> Callable[..., jax.Array]:
@@ -66,6 +70,7 @@ def bilinear(
       `to_second` and `batch` are made of operations that can be differentiated.
     """
     primitive = Primitive(name)
+    COMPUTE[primitive] = compute
     primitive.def_impl(compute)
     primitive.def_abstract_eval(result)
     mlir.register_lowering(primitive, mlir.lower_fun(compute, multiple_results=False))
