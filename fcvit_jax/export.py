@@ -26,13 +26,13 @@ from flax import traverse_util
 from safetensors.numpy import save
 
 from fcvit_jax.errors import UserError, exit_on_error
-from fcvit_jax.formats import checksums, hub, onnx
+from fcvit_jax.formats import checksums, hub, onnx, tensorflow
 from fcvit_jax.networks.fcvit import with_fields
 from fcvit_jax.predict import CHECKPOINT_HELP
 from fcvit_jax.run import saved
 from fcvit_jax.run.results import parse_object
 
-FORMATS = ("jax", "onnx", "hub")
+FORMATS = ("jax", "onnx", "tf", "hub")
 PLATFORMS = ("cpu", "cuda", "tpu")
 PROGRAM, ABOUT = "model.jax_export", "model.json"
 _OF_THE_RUN = ("best", "evaluated", "num_eval", "num_train")  # metadata that do not describe the network
@@ -54,8 +54,8 @@ def export(checkpoint: str | Path, dest: str | Path, size: tuple[int, int] | Non
       "palette". A detector has "canvas" (h, w), "long", "short" (see `augment.objects.fit_image`) and "category_ids".
     - `model.safetensors`: the variables by path, "params/stem/conv/kernel", ...
 
-    Of the format "onnx": `model.onnx`, the same function of the same images, in float32, from "images" to "output", for
-    classifiers and segmenters; and `model.json`.
+    Of the format "onnx", for classifiers and segmenters: `model.onnx`, the same function in float32 from "images" to
+    "output"; and `model.json`. Of the format "tf": the same as a TensorFlow SavedModel; and `model.json`.
 
     Of the format "hub", the layout of the Hugging Face hub: `model.safetensors`, the metadata as `config.json`, and a
     card, `README.md`. In every format `SHA256SUMS` has the checksums of the other files.
@@ -82,7 +82,7 @@ def export(checkpoint: str | Path, dest: str | Path, size: tuple[int, int] | Non
     if format == "hub":
         files = hub.make(_weights(network, about), about, network.metadata, _last_evaluation(network))
     else:
-        if format == "onnx":  # whose runtimes know no bfloat16 on CPUs
+        if format != "jax":  # other runtimes know no bfloat16 on CPUs
             network = network._replace(model=with_fields(network.model, dtype=np.float32))
         function, *shapes = _program(checkpoint, network, size)
         about |= {"size": list(size)} if size is not None else {}
@@ -91,6 +91,8 @@ def export(checkpoint: str | Path, dest: str | Path, size: tuple[int, int] | Non
         files = {ABOUT: json.dumps(about, indent=2).encode() + b"\n"}
         if format == "onnx":
             files["model.onnx"] = onnx.convert(function, *shapes)
+        elif format == "tf":
+            files |= tensorflow.convert(function, *shapes)
         else:
             files |= {PROGRAM: _serialized(function, *shapes), "model.safetensors": _weights(network, about)}
     _write(dest, files | {checksums.NAME: checksums.make(files)})
@@ -196,8 +198,8 @@ def main(argv: list[str] | None = None) -> None:
         "--format",
         choices=FORMATS,
         default="jax",
-        help="jax (default): the program; onnx: the same as an ONNX model; hub: weights and a card in the layout of "
-        "the Hugging Face hub",
+        help="jax (default): the program; onnx, tf: the same as an ONNX model or a TensorFlow SavedModel; hub: weights "
+        "and a card in the layout of the Hugging Face hub",
     )
     parser.add_argument("dest", type=Path, metavar="DEST", help="a new or empty folder")
     args = parser.parse_args(argv)
