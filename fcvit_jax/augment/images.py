@@ -6,10 +6,12 @@ randomness comes from the generator that is passed in. Pillow computes the pixel
 bit for bit. The bicubic resize of other libraries differs by up to tens of grey levels.
 """
 
+import functools
 import io
 import math
 import numbers
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +19,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fcvit_jax.augment.randaugment import RESAMPLE, apply_op, draw_ops, draw_resample
-from fcvit_jax.errors import UserError
+from fcvit_jax.errors import UserError, log
+
+# Pillow shows it with a line of its source, and does not say what to do; `_open` does.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # A file in a folder is an image if its name ends in one of these.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -251,12 +256,20 @@ def orientation(image: Image.Image) -> int:
 def _open(encoded: bytes) -> Image.Image:
     """Reads an image's header, and not its pixels yet."""
     try:
-        return Image.open(io.BytesIO(encoded))
+        image = Image.open(io.BytesIO(encoded))
     except UnidentifiedImageError as error:
         found = f"{len(encoded)} bytes beginning with {encoded[:16]!r}" if encoded else "no bytes at all"
         raise UserError(f"unknown or broken image format: {found}") from error
     except BROKEN as error:
         raise UserError(str(error)) from error
+    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        _say_that_one_is_large(Image.MAX_IMAGE_PIXELS)
+    return image
+
+
+@functools.cache
+def _say_that_one_is_large(pixels: int) -> None:
+    log.warning("There are images of more than %s pixels. They are read, but slowly: make them smaller.", f"{pixels:,}")
 
 
 # Markers of the JPEG segments before the frame header (Huffman and quantisation tables, restart interval, comment,

@@ -2,6 +2,8 @@ import io
 import pickle
 import random
 import struct
+import subprocess
+import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -342,6 +344,22 @@ def test_bad_images_are_user_errors_that_tell_the_cause(encoded, message):
     for seed in range(20):  # whatever the crop
         with pytest.raises(UserError, match=message):
             augment.train_transform(encoded, np.random.default_rng(seed))
+
+
+def test_large_images_are_spoken_of_once():
+    """Pillow would show its own warning for each, with a line of its source."""
+    code = """
+import io
+from PIL import Image
+from fcvit_jax import augment
+Image.MAX_IMAGE_PIXELS = 100
+file = io.BytesIO()
+Image.new("L", (12, 12)).save(file, "PNG")
+for _ in range(2):
+    augment.eval_transform(file.getvalue(), 8)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
+    assert done.stderr.count("more than 100 pixels") == len(done.stderr.splitlines()) == 1
 
 
 def test_an_image_of_one_pixel_works():
