@@ -44,14 +44,15 @@ def export(checkpoint: str | Path, dest: str | Path, size: tuple[int, int] | Non
     Of the format "jax":
 
     - `model.jax_export`: a serialised `jax.export` program for CPU, CUDA and TPU. Weights and normalisation are part of
-      it. A classifier's maps images uint8 (N, S, S, 3) to logits float32 (N, num_classes), or to the pooled features of
+      it. A classifier's maps images uint8 (N, H, W, 3) to logits float32 (N, num_classes), or to the pooled features of
       a network without a head. A segmenter's maps images uint8 (N, h, w, 3), as evaluation resizes images of height H
       and width W, to logits float32 (N, H, W, num_classes). A detector's maps an image and its size to the objects in
       it; see `detection.make_program`.
     - `model.json`: "class_names", "task", and "model" (the arguments of the task's `create_model`). A classifier has
-      "image_size" (S) and "crop_pct": resize an image (bicubic) to a shorter side of floor(S / crop_pct), and crop its
-      centre. A segmenter has "size" (H, W), "canvas" (h, w), "long", "short" (see `segmentation.eval_image`) and
-      "palette". A detector has "canvas" (h, w), "long", "short" (see `augment.objects.fit_image`) and "category_ids".
+      "image_size" (S, or [H, W] where they differ), "crop_pct" and "exif": resize an image (bicubic) to a shorter side
+      of floor(S / crop_pct), and crop its centre; see `augment.eval_geometry`. A segmenter has "size" (H, W), "canvas"
+      (h, w), "long", "short" (see `segmentation.eval_image`) and "palette". A detector has "canvas" (h, w), "long",
+      "short" (see `augment.objects.fit_image`) and "category_ids".
     - `model.safetensors`: the variables by path, "params/stem/conv/kernel", ...
 
     Of the format "onnx", for classifiers and segmenters: `model.onnx`, the same function in float32 from "images" to
@@ -104,7 +105,7 @@ def load(folder: str | Path) -> tuple[Callable[[jax.Array], jax.Array], dict[str
     Example::
 
         function, metadata = load("exported")
-        logits = function(images)                   # images (N, S, S, 3) uint8, with S = metadata["image_size"]
+        logits = function(images)                   # images (N, H, W, 3) uint8; metadata["image_size"] says H and W
 
     Returns:
       The program as a function of uint8 images, which can be called inside `jax.jit`; and the content of `model.json`.

@@ -53,7 +53,7 @@ def read_image(path: Path, metadata: Mapping[str, Any]) -> np.ndarray:
       metadata: of a checkpoint, from `load`.
 
     Returns:
-      For a classifier, (image_size, image_size, 3) uint8.
+      For a classifier, (height, width, 3) uint8, of the size that "image_size" says.
 
     Raises:
       UserError: it cannot be read; names it.

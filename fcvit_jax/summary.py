@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -19,6 +19,7 @@ from fcvit_jax.networks.fcvit import VARIANTS
 from fcvit_jax.networks.layers import Conv1x1, DepthwiseConv
 from fcvit_jax.predict import CHECKPOINT_HELP
 from fcvit_jax.run.saved import load
+from fcvit_jax.sizes import ImageSize, describe_size, height_width
 
 COCO = (800, 1344)  # height and width in pixels of what detectors get of COCO's wide images
 
@@ -38,7 +39,7 @@ class Part:
     multiply_adds: int = 0
 
 
-def summarize(model: nn.Module, image_size: int | Sequence[int] = 224) -> dict[str, Part]:
+def summarize(model: nn.Module, image_size: ImageSize = 224) -> dict[str, Part]:
     """Counts the cost of the parts of a network by tracing it. Nothing is compiled or computed.
 
     A detector's heads are counted for all boxes that they may get: its `proposals` and its `max_detections`. What it
@@ -52,7 +53,7 @@ def summarize(model: nn.Module, image_size: int | Sequence[int] = 224) -> dict[s
 
     Args:
       model: the network.
-      image_size: side of the images in pixels, or height and width.
+      image_size: of the images in pixels: their side, or (height, width).
 
     Returns:
       Parts by name: those of the network itself, such as "pos embed", then those of its layers, in their order: "stem",
@@ -62,8 +63,8 @@ def summarize(model: nn.Module, image_size: int | Sequence[int] = 224) -> dict[s
       UserError: the network takes no images of this size.
     """
     least = getattr(model, "patch_size", 32)
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    for side in (height, width):
+    size = height_width(image_size)
+    for side in size:
         if not least <= side <= MAX_IMAGE_SIZE:
             raise UserError(f"--image-size={side} must be at least {least} pixels and at most {MAX_IMAGE_SIZE}.")
     parts: dict[str, Part] = {}
@@ -89,7 +90,7 @@ def summarize(model: nn.Module, image_size: int | Sequence[int] = 224) -> dict[s
         return out
 
     with nn.intercept_methods(count):
-        params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, height, width, 3)))["params"]
+        params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size, 3)))["params"]
     own = {_part_name(name): Part(x.shape, x.size) for name, x in params.items() if not isinstance(x, Mapping)}
     parts = own | parts
     costs = [field.name for field in dataclasses.fields(Part) if field.name != "shape"]
@@ -101,11 +102,12 @@ def _part_name(module_name: str) -> str:
     return re.sub(r"^block_\d+$", "blocks", re.sub(r"_block_\d+$", "", module_name)).replace("_", " ")
 
 
-def _size(text: str) -> int | tuple[int, int]:
-    sides = [int(side) for side in text.split("x")]
+def _size(text: str) -> ImageSize:
+    """What --image-size says; argparse explains a ValueError."""
+    sides = tuple(map(int, text.split("x")))
     if len(sides) > 2:
         raise ValueError
-    return sides[0] if len(sides) == 1 else tuple(sides)
+    return sides if len(sides) == 2 else sides[0]
 
 
 def _summary(args: argparse.Namespace) -> None:
@@ -128,8 +130,7 @@ def _summary(args: argparse.Namespace) -> None:
             model = task.create_model(name)
             rows.append((name, stages, summarize(model, size)["total"]))
         what = f"all FCViTs, {model.num_classes} classes, float32"
-    height, width = (size, size) if isinstance(size, int) else size
-    print(f"{what}, one image of {height} x {width}\n")
+    print(f"{what}, one image of {describe_size(size)}\n")
     first, second = (max(len(row[i]) for row in [header, *rows]) for i in range(2))
     print(f"{header[0]:{first}}  {header[1]:{second}}  parameters   multiply-adds")
     for name, shape, part in rows:

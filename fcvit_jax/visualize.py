@@ -20,6 +20,7 @@ from fcvit_jax.figures.similarity import draw_similarity, head_correlation, simi
 from fcvit_jax.networks.vit import ViT
 from fcvit_jax.predict import CHECKPOINT_HELP, find_images, load, read_image
 from fcvit_jax.run.results import best_metric, parse_object
+from fcvit_jax.sizes import describe_size
 
 _MAX_IMAGES = 32  # in one picture
 
@@ -50,17 +51,18 @@ def _similarity(args: argparse.Namespace) -> Figure:
     return draw_similarity(images, maps, [path.name for path in paths], title)
 
 
-def _points(queries: Sequence[str], size: int) -> list[tuple[float, float] | None]:
-    """What --query says: x and y as fractions of an image of size x size pixels, or None for the class token."""
+def _points(queries: Sequence[str], size: tuple[int, int]) -> list[tuple[float, float] | None]:
+    """What --query says: x and y as fractions of an image of a size (height, width), or None for the class token."""
     points = []
-    for query in queries or [f"{size // 2},{size // 2}"]:
+    for query in queries or [f"{size[0] // 2},{size[1] // 2}"]:
         found = re.fullmatch(r"(\d+),(\d+)", query)
         if query != "class" and not found:
             raise UserError(f"--query={query} must be y,x in pixels, such as 80,120, or class.")
         y, x = map(int, found.groups()) if found else (0, 0)
-        if max(y, x) >= size:
-            raise UserError(f"--query={query} is outside the image, of which the network sees {size} x {size} pixels.")
-        points.append(((x + 0.5) / size, (y + 0.5) / size) if found else None)
+        if y >= size[0] or x >= size[1]:
+            seen = describe_size(size)
+            raise UserError(f"--query={query} is outside the image, of which the network sees {seen} pixels.")
+        points.append(((x + 0.5) / size[1], (y + 0.5) / size[0]) if found else None)
     return points
 
 
@@ -77,7 +79,7 @@ def _queries(args: argparse.Namespace) -> Figure:
         model, variables, metadata = load(checkpoint)
         images = [read_image(path, metadata) for path in paths]
         if shown is None:
-            shown, points = images, _points(args.query, len(images[0]))
+            shown, points = images, _points(args.query, images[0].shape[:2])
         if len(images) * len(points) > _MAX_IMAGES:
             raise UserError(f"{len(images)} images with {len(points)} queries each do not fit a picture.")
         drawn = []
@@ -103,7 +105,7 @@ def _heads(args: argparse.Namespace) -> Figure:
         model, variables, metadata = load(checkpoint)
         image = read_image(paths[0], metadata)
         if shown is None:
-            shown, [point] = image, _points(args.query, len(image))
+            shown, [point] = image, _points(args.query, image.shape[:2])
         with _naming(checkpoint):
             if isinstance(model, ViT):
                 block, attention = attention_of(model, variables, image[None], block)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import os
 import re
 import shlex
@@ -17,9 +18,17 @@ from PIL import Image
 
 from benchmarks.kill_resume import assert_same_end, record
 from fcvit_jax import __main__ as main
-from fcvit_jax import train  # noqa: F401 its imports define flags, which flagsaver would forget otherwise
+from fcvit_jax import (
+    augment,
+    export,
+    predict,
+    summary,
+    train,  # noqa: F401 its imports define flags, which flagsaver would forget otherwise
+    visualize,
+)
 from fcvit_jax.evaluate import evaluate_checkpoint
 from fcvit_jax.freezing import frozen
+from fcvit_jax.predict import read_image
 from fcvit_jax.run.saved import load, load_metadata, load_variables
 from fcvit_jax.train import train_and_evaluate
 
@@ -80,7 +89,7 @@ def stop_at(stop, step, _):
 
 
 def test_a_run_with_all_options_resumes_bit_for_bit(config, images, undisturbed, tmp_path, caplog):
-    assert len(readme_options()) == 5
+    assert len(readme_options()) == 6
     result = train_and_evaluate(config(), undisturbed)
     assert result["count"] == 20
     assert any("train/3/1.jpg: not a readable image" in message for message in caplog.messages)
@@ -94,8 +103,35 @@ def test_a_run_with_all_options_resumes_bit_for_bit(config, images, undisturbed,
 
 def test_the_checkpoint_has_what_was_asked_for(undisturbed, images):
     metadata = load_metadata(undisturbed)
-    assert metadata["exif"] is True
-    assert load(undisturbed).metadata["exif"] is True
+    assert (metadata["exif"], metadata["image_size"]) == (True, [192, 256])
+    (path,) = (images / "val/0").glob("1.jpg")
+    seen = read_image(path, load(undisturbed).metadata)
+    np.testing.assert_array_equal(seen, augment.eval_transform(path.read_bytes(), (192, 256), 1.0, exif=True))
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_every_tool_takes_a_checkpoint_of_images_that_are_not_square(undisturbed, images, tmp_path, capsys):
+    path = images / "val/0/1.jpg"
+    with pytest.raises(SystemExit) as status:
+        predict.main(["--checkpoint", str(undisturbed), "--json", str(path)])
+    assert status.value.code == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    shown = json.loads(line)["predictions"][0]
+
+    export.export(undisturbed, tmp_path / "exported")
+    program, about = export.load(tmp_path / "exported")
+    pixels = read_image(path, about)
+    assert pixels.shape == (192, 256, 3)
+    expected = jax.nn.softmax(program(pixels[None]))[0]
+    assert shown["index"] == int(expected.argmax())
+    np.testing.assert_allclose(shown["probability"], expected.max(), rtol=1e-4)
+
+    summary.main(["--checkpoint", str(undisturbed)])
+    assert "one image of 192 x 256" in capsys.readouterr().out
+    visualize.main(["similarity", "--checkpoint", str(undisturbed), str(path), "--output", str(tmp_path / "a.png")])
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    export.export(undisturbed, tmp_path / "hub", format="hub")
+    assert "192 x 256 pixels" in (tmp_path / "hub/README.md").read_text()
 
 
 def test_what_is_frozen_is_as_it_was_drawn_and_the_averages_are_near_the_weights(config, undisturbed, tmp_path):

@@ -205,7 +205,7 @@ def test_names_that_are_no_utf_8_are_printed():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *(("image_size", value) for value in ("x", -5, 10**6, None, 40.5)),
+        *(("image_size", value) for value in ("x", -5, 10**6, None, 40.5, [40], [40, -5], [40, 40, 3], "ab")),
         *(("crop_pct", value) for value in ("a", 1e-3, None, [1])),
         *(("class_names", value) for value in (["ant"], [1, 2, 3], "ant", None)),
         ("model", TINY | {"depths": [10**7, 0, 0, 0]}),

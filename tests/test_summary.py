@@ -97,9 +97,22 @@ def test_the_tool_takes_the_names_and_the_image_size_of_vits(capsys):
     assert "one image of 384 x 384" in out and "577 x 768" in out and "86,859,496" in out
 
 
+def test_images_need_not_be_square(capsys):
+    model = create_vit("deit_tiny_patch16_224", 5, dim=12, depth=1, heads=3, patch_size=8, image_size=(16, 40))
+    parts = summarize(model, (24, 40))
+    assert parts["patch embed"].multiply_adds == 3 * 5 * 8 * 8 * 3 * 12
+    assert parts["pos embed"].shape == (1 + 2 * 5, 12) and parts["blocks"].shape == (1 + 3 * 5, 12)
+    summary.main(["fcvit_tiny", "--image-size", "192x256"])
+    out = capsys.readouterr().out
+    assert "one image of 192 x 256" in out and "48 x 64 x 32" in out
+    for size in ("192x", "1x2x3", "abc", "192,256"):
+        assert exit_of(summary.main, "fcvit_tiny", "--image-size", size) == 2
+
+
 def test_sizes_that_the_network_does_not_take_are_refused():
     for name, size, message in (
         ("fcvit_tiny", 31, "--image-size=31 must be at least 32"),
+        ("fcvit_tiny", "64x31", "--image-size=31 must be at least 32"),
         ("convnext_tiny", 31, "at least 32"),
         ("deit_small_patch16_224", 15, "at least 16"),
         ("deit_small_patch16_224", 40, "40 x 40 pixels cannot be cut into patches"),

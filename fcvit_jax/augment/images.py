@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from fcvit_jax.augment.randaugment import RESAMPLE, apply_op, draw_ops, draw_resample
 from fcvit_jax.errors import UserError, log
+from fcvit_jax.sizes import ImageSize, height_width
 
 # Pillow shows it with a line of its source, and does not say what to do; `_open` does.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -45,7 +46,7 @@ BROKEN = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.Decomp
 def train_transform(
     encoded: bytes,
     rng: np.random.Generator,
-    image_size: int = 224,
+    image_size: ImageSize = 224,
     *,
     crop_scale: Sequence[float] = (0.08, 1.0),
     crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
@@ -65,7 +66,7 @@ def train_transform(
     Args:
       encoded: an image file in any format Pillow reads.
       rng: the source of randomness.
-      image_size: side of the output in pixels.
+      image_size: of the output in pixels: its side, or (height, width).
       crop_scale: smallest and largest share of the image's area in the crop.
       crop_ratio: smallest and largest width / height of the crop.
       flip: probability of a horizontal flip; 0 turns it off.
@@ -73,7 +74,7 @@ def train_transform(
       exif: see `decode`.
 
     Returns:
-      uint8 (image_size, image_size, 3), RGB, read-only.
+      uint8 (height, width, 3), RGB, read-only.
 
     Raises:
       UserError: see `decode`.
@@ -85,7 +86,7 @@ def train_transform(
     resample = draw_resample(rng)
     image = decode(_keep_rows(encoded, box[3])) if turn is None else decode(encoded, exif)
     # Crop first: resize(box=...) would also read pixels outside the box.
-    image = image.crop(box).resize((image_size, image_size), RESAMPLE[resample])
+    image = image.crop(box).resize(height_width(image_size)[::-1], RESAMPLE[resample])
     if rng.random() < flip:
         image = image.transpose(Image.FLIP_LEFT_RIGHT)
     if rand_augment:
@@ -118,8 +119,12 @@ def check_augmentation(
             raise UserError(f"data.{name}={value} must be {wanted}")
 
 
-def eval_transform(encoded: bytes, image_size: int = 224, crop_pct: float = 0.9, exif: bool = False) -> np.ndarray:
+def eval_transform(
+    encoded: bytes, image_size: ImageSize = 224, crop_pct: float = 0.9, exif: bool = False
+) -> np.ndarray:
     """Decodes one image, resizes its shorter side to image_size / crop_pct (bicubic) and crops the centre.
+
+    `eval_geometry` says what this means for an output that is not square.
 
     Example::
 
@@ -127,12 +132,12 @@ def eval_transform(encoded: bytes, image_size: int = 224, crop_pct: float = 0.9,
 
     Args:
       encoded: an image file in any format Pillow reads.
-      image_size: side of the output in pixels.
+      image_size: of the output in pixels: its side, or (height, width).
       crop_pct: share of the resized shorter side that the crop keeps, in (0, 1].
       exif: see `decode`.
 
     Returns:
-      uint8 (image_size, image_size, 3), RGB, read-only.
+      uint8 (height, width, 3), RGB, read-only.
 
     Raises:
       UserError: see `decode` and `eval_geometry`.
@@ -182,12 +187,16 @@ def crop_box(
 
 
 def eval_geometry(
-    width: int, height: int, image_size: int, crop_pct: float
+    width: int, height: int, image_size: ImageSize, crop_pct: float
 ) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
     """Computes the sizes and offsets of the evaluation transform.
 
     The shorter side becomes floor(image_size / crop_pct). The longer side is truncated to whole pixels, and the offsets
     of the crop are rounded half to even.
+
+    Where the crop is not square, the image keeps its ratio and becomes just as large as needed to cover both
+    floor(height / crop_pct) and floor(width / crop_pct); its sides are rounded. timm 1.0 has the same sizes; but there
+    it resizes bilinearly for these crops, where this stays bicubic.
 
     Args:
       width, height: of the image in pixels.
@@ -201,13 +210,17 @@ def eval_geometry(
     """
     if not isinstance(crop_pct, numbers.Real) or not 0.1 <= crop_pct <= 1:
         raise UserError(f"crop_pct={crop_pct!r} must be at least 0.1 and at most 1")
-    short = math.floor(image_size / crop_pct)
-    if width <= height:
-        size = short, int(short * height / width)
+    crop = height_width(image_size)[::-1]
+    covered = [math.floor(side / crop_pct) for side in crop]
+    if crop[0] != crop[1]:
+        ratio = min(width / covered[0], height / covered[1])
+        size = round(width / ratio), round(height / ratio)
+    elif width <= height:
+        size = covered[0], int(covered[0] * height / width)
     else:
-        size = int(short * width / height), short
-    left, top = (round((side - image_size) / 2) for side in size)
-    return size, (left, top, left + image_size, top + image_size)
+        size = int(covered[0] * width / height), covered[0]
+    left, top = (round((side - kept) / 2) for side, kept in zip(size, crop, strict=True))
+    return size, (left, top, left + crop[0], top + crop[1])
 
 
 def is_image_file(file: os.DirEntry | Path) -> bool:

@@ -38,7 +38,8 @@ def get_config(name: str = "fcvit_s12") -> ConfigDict:
     data.train_split = "train"  # of a TFDS dataset; "train[:10%]" takes a part of it
     data.eval_split = "validation"  # likewise
     data.batch_size = 1024  # per update, over all devices and processes
-    data.image_size = variant["image_size"]  # height and width in pixels
+    # Height and width in pixels; they may differ: (192, 256), in a shell --config.data.image_size="(192, 256)"
+    data.image_size = config_dict.FieldReference(variant["image_size"], field_type=object)
     data.workers = -1  # decoding processes; -1: one fewer than cores; 0: decode in the training process
     data.prefetch = 1  # batches in each of a worker's two buffers; docs/running.md says what shared memory they take
     data.on_broken = "error"  # a broken training image ends the run; "skip": another one takes its place

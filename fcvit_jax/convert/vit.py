@@ -78,9 +78,6 @@ def timm_names(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
     Args:
       weights: NumPy or PyTorch tensors by timm's, DeiT's or Hugging Face's names (ViT, DeiT, Dinov2).
-
-    Raises:
-      UserError: the class token has no position, as in DeiT III, which is another network.
     """
     found = dict(weights)
     if any("embeddings.patch_embeddings" in name for name in weights):
@@ -93,13 +90,11 @@ def timm_names(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
                 found[query.replace("query", "qkv")] = joined
     if unused := [name for name in found if UNUSED.match(name)]:
         log.warning("Left out, since only pretraining uses them: %s.", ", ".join(unused))
-    found = {name: x for name, x in found.items() if name not in unused}
-    _check_positions({name: x.shape for name, x in found.items()})
-    return found
+    return {name: x for name, x in found.items() if name not in unused}
 
 
-def _check_positions(shapes: Mapping[str, tuple[int, ...]]) -> None:
-    rows, prefix = shapes.get("pos_embed", (1, 1, 1))[-2], _prefix(shapes)
+def _check_positions(shapes: Mapping[str, tuple[int, ...]], prefix: int) -> None:
+    rows = shapes["pos_embed"][-2]
     if rows > prefix and _side(rows - prefix) is None:
         reason = "is no square grid of patches behind the prefix tokens"
         if _side(rows):
@@ -134,7 +129,7 @@ def infer_model(shapes: Mapping[str, tuple[int, ...]], heads: int | None = None)
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     if missing := [name for name in needed if name not in shapes]:
         raise UserError(f"These are no weights of a ViT: {', '.join(missing)} not among the tensors.")
-    _check_positions(shapes)
+    _check_positions(shapes, _prefix(shapes))
     dim, patch = shapes["cls_token"][-1], shapes["patch_embed.proj.weight"][-1]
     if heads is None and dim % 64:
         raise UserError(
@@ -159,13 +154,26 @@ def fit_positions(weights: Mapping[str, np.ndarray], model: ViT) -> dict[str, np
     Args:
       weights: by timm's names or by our paths.
       model: what they are for.
+
+    Raises:
+      UserError: the positions are those of no square, or the class token has none, as in DeiT III, another network.
     """
-    side = model.image_size // model.patch_size
-    resized = {}
+    grid, resized = model.grid, {}
     for name, x in weights.items():
-        stored = _side(x.shape[-2] - model.prefix) if name in ("pos_embed", "params/pos_embed") else side
-        if stored not in (side, None):  # None: of another network, which is refused later
-            log.warning("Positions of %d x %d patches are resized to %d x %d.", stored, stored, side, side)
-            rows = resize_positions(as_numpy(x).reshape(x.shape[-2:]), model.prefix, (side, side))
+        if name not in ("pos_embed", "params/pos_embed"):
+            continue
+        patches = x.shape[-2] - model.prefix
+        side = _side(patches)
+        if patches == math.prod(grid):
+            if side and grid != (side, side):
+                log.warning(
+                    "Positions of %d patches are taken for those of %d x %d, and not of a square.", patches, *grid
+                )
+        elif side is None:
+            if not model.distilled:  # otherwise of another network, which is refused later
+                _check_positions({"pos_embed": x.shape}, model.prefix)
+        else:
+            log.warning("Positions of %d x %d patches are resized to %d x %d.", side, side, *grid)
+            rows = resize_positions(as_numpy(x).reshape(x.shape[-2:]), model.prefix, grid)
             resized[name] = np.asarray(rows).reshape(*x.shape[:-2], *rows.shape)
     return {**weights, **resized}

@@ -8,7 +8,8 @@ import numpy as np
 from fcvit_jax import augment
 from fcvit_jax.data import sources
 from fcvit_jax.data.loader import Data, Example, Numbers, Source, check_loading, check_one_batch
-from fcvit_jax.errors import MAX_IMAGE_SIZE, Unreadable, UserError, check_range, log
+from fcvit_jax.errors import Unreadable, UserError, log
+from fcvit_jax.sizes import ImageSize, as_saved, check_size, height_width
 
 
 def open_dataset(
@@ -17,7 +18,7 @@ def open_dataset(
     dataset: str,
     batch_size: int,
     data_dir: str = "~/tensorflow_datasets",
-    image_size: int = 224,
+    image_size: ImageSize = 224,
     workers: int = 0,
     prefetch: int = 1,
     on_broken: str = "error",
@@ -46,7 +47,7 @@ def open_dataset(
         images and classes as ImageNet, one batch to evaluate.
       batch_size: images per step over all processes.
       data_dir: where TFDS keeps its data.
-      image_size: height and width of the images in pixels.
+      image_size: of the images in pixels: one number for height and width, or (height, width).
       workers: decoding processes of this process; 0 decodes in a thread of it; -1 uses one fewer than the cores that
         this process may use, to leave one for training, but at least one.
       prefetch: batches in each of a worker's two buffers; it holds up to 2 * prefetch + 2 in shared memory. In an
@@ -61,9 +62,9 @@ def open_dataset(
       UserError: a value is out of its range; or the dataset is unknown, not prepared, or not made of images and labels;
         the message says what to do.
     """
-    check_range("data", 1, below=MAX_IMAGE_SIZE + 1, image_size=image_size)
+    check_size("data", image_size=image_size)
     workers = check_loading(batch_size, workers, prefetch, on_broken)
-    augment.eval_geometry(image_size, image_size, image_size, crop_pct)  # refuses a crop_pct out of range
+    augment.eval_geometry(1, 1, 1, crop_pct)  # refuses a crop_pct out of range
     augmentation = dict(crop_scale=crop_scale, crop_ratio=crop_ratio, flip=flip, rand_augment=rand_augment)
     augment.check_augmentation(**augmentation)
 
@@ -72,7 +73,7 @@ def open_dataset(
     )
     if training:
         check_one_batch(dataset, train, batch_size)
-    sizes = {"image_size": image_size, "crop_pct": crop_pct, "exif": exif}
+    sizes = {"image_size": as_saved(image_size), "crop_pct": crop_pct, "exif": exif}
     return Data(
         load_example=load_noise if dataset == "synthetic" else load_example,
         train=train,
@@ -106,9 +107,9 @@ def _open_splits(
 def load_noise(data: Data, record: int, rng: np.random.Generator | None) -> Example:
     """A synthetic example: an image of noise with a random label, both of the record's number alone."""
     del rng
-    rng, size = np.random.default_rng(record), data.options["image_size"]
+    rng, size = np.random.default_rng(record), height_width(data.options["image_size"])
     return {
-        "image": rng.integers(0, 256, (size, size, 3), np.uint8),
+        "image": rng.integers(0, 256, (*size, 3), np.uint8),
         "label": np.int32(rng.integers(data.num_classes)),
     }
 
@@ -122,7 +123,7 @@ def load_example(data: Data, record: tuple[bytes, int], rng: np.random.Generator
       rng: the source of randomness in training; None: the transform of evaluation.
 
     Returns:
-      "image", (image_size, image_size, 3) uint8, and "label", () int32.
+      "image", (height, width, 3) uint8, and "label", () int32.
 
     Raises:
       Unreadable: the image is broken.

@@ -13,6 +13,7 @@ from typing import Any
 from fcvit_jax.errors import UserError, printable
 from fcvit_jax.formats import checksums
 from fcvit_jax.run.results import parse_object
+from fcvit_jax.sizes import describe_size
 
 PREFIX = "hf-hub:"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -124,7 +125,7 @@ def _card(metadata: Mapping[str, Any], result: str) -> str:
         "Network": f"`{metadata['model']['name']}` (all its arguments are in `{CONFIG}`)",
         "Task": task,
         "Classes": _listed(names),
-        "Images": f"{metadata['image_size']} pixels a side" if task == "classification" else "",
+        "Images": f"{describe_size(metadata['image_size'])} pixels" if task == "classification" else "",
         "Trained on": f"{metadata['num_train']:,} images" if "num_train" in metadata else "",
         "Evaluated on": f"{metadata['num_eval']:,} images" if "num_eval" in metadata else "",
         "Last evaluation": result,

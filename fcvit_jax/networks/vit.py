@@ -11,11 +11,12 @@ import numpy as np
 from flax import linen as nn
 from flax.linen.initializers import normal
 
-from fcvit_jax.errors import MAX_IMAGE_SIZE, UserError, check_range
+from fcvit_jax.errors import UserError, check_range
 from fcvit_jax.networks.blocks import drop_path_factors
 from fcvit_jax.networks.checks import check_counts, check_dtypes, check_images, check_switches
 from fcvit_jax.networks.layers import gelu, layer_norm
 from fcvit_jax.networks.normalize import MEAN, STD
+from fcvit_jax.sizes import ImageSize, check_size, height_width
 
 _TINY = {"dim": 192, "depth": 12, "heads": 3}
 _SMALL = {"dim": 384, "depth": 12, "heads": 6}
@@ -70,22 +71,25 @@ SETTINGS = {
 }
 
 
-def resize_positions(positions: jax.Array, prefix: int, grid: tuple[int, int]) -> jax.Array:
+def resize_positions(
+    positions: jax.Array, prefix: int, grid: tuple[int, int], stored: tuple[int, int] | None = None
+) -> jax.Array:
     """Resizes the patches' part of a position embedding, bicubic with antialiasing, as timm does.
 
     Args:
-      positions: (prefix + side * side, C), float; the patches row by row.
+      positions: (prefix + patches, C), float; the patches row by row.
       prefix: tokens in front of the patches, whose positions are kept.
       grid: rows and columns of patches that are wanted.
+      stored: rows and columns of the patches that `positions` has; None: as many of either.
 
     Returns:
       (prefix + rows * columns, C), the same dtype.
     """
-    side = math.isqrt(positions.shape[0] - prefix)
-    if grid == (side, side):
+    stored = stored or (math.isqrt(positions.shape[0] - prefix),) * 2
+    if grid == stored:
         return positions
     channels = positions.shape[1]
-    patches = positions[prefix:].reshape(side, side, channels).astype(jnp.float32)
+    patches = positions[prefix:].reshape(*stored, channels).astype(jnp.float32)
     patches = jax.image.resize(patches, (*grid, channels), "cubic", antialias=True)
     return jnp.concatenate([positions[:prefix], patches.reshape(-1, channels).astype(positions.dtype)])
 
@@ -159,8 +163,8 @@ class ViT(nn.Module):
       depth: blocks.
       heads: of every block's attention; must divide `dim`.
       patch_size: side of a patch in pixels.
-      image_size: side of the images whose grid of patches the stored positions have; for images of other sizes they
-        are resized. A multiple of `patch_size`.
+      image_size: side, or (height, width), of the images whose grid of patches the stored positions have; for images
+        of other sizes they are resized. Multiples of `patch_size`.
       mlp_ratio: the MLPs' hidden layers have mlp_ratio * dim channels.
       distilled: a second token with a classifier of its own, for distillation.
       layer_scale_init: start of the layer scales; None: no layer scales.
@@ -178,7 +182,7 @@ class ViT(nn.Module):
     depth: int = 12
     heads: int = 12
     patch_size: int = 16
-    image_size: int = 224
+    image_size: ImageSize = 224
     mlp_ratio: int = 4
     distilled: bool = False
     layer_scale_init: float | None = None
@@ -196,6 +200,12 @@ class ViT(nn.Module):
         """Tokens in front of the patches."""
         return 2 if self.distilled else 1
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the patches that have a stored position."""
+        height, width = height_width(self.image_size)
+        return height // self.patch_size, width // self.patch_size
+
     def setup(self):
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         patch = (self.patch_size, self.patch_size)
@@ -204,7 +214,7 @@ class ViT(nn.Module):
         self.cls_token = self.param("cls_token", normal(0.02), (self.dim,), self.param_dtype)
         if self.distilled:
             self.dist_token = self.param("dist_token", normal(0.02), (self.dim,), self.param_dtype)
-        rows = self.prefix + (self.image_size // self.patch_size) ** 2
+        rows = self.prefix + math.prod(self.grid)
         self.pos_embed = self.param("pos_embed", normal(0.02), (rows, self.dim), self.param_dtype)
         block = nn.remat(Block) if self.remat else Block
         block = nn.jit(block) if self.share_blocks else block
@@ -261,7 +271,7 @@ class ViT(nn.Module):
         x = self.patch_embed(images)
         prefix = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
         prefix = jnp.broadcast_to(jnp.stack(prefix).astype(self.dtype), (n, self.prefix, self.dim))
-        positions = resize_positions(self.pos_embed, self.prefix, x.shape[1:3])
+        positions = resize_positions(self.pos_embed, self.prefix, x.shape[1:3], self.grid)
         x = jnp.concatenate([prefix, x.reshape(n, -1, self.dim)], axis=1) + positions.astype(self.dtype)
         drop_path = [None] * self.depth
         if train and self.drop_path_rate > 0:
@@ -309,16 +319,16 @@ def create_vit(name: str, num_classes: int = 1000, **fields) -> ViT:
     # JSON and command lines give lists, with which a module could not be hashed.
     fields = {key: tuple(x) if isinstance(x, list) else x for key, x in fields.items()}
     model = ViT(**VARIANTS[name] | {"num_classes": num_classes, **fields})
-    counts = ("dim", "depth", "heads", "patch_size", "image_size", "mlp_ratio")
+    counts = ("dim", "depth", "heads", "patch_size", "mlp_ratio")
     check_counts(1, **{key: getattr(model, key) for key in counts})
     check_range("model", 1, below=1000, depth=model.depth)  # each block is traced
-    check_range("model", 1, below=MAX_IMAGE_SIZE + 1, image_size=model.image_size)
+    check_size("model", image_size=model.image_size)
     check_counts(0, num_classes=model.num_classes)
     check_range("model", 0, below=1, drop_path_rate=model.drop_path_rate)
     check_dtypes(model)
     check_switches(model)
     if model.dim % model.heads:
         raise UserError(f"model.heads={model.heads} does not divide model.dim={model.dim}.")
-    if model.image_size % model.patch_size:
+    if any(side % model.patch_size for side in height_width(model.image_size)):
         raise UserError(f"model.image_size={model.image_size} is no multiple of model.patch_size={model.patch_size}.")
     return model

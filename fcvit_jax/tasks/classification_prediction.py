@@ -13,12 +13,13 @@ import numpy as np
 from flax import linen as nn
 
 from fcvit_jax import augment, networks
-from fcvit_jax.errors import MAX_IMAGE_SIZE, UserError, log
+from fcvit_jax.errors import UserError, log
 from fcvit_jax.networks.normalize import normalize
+from fcvit_jax.sizes import check_size, describe_size, height_width
 
 
 def complete_metadata(source: Path, model: nn.Module, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of a checkpoint with "class_names", "image_size" and "crop_pct"; says which it lacked; and "exif".
+    """The metadata of a checkpoint with "class_names", "image_size" and "crop_pct"; says which it lacked.
 
     Args:
       source: of the metadata, to be named.
@@ -30,10 +31,10 @@ def complete_metadata(source: Path, model: nn.Module, metadata: Mapping[str, Any
     usual["class_names"] = [str(i) for i in range(model.num_classes)]
     if missing := sorted(usual.keys() - metadata.keys()):
         log.warning(
-            "%s says nothing of %s; the defaults are numbered classes, images of %d pixels a side and crop_pct %s",
-            *(source, ", ".join(missing), usual["image_size"], usual["crop_pct"]),
+            "%s says nothing of %s; the defaults are numbered classes, images of %s pixels and crop_pct %s",
+            *(source, ", ".join(missing), describe_size(usual["image_size"]), usual["crop_pct"]),
         )
-    complete = {"exif": False} | usual | metadata  # those of older runs, which did not turn images, do not say it
+    complete = usual | metadata
     _check_image_settings(source, complete)
     if len(complete["class_names"]) != model.num_classes:
         names = len(complete["class_names"])
@@ -47,20 +48,20 @@ def _check_image_settings(source: Path, metadata: Mapping[str, Any]) -> None:
     Raises:
       UserError: naming the source, and the one that is no such number.
     """
-    size, share = metadata["image_size"], metadata["crop_pct"]
-    if not isinstance(size, int) or not 1 <= size <= MAX_IMAGE_SIZE:
-        raise UserError(f"{source} has image_size {size!r}, which is no size from 1 to {MAX_IMAGE_SIZE}.")
+    share = metadata["crop_pct"]
+    check_size(f"{source}: metadata", image_size=metadata["image_size"])
     if not isinstance(share, int | float) or not 0.1 <= share <= 1:
         raise UserError(f"{source} has crop_pct {share!r}, which is no number from 0.1 to 1.")
 
 
 def read_image(encoded: bytes, metadata: Mapping[str, Any]) -> np.ndarray:
-    """Decodes an image as evaluation does: (image_size, image_size, 3) uint8.
+    """Decodes an image as evaluation does: (height, width, 3) uint8, of the size "image_size".
 
     Raises:
       UserError: it cannot be read.
     """
-    return augment.eval_transform(encoded, metadata["image_size"], metadata["crop_pct"], metadata.get("exif", False))
+    exif = metadata.get("exif", False)  # older runs, which did not turn images, do not say so
+    return augment.eval_transform(encoded, metadata["image_size"], metadata["crop_pct"], exif)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -155,15 +156,15 @@ def make_program(
     Args:
       model: the network.
       variables: its variables.
-      metadata: of the checkpoint; its "image_size" S is used.
+      metadata: of the checkpoint; its "image_size" is used.
 
     Returns:
       The function from images to logits, or to the pooled features of a network without a head; and the images'
-      shape, (N, S, S, 3) uint8 with any N.
+      shape, (N, height, width, 3) uint8 with any N.
     """
 
     def logits(images: jax.Array) -> jax.Array:
         return model.apply(variables, normalize(images, model.mean, model.std))
 
-    size = metadata["image_size"]
-    return logits, jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), size, size, 3), jnp.uint8)
+    size = height_width(metadata["image_size"])
+    return logits, jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), *size, 3), jnp.uint8)

@@ -151,9 +151,9 @@ def test_the_authors_convnext_comes_to_timms_names():
 def test_networks_that_are_none_of_these_are_refused_in_a_line():
     weights = weights_of(torch_vit.ViT(**VIT), 0)
     cases = {
-        r"DeiT III": (vit.timm_names, weights | {"pos_embed": weights["pos_embed"][:, 1:]}),
+        r"DeiT III": (lambda x: vit.infer_model(shapes(x)), weights | {"pos_embed": weights["pos_embed"][:, 1:]}),
         r"8 rows.* square": (
-            vit.timm_names,
+            lambda x: vit.infer_model(shapes(x)),
             weights | {"dist_token": weights["cls_token"], "pos_embed": np.zeros((1, 8, 64))},
         ),
         r"cls_token": (lambda x: vit.infer_model(shapes(x)), {k: x for k, x in weights.items() if k != "cls_token"}),
@@ -164,6 +164,27 @@ def test_networks_that_are_none_of_these_are_refused_in_a_line():
         with pytest.raises(UserError, match=pattern) as error:
             read(arrays)
         assert "\n" not in str(error.value)
+
+
+def test_weights_for_images_that_are_not_square(caplog):
+    model = ViT(**{**VIT, "image_size": (3 * VIT["patch_size"], 7 * VIT["patch_size"])})
+    square = weights_of(torch_vit.ViT(**VIT), 0)
+    resized = vit.fit_positions(square, model)
+    theirs = torch_vit.ViT(**VIT)
+    theirs.load_state_dict({name: torch.from_numpy(x) for name, x in square.items()})
+    np.testing.assert_allclose(resized["pos_embed"][0], theirs.positions((3, 7)).detach().numpy()[0], atol=1e-5)
+    assert "resized to 3 x 7" in caplog.text
+    # Once they are the network's own, they stay, and come back as they were.
+    variables = convert.from_torch(resized, model)
+    assert_same(convert.to_torch(variables, model), resized)
+    assert vit.fit_positions(resized, model)["pos_embed"] is resized["pos_embed"]
+    with pytest.raises(UserError, match="22 rows, is no square grid"):
+        vit.infer_model({name: x.shape for name, x in resized.items()})
+    # As many patches as a square has: they are believed to be the network's own, and a warning says so.
+    caplog.clear()
+    model = ViT(**{**VIT, "image_size": (VIT["patch_size"], 9 * VIT["patch_size"])})
+    assert vit.fit_positions(square, model)["pos_embed"] is square["pos_embed"]
+    assert "taken for those of 1 x 9" in caplog.text
 
 
 def test_positions_are_resized_to_the_models_grid(caplog):
