@@ -28,6 +28,7 @@ from safetensors.numpy import save
 from fcvit_jax.errors import UserError, exit_on_error
 from fcvit_jax.formats import checksums, hub, onnx, tensorflow
 from fcvit_jax.networks.fcvit import with_fields
+from fcvit_jax.networks.folded import fold
 from fcvit_jax.predict import CHECKPOINT_HELP
 from fcvit_jax.run import saved
 from fcvit_jax.run.results import parse_object
@@ -130,7 +131,8 @@ def _takes_size(task: ModuleType) -> bool:
 
 def _program(checkpoint: str | Path, network: saved.Saved, size: tuple[int, int] | None) -> tuple[Any, ...]:
     """The function to export, and the shapes of its arguments, of which the images are the first."""
-    task, model, variables, metadata = network
+    task, metadata = network.task, network.metadata
+    model, variables = fold(network.model, network.variables)
     if size is None:
         return task.make_program(model, variables, metadata)
     if not _takes_size(task):

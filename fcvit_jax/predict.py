@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from fcvit_jax import tasks
 from fcvit_jax.errors import UserError, exit_on_error, log, printable
+from fcvit_jax.networks.folded import fold
 from fcvit_jax.run import saved
 from fcvit_jax.run.results import as_json
 
@@ -110,6 +111,7 @@ def _predict(args: argparse.Namespace) -> int:
                 log.error("%s", error)
                 failed.append(path)
 
+    model, variables = fold(model, variables)
     found = task.predict_files(model, jax.device_put(variables), read(), metadata, **options)
     if as_lines:
         for path, said in found:

@@ -10,8 +10,9 @@ from pathlib import Path
 import jax.export
 import numpy as np
 import pytest
+from equality import assert_close
 from flax import traverse_util
-from helpers import ELSEWHERE, METADATA, exit_of, expected_logits, save_tiny, tiny_variables
+from helpers import ELSEWHERE, METADATA, TINY, exit_of, expected_logits, save_tiny, tiny_variables
 from safetensors.numpy import load_file
 
 from fcvit_jax import export
@@ -33,8 +34,8 @@ def test_a_process_with_jax_alone_gets_the_same_logits(folder):
     subprocess.run([sys.executable, "-I", "-c", "import jax.export" + ELSEWHERE], cwd=folder, check=True, timeout=100)
     expected = expected_logits(images)
     found = np.load(folder / "logits.npz")
-    np.testing.assert_allclose(found["all"], expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found["one"], expected[:1], rtol=1e-4, atol=1e-5)
+    assert_close(found["all"], expected, "logits")
+    assert_close(found["one"], expected[:1], "logits of one image")
     assert np.ptp(expected, axis=0).min() > 1e-2  # the logits tell the images apart
 
 
@@ -42,6 +43,12 @@ def test_the_program_is_for_every_platform_and_batch_size(folder):
     program = jax.export.deserialize((folder / "out/model.jax_export").read_bytes())
     assert program.platforms == ("cpu", "cuda", "tpu")
     assert str(program.in_avals[0].shape[0]) == "n" and program.in_avals[0].dtype == np.uint8
+
+
+def test_batch_norms_are_folded_into_the_convolutions(folder):
+    program = jax.export.deserialize((folder / "out/model.jax_export").read_bytes())
+    norms = 2 * sum(TINY["depths"]) + 1  # of the blocks, and the last; the stem and the downsamplings have none
+    assert program.mlir_module().count("stablehlo.rsqrt") == norms
 
 
 def test_labels_and_weights_lie_beside_it(folder):

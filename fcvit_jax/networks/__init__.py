@@ -56,9 +56,9 @@ def model_fields(name: str) -> set[str]:
     Raises:
       UserError: there is no such variant.
     """
-    # share_blocks is set by `traced_once`; "parent" and "name" belong to Flax.
+    # share_blocks is set by `traced_once`, folded by `folded.fold`; "parent" and "name" belong to Flax.
     names = {field.name for field in dataclasses.fields(create_model(name))}
-    return names - {"parent", "name", "share_blocks"}
+    return names - {"parent", "name", "share_blocks", "folded"}
 
 
 def init_variables(

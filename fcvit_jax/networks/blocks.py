@@ -138,6 +138,7 @@ class TokenMixer(nn.Module):
       mix_reduction: the bottleneck has max(C // mix_reduction, mix_min_dim) channels; 1: a single 1x1 convolution.
       mix_min_dim: smallest bottleneck.
       spatial_attention: end with `SpatialAttention`.
+      folded: depthwise convolutions have no bias, since it is part of the bias after them.
       dtype: compute dtype.
       param_dtype: dtype of the parameters.
     """
@@ -151,6 +152,7 @@ class TokenMixer(nn.Module):
     mix_reduction: int = 8
     mix_min_dim: int = 16
     spatial_attention: bool = False
+    folded: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -167,7 +169,8 @@ class TokenMixer(nn.Module):
                     name=f"context{i}",
                     **dtypes,
                 )(x, valid)
-            x = DepthwiseConv(kernel_size, name=f"depthwise{i}", **dtypes)(masked(x, valid))
+            depthwise = DepthwiseConv(kernel_size, use_bias=not self.folded, name=f"depthwise{i}", **dtypes)
+            x = depthwise(masked(x, valid))
             if self.mix_reduction != 1:
                 bottleneck = max(channels // self.mix_reduction, self.mix_min_dim)
                 x = Conv1x1(bottleneck, with_gelu=True, name=f"reduce{i}", **dtypes)(x)
@@ -232,8 +235,10 @@ class Block(nn.Module):
 
     Attributes:
       token_mixer: token_mixer(name=...) makes the module of the first branch.
-      channel_mixer: channel_mixer(name=...) makes the module of the second branch.
+      channel_mixer: channel_mixer(name=...) makes the module of the second branch, a `ChannelMixer`.
       layer_scale_init: start of the learned scale per channel; None: no scale.
+      folded: the second norm has no scale and bias, and the second branch no layer scale (but after channel attention),
+        since they are part of the channel mixer's weights.
       dtype: compute dtype.
       param_dtype: dtype of the parameters.
     """
@@ -241,6 +246,7 @@ class Block(nn.Module):
     token_mixer: Callable[..., nn.Module]
     channel_mixer: Callable[..., nn.Module]
     layer_scale_init: float | None = 1e-5
+    folded: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -251,8 +257,8 @@ class Block(nn.Module):
         """x: (N, H, W, C); drop_path: (2, N) float32 as `drop_path_factors` draws them, None: all branches stay."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
-        def branch_end(y: jax.Array, branch: int) -> jax.Array:
-            if self.layer_scale_init is not None:
+        def branch_end(y: jax.Array, branch: int, scaled: bool = True) -> jax.Array:
+            if scaled and self.layer_scale_init is not None:
                 init = nn.initializers.constant(self.layer_scale_init)
                 scale = self.param(f"layer_scale{branch + 1}", init, (x.shape[-1],), self.param_dtype)
                 y = y * scale.astype(self.dtype)
@@ -260,5 +266,7 @@ class Block(nn.Module):
 
         y = self.token_mixer(name="token_mixer")(group_norm(x, valid, name="norm1", **dtypes), valid)
         x = x + branch_end(y, 0)
-        y = self.channel_mixer(name="channel_mixer")(group_norm(x, valid, name="norm2", **dtypes), train, valid)
-        return x + branch_end(y, 1)
+        channel_mixer = self.channel_mixer(name="channel_mixer")
+        affine = dict.fromkeys(("use_scale", "use_bias"), not self.folded)
+        y = channel_mixer(group_norm(x, valid, name="norm2", **affine, **dtypes), train, valid)
+        return x + branch_end(y, 1, scaled=not self.folded or channel_mixer.channel_attention)

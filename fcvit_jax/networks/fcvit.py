@@ -60,6 +60,7 @@ class _Stages(nn.Module):
     freeze_bn: bool = False
     remat: bool = False
     share_blocks: bool = False
+    folded: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -86,9 +87,11 @@ class _Stages(nn.Module):
           Four arrays (N, ceil(H / s), ceil(W / s), dims[i]) of `dtype`, with s = 4, 8, 16 and 32.
 
         Raises:
-          UserError: the images are no such array, or have their channels first.
+          UserError: the images are no such array, or have their channels first; or a folded network is trained.
         """
         check_images(images)
+        if self.folded and train:
+            raise UserError("A folded network cannot be trained: train the network that it was made of.")
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         token_mixer = functools.partial(
             TokenMixer,
@@ -101,12 +104,13 @@ class _Stages(nn.Module):
             mix_reduction=self.mix_reduction,
             mix_min_dim=self.mix_min_dim,
             spatial_attention=self.spatial_attention,
+            folded=self.folded,
             **dtypes,
         )
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         if self.share_blocks:
             block = _shared(block)
-        downsample = functools.partial(Downsample, bn_group_size=self.bn_group_size, **dtypes)
+        downsample = functools.partial(Downsample, bn_group_size=self.bn_group_size, folded=self.folded, **dtypes)
         drop_path = [None] * sum(self.depths)
         if train and self.drop_path_rate > 0:
             rates = np.linspace(0, self.drop_path_rate, len(drop_path))
@@ -131,6 +135,7 @@ class _Stages(nn.Module):
                     token_mixer=token_mixer,
                     channel_mixer=channel_mixer,
                     layer_scale_init=self.layer_scale_init,
+                    folded=self.folded,
                     name=f"stages_{s}_block_{i}",
                     **dtypes,
                 )(x, train, drop_path[sum(self.depths[:s]) + i], valid)
@@ -182,6 +187,7 @@ class FCViT(_Stages):
       share_blocks: trace the equal blocks of a stage once, as training does. Compiling is faster. Profiles show all
         blocks under the name of the first, and the same key draws other weights and dropout masks. Do not use it inside
         a `jax.checkpoint` of your own.
+      folded: the variables are those that `networks.folded.fold` makes, for evaluation alone.
       dtype: compute dtype; statistics, pooling and head are float32.
       param_dtype: dtype of the parameters.
     """
@@ -202,7 +208,8 @@ class FCViT(_Stages):
         """
         x = self.features(images, train, sizes)[-1]
         valid = valid_cells(sizes, x, 32)
-        x = group_norm(x, valid, dtype=jnp.float32, param_dtype=self.param_dtype, name="norm")
+        affine = dict.fromkeys(("use_scale", "use_bias"), not self.folded or self.num_classes == 0)
+        x = group_norm(x, valid, dtype=jnp.float32, param_dtype=self.param_dtype, name="norm", **affine)
         x = x.mean((1, 2), where=valid)
         if self.num_classes == 0:
             return x

@@ -125,7 +125,7 @@ def fields_around_backbone(network: type[nn.Module], name: str) -> set[str]:
       UserError: there is no such backbone.
     """
     own, backbone = ({field.name for field in dataclasses.fields(x)} for x in (network, create_backbone(name)))
-    return (own | backbone) - {"parent", "name", "backbone", "share_blocks"}
+    return (own | backbone) - {"parent", "name", "backbone", "share_blocks", "folded"}
 
 
 def init_around_backbone(model: nn.Module, init_decoder: Callable, key: jax.Array, jit: Callable) -> dict[str, Any]:

@@ -155,11 +155,12 @@ class BatchNorm(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """Depthwise convolution with a bias; stride 1, the output as large as the input; kernel (k, k, C).
+    """Depthwise convolution; stride 1, the output as large as the input; kernel (k, k, C).
 
     Attributes:
       kernel_size: k, odd.
       with_gelu: apply GELU to the result.
+      use_bias: add a bias.
       kernel_init: draws the kernel; None: a normal distribution of standard deviation sqrt(2) / k.
       dtype: compute dtype.
       param_dtype: dtype of the parameters.
@@ -167,6 +168,7 @@ class DepthwiseConv(nn.Module):
 
     kernel_size: int
     with_gelu: bool = False
+    use_bias: bool = True
     kernel_init: Callable[..., jax.Array] | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -177,6 +179,8 @@ class DepthwiseConv(nn.Module):
         # Not `variance_scaling(2, "fan_out")`, which takes all channels for outputs of one filter.
         init = self.kernel_init or normal(2**0.5 / k)
         kernel = self.param("kernel", init, (k, k, channels), self.param_dtype)
+        if not self.use_bias:
+            return depthwise_conv(*nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype))
         bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = depthwise_conv(x, kernel)
@@ -184,12 +188,23 @@ class DepthwiseConv(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A strided convolution, padded by k // 2 on every side, then BatchNorm: the stem and the steps between stages."""
+    """A strided convolution, padded by k // 2 on every side, then BatchNorm: the stem and the steps between stages.
+
+    Attributes:
+      features: channels of the result.
+      kernel_size: k.
+      stride: of the convolution.
+      bn_group_size: as in `BatchNorm`.
+      folded: there is no BatchNorm, since it is part of the convolution's weights.
+      dtype: compute dtype.
+      param_dtype: dtype of the parameters.
+    """
 
     features: int
     kernel_size: int
     stride: int
     bn_group_size: int | None = None
+    folded: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -199,4 +214,4 @@ class Downsample(nn.Module):
         std = (2 / (k * k * self.features)) ** 0.5
         # 'SAME' would pad a strided convolution by less on the top left than on the bottom right.
         conv = nn.Conv(self.features, (k, k), self.stride, k // 2, kernel_init=normal(std), name="conv", **dtypes)
-        return BatchNorm(self.bn_group_size, name="norm", **dtypes)(conv(x), train)
+        return conv(x) if self.folded else BatchNorm(self.bn_group_size, name="norm", **dtypes)(conv(x), train)
