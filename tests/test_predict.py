@@ -109,7 +109,8 @@ def test_the_averages_are_taken_where_the_run_kept_them(tmp_path):
 def test_load_says_what_it_assumes(tmp_path, capsys):
     save_variables(tmp_path / "bare", tiny_variables(), {"model": TINY, "image_size": 48})
     _, _, metadata = predict.load(tmp_path / "bare")
-    assert metadata == {"model": TINY, "image_size": 48, "crop_pct": 0.9, "class_names": ["0", "1", "2"]}
+    said = {"model": TINY, "image_size": 48, "crop_pct": 0.9, "class_names": ["0", "1", "2"]}
+    assert metadata == said | {"exif": False}
     assert "says nothing of class_names, crop_pct;" in capsys.readouterr().err
     for name in ("fcvit_s24", "fcvit_b48"):  # the original evaluates these with another crop
         save_variables(tmp_path / name, tiny_variables(), {"model": TINY | {"name": name}, "image_size": 48})

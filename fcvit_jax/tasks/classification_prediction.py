@@ -19,7 +19,7 @@ from fcvit_jax.sizes import check_size, describe_size, height_width
 
 
 def complete_metadata(source: Path, model: nn.Module, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of a checkpoint with "class_names", "image_size" and "crop_pct"; says which it lacked.
+    """The metadata of a checkpoint with "class_names", "image_size" and "crop_pct"; says which it lacked; and "exif".
 
     Args:
       source: of the metadata, to be named.
@@ -34,7 +34,7 @@ def complete_metadata(source: Path, model: nn.Module, metadata: Mapping[str, Any
             "%s says nothing of %s; the defaults are numbered classes, images of %s pixels and crop_pct %s",
             *(source, ", ".join(missing), describe_size(usual["image_size"]), usual["crop_pct"]),
         )
-    complete = usual | metadata
+    complete = {"exif": False} | usual | metadata  # older runs, which did not turn images, do not say so
     _check_image_settings(source, complete)
     if len(complete["class_names"]) != model.num_classes:
         names = len(complete["class_names"])
@@ -60,8 +60,7 @@ def read_image(encoded: bytes, metadata: Mapping[str, Any]) -> np.ndarray:
     Raises:
       UserError: it cannot be read.
     """
-    exif = metadata.get("exif", False)  # older runs, which did not turn images, do not say so
-    return augment.eval_transform(encoded, metadata["image_size"], metadata["crop_pct"], exif)
+    return augment.eval_transform(encoded, metadata["image_size"], metadata["crop_pct"], metadata.get("exif", False))
 
 
 @functools.partial(jax.jit, static_argnames="model")
