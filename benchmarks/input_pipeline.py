@@ -3,10 +3,12 @@
 Example:
   python -m benchmarks.input_pipeline --quick --json input_pipeline.json
   python -m benchmarks.input_pipeline imagenet2012 --data-dir /data/tensorflow_datasets
+  python -m benchmarks.input_pipeline --task segmentation --images 256
 
 fcvit_jax is `loader.train_batches`. torch is a DataLoader that calls the same transform for every image; the benchmark
-checks that its batches hold the same pixels. tf.data does less: it decodes and crops in one op, resizes (bicubic with
-antialiasing) and flips, without RandAugment. Its files are in memory, and its workers are threads.
+checks that its batches hold the same pixels. tf.data, for classification alone, does less: it decodes and crops in one
+op, resizes (bicubic with antialiasing) and flips, without RandAugment. Its files are in memory, and its workers are
+threads.
 
 The contestants take turns, so that a busy machine slows all of them equally. Each turn starts new workers, and is timed
 from the moment when all of them deliver. The table has the best turn, the JSON all of them. Per core means per worker.
@@ -21,19 +23,20 @@ import importlib.util
 import itertools
 import json
 import multiprocessing
-import os
 import platform
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from fcvit_jax.data import loader
-from fcvit_jax.tasks import classification
+from fcvit_jax.tasks import classification, segmentation
 
 SEED = 0
 WORKERS = (1, 2)
+PACKAGES = ("grain", "pillow", "opencv-python-headless", "torch", "tensorflow-cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +50,7 @@ class TorchDataset:
         (record,) = self.opened.train.read([index])
         rng = np.random.default_rng([SEED, epoch, index])
         example = self.opened.load_example(self.opened, record, rng)
-        # A copy, since PyTorch warns of arrays that are read-only.
-        return np.array(example["image"]), int(example["label"])
+        return {name: np.array(x) for name, x in example.items()}  # copies, since PyTorch warns of read-only arrays
 
 
 def batch_keys(opened):
@@ -126,25 +128,46 @@ def images_per_second(batches, opened, workers, images):
 def check_pixels(opened):
     """Checks that PyTorch's first batch equals ours."""
     (ours,) = loader.train_batches(opened, SEED, 0, 1)
-    images, labels = next(torch_batches(opened, 0))
-    np.testing.assert_array_equal(images, ours["image"])
-    np.testing.assert_array_equal(labels, ours["label"])
+    theirs = next(torch_batches(opened, 0))
+    for name, x in ours.items():
+        np.testing.assert_array_equal(theirs[name], x)
 
 
-def write_images(folder, count):
-    """Writes a folder dataset of 500 x 375 JPEGs of 100 kB: noise with a photograph's spectrum, contrast and colour."""
+def write_photos(paths, width, height):
+    """Writes JPEGs of noise with a photograph's spectrum, contrast and colour; 500 x 375 pixels have 100 kB."""
     rng = np.random.default_rng(SEED)
-    width, height = 500, 375
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     frequency[0, 0] = np.inf  # no mean
-    for number in range(count + 1):
+    for path in paths:
         spectrum = np.fft.rfft2(rng.standard_normal((height, width, 3)), axes=(0, 1)) / frequency[..., None] ** 1.2
         noise = np.fft.irfft2(spectrum, (height, width), axes=(0, 1))
         noise = 5 * noise[..., :1] + noise  # the channels share most of it
         pixels = (120 + noise / noise.std() * 55).clip(0, 255).astype(np.uint8)
-        path = os.path.join(folder, "train" if number < count else "val", "noise", f"{number}.jpg")
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path, quality=92)
+
+
+def write_classification(folder, count):
+    """Writes a folder of images of a class, one of them for validation; returns the name of the dataset."""
+    paths = [folder / ("train" if number < count else "val") / "noise" / f"{number}.jpg" for number in range(count + 1)]
+    write_photos(paths, 500, 375)
+    return f"folder:{folder}"
+
+
+def write_segmentation(folder, count):
+    """Writes images of ADE20K's usual size with masks of 150 classes in patches; returns the name of the dataset."""
+    splits = ["training"] * count + ["validation"]
+    write_photos([folder / "images" / split / f"{i}.jpg" for i, split in enumerate(splits)], 683, 512)
+    rng = np.random.default_rng(SEED)
+    for number, split in enumerate(splits):
+        path = folder / "annotations" / split / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 151, (8, 11), np.uint8)).resize((683, 512), Image.NEAREST).save(path)
+    (folder / "classes.txt").write_text("".join(f"class {i}\n" for i in range(150)))
+    return f"ade:{folder}"
+
+
+TASKS = {"classification": (classification, write_classification), "segmentation": (segmentation, write_segmentation)}
 
 
 def version(package):
@@ -168,8 +191,9 @@ def main():
         "dataset",
         nargs="?",
         metavar="DATASET",
-        help="folder:PATH or a TFDS name; by default 256 JPEGs of 500 x 375 and 100 kB are made",
+        help="as config.data.dataset; by default 256 images are made, of 500 x 375 pixels (segmentation: 683 x 512)",
     )
+    parser.add_argument("--task", choices=TASKS, default="classification")
     parser.add_argument("--data-dir", default="~/tensorflow_datasets", metavar="PATH", help="where TFDS keeps its data")
     parser.add_argument("--eval-split", default="validation", metavar="SPLIT", help="of a TFDS dataset; not timed")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: 32")
@@ -180,14 +204,14 @@ def main():
     args = parser.parse_args()
     images = args.images or (128 if args.quick else 2048)
     turns = args.turns or (1 if args.quick else 3)
+    task, write = TASKS[args.task]
 
     with contextlib.ExitStack() as stack:
         dataset = args.dataset
         if dataset is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            write_images(folder, 32 if args.quick else 256)
-            dataset = f"folder:{folder}"
-        opened = classification.open_dataset(
+            dataset = write(Path(folder), 32 if args.quick else 256)
+        opened = task.open_dataset(
             dataset=dataset, data_dir=args.data_dir, eval_split=args.eval_split, batch_size=args.batch_size
         )
         contestants = {"fcvit_jax": time_fcvit_jax}
@@ -196,7 +220,9 @@ def main():
             contestants["torch"] = time_torch
         else:
             print("Without torch, which is not installed: see requirements-dev.txt")
-        if not importlib.util.find_spec("tensorflow"):
+        if args.task != "classification":
+            pass  # tf.data has no such transform
+        elif not importlib.util.find_spec("tensorflow"):
             print("Without tf.data, since tensorflow is not installed: see requirements-dev.txt")
         elif not read_jpegs(opened, args.batch_size):
             print("Without tf.data: the images are not JPEGs, the only format that decode_and_crop_jpeg reads")
@@ -215,7 +241,10 @@ def main():
         about = {
             "machine": platform.processor() or platform.machine(),
             "cores": loader.available_cores(),
-            **{name: version(name) for name in ("grain", "pillow", "torch", "tensorflow-cpu")},
+            **{
+                name: version(name) for name in ("grain", "pillow", "opencv-python-headless", "torch", "tensorflow-cpu")
+            },
+            "task": args.task,
             "dataset": args.dataset,
             "batch_size": args.batch_size,
             "images": images,

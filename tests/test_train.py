@@ -26,9 +26,9 @@ import numpy as np
 import optax
 import pytest
 import tiny_config
-from conftest import QUICKLY, free_port
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
+from processes import finish, start_two
 
 from benchmarks.kill_resume import arrays, assert_same_end, kill_and_resume, record
 from fcvit_jax import networks, optim, train
@@ -50,6 +50,7 @@ from fcvit_jax.tasks.classification import open_dataset
 from fcvit_jax.train import train_and_evaluate
 
 ROOT = Path(__file__).parent.parent
+CONFIG = "--config=tests/tiny_config.py"
 pytestmark = [
     pytest.mark.usefixtures("shared_programs"),
     # Orbax leaves the further exceptions of a failed write to the garbage collector.
@@ -227,44 +228,10 @@ def test_same_losses_on_any_mesh(undisturbed, config, tmp_path, monkeypatch, cap
     assert (held == whole) is (fsdp == 1)
 
 
-def start_two(workdir, *arguments, slurm=False):
-    """Starts a run on two processes with two devices each, which learn of each other by flags or as srun tells them."""
-    port = str(free_port())
-    command = [sys.executable, "main.py", "--config=tests/tiny_config.py", f"--workdir={workdir}", *arguments]
-    command.append("--config.mesh.data=-1")
-    env = os.environ | {"XLA_FLAGS": f"{QUICKLY} --xla_force_host_platform_device_count=2"}
-    if slurm:
-        env |= {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1"}
-        env |= {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "JAX_COORDINATOR_PORT": port}
-    else:
-        command += [f"--coordinator=localhost:{port}", "--num_processes=2"]
-    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return [
-        subprocess.Popen(
-            command if slurm else [*command, f"--process_id={number}"],
-            env=env | {"SLURM_PROCID": number, "SLURM_LOCALID": number},
-            **options,
-        )
-        for number in "01"
-    ]
-
-
-def finish(processes, code):
-    """Waits for both; returns what each has printed."""
-    try:
-        texts = [process.communicate(timeout=280)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [code, code], "\n".join(texts)
-    assert "Traceback" not in "".join(texts)
-    return texts
-
-
 def test_two_processes_are_one_run_and_stop_as_one(undisturbed, digits_dir, tmp_path):
     data = f"--config.data.data_dir={digits_dir}"
     layout = "--config.mesh.fsdp=2"
-    processes = start_two(tmp_path, data, layout)
+    processes = start_two(tmp_path, CONFIG, data, layout)
     deadline = time.monotonic() + 250
     while not ((tmp_path / "metrics.jsonl").exists() and losses(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -274,7 +241,7 @@ def test_two_processes_are_one_run_and_stop_as_one(undisturbed, digits_dir, tmp_
     assert step < 20
     assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == step
 
-    texts = finish(start_two(tmp_path, data, layout, slurm=True), code=0)
+    texts = finish(start_two(tmp_path, CONFIG, data, layout, slurm=True), code=0)
     assert f"resuming at step {step} of 20" in texts[0]
     assert "4 of 4 cpu devices in 2 processes, mesh data 2 x fsdp 2" in texts[0]
     assert [line["step"] for line in record(tmp_path)] == [line["step"] for line in record(undisturbed["workdir"])]
@@ -293,7 +260,9 @@ def test_a_broken_image_ends_both_processes_with_its_cause(tmp_path):
     broken = tmp_path / "images/train/7/2.png"
     broken.write_bytes(broken.read_bytes()[:-1000])
     data = [f"--config.data.dataset=folder:{tmp_path / 'images'}", "--config.data.workers=1"]
-    for text in finish(start_two(tmp_path / "run", *data, "--config.mesh.fsdp=2", *far_from_a_checkpoint), code=1):
+    for text in finish(
+        start_two(tmp_path / "run", CONFIG, *data, "--config.mesh.fsdp=2", *far_from_a_checkpoint), code=1
+    ):
         assert re.search(rf"error: Process [01]: {broken}: ", text), text
     assert not list((tmp_path / "run/checkpoints").iterdir())
     assert record(tmp_path / "run")[-1]["step"] < 50

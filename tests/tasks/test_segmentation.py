@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_segmentation
+from processes import finish, start_two
 
-from benchmarks.kill_resume import assert_same_end, record
+from benchmarks.kill_resume import assert_same_end, kill_and_resume, record
 from fcvit_jax.augment import paired
-from fcvit_jax.configs import digit_scenes_segmentation
 from fcvit_jax.data import scenes
 from fcvit_jax.data.confusion import count_confusions
 from fcvit_jax.devices.sharding import global_batch, make_mesh
@@ -25,6 +26,7 @@ from fcvit_jax.tasks.segmentation_prediction import full_logits
 from fcvit_jax.train import train_and_evaluate
 
 DATA = Path(__file__).parent.parent / "data"
+CONFIG = "--config=tests/tiny_segmentation.py:few"
 
 
 @pytest.fixture(scope="module")
@@ -238,27 +240,13 @@ def test_the_batch_changes_no_count(batch, kernel):
         assert other["pixels"] == whole["pixels"] and other["count"] == whole["count"]
 
 
-def tiny():
-    config = digit_scenes_segmentation.get_config()
-    config.data.update(batch_size=8, crop_size=48, long=64, short=64, scale=(0.7, 1.0), flip=0.5, distortion=True)
-    config.optim.lr = 0.01
-    config.train.update(steps=6, eval_every=1, log_every=1, ema_decay=0.9)  # an epoch has 3 steps
-    config.checkpoint.save_every = 2
-    config.mesh.data = 1
-    config.compilation_cache = False  # the tests share one
-    with config.unlocked():
-        config.model.update(depths=(1, 0, 0, 0), dims=(8, 8, 16, 16), kernel_sizes=(3,), context_heads=8)
-    config.model.update(neck_channels=8, head_channels=8, bn_group_size=4)
-    return config
-
-
 @pytest.fixture(scope="module")
 def run(shared_programs, tmp_path_factory):
     """A small run of which nothing was disturbed, and what it returned."""
     workdir = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scenes, "NUM_SCENES", {"train": 24, "validation": 20})
-        yield workdir, train_and_evaluate(tiny(), workdir)
+        patch.setattr(scenes, "NUM_SCENES", tiny_segmentation.FEW)
+        yield workdir, train_and_evaluate(tiny_segmentation.get_config(), workdir)
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -283,12 +271,29 @@ class TestRun:
         resumed = shutil.copytree(workdir, tmp_path / "resumed")
         for step_ in (4, 6):
             shutil.rmtree(resumed / "checkpoints" / str(step_), ignore_errors=True)
-        train_and_evaluate(tiny(), resumed)
+        train_and_evaluate(tiny_segmentation.get_config(), resumed)
         assert_same_end(workdir, resumed)
+
+    def test_killed_and_resumed_it_is_bitwise_the_same(self, run, tmp_path):
+        """By SIGKILL, in a process of its own. For more kills see benchmarks/kill_resume.py."""
+        workdir, _ = run
+        kill_and_resume(tmp_path / "killed", [CONFIG], steps=6, kills=1)
+        assert_same_end(workdir, tmp_path / "killed")
+
+    def test_two_processes_change_nothing(self, run, tmp_path):
+        workdir, result = run
+        finish(start_two(tmp_path, CONFIG), code=0)
+        losses = [[x["train/loss"] for x in record(folder) if "train/loss" in x] for folder in (workdir, tmp_path)]
+        np.testing.assert_allclose(*losses, rtol=1e-4)
+        other = json.loads((tmp_path / "evaluation.json").read_text())
+        assert other["count"] == 20 and other["loss"] == pytest.approx(result["loss"], rel=1e-3)
+        for ours, alone in zip(other["classes"], result["classes"], strict=True):
+            assert (ours["class"], ours["pixels"]) == (alone["class"], alone["pixels"])
+            assert ours["iou"] == pytest.approx(alone["iou"], abs=2e-3)  # of pixels near a tie
 
     def test_devices_change_nothing(self, run, tmp_path):
         workdir, result = run
-        config = tiny()
+        config = tiny_segmentation.get_config()
         config.mesh.data = 4
         other = train_and_evaluate(config, tmp_path)
         losses = [[x["train/loss"] for x in record(folder) if "train/loss" in x] for folder in (workdir, tmp_path)]
@@ -298,7 +303,7 @@ class TestRun:
     @pytest.mark.parametrize("devices", [1, 8])
     def test_evaluating_it_gives_the_same(self, run, devices):
         workdir, result = run
-        config = tiny()
+        config = tiny_segmentation.get_config()
         config.mesh.data = devices
         other = evaluate_checkpoint(config, workdir)
         assert [row["pixels"] for row in other["classes"]] == [row["pixels"] for row in result["classes"]]
