@@ -83,12 +83,16 @@ class Instances:
             boxes[:, 2:] += boxes[:, :2]
             yield Record(
                 index=index,
-                encoded=image_files.read_file(self.describe(index)),
+                encoded=self.encoded(index),
                 size=tuple(self.sizes[self.chosen[index]].tolist()),
                 boxes=boxes.astype(np.float32),
                 classes=objects.classes[kept],
                 rles=None if objects.segments is None else [self._rle(index, which) for which in kept.tolist()],
             )
+
+    def encoded(self, index: int) -> bytes:
+        """The image file of an example."""
+        return image_files.read_file(self.describe(index))
 
     def describe(self, index: int) -> str:
         return os.path.join(self.folder, self.names[self.chosen[index]])
@@ -169,7 +173,7 @@ def open_folder(
     train = None
     if training:
         train, class_names = _open_split(path, "train_split", train_split, class_names, masks, exif, skip_broken, notes)
-        train = _for_training(train, masks, empty_images, notes)
+        train = for_training(train, masks, empty_images, notes)
     evaluation, class_names = _open_split(path, "eval_split", eval_split, class_names, masks, exif, False, notes)
     return Opened(train, evaluation, tuple(class_names), notes)
 
@@ -288,7 +292,7 @@ def _with_areas(instances: Instances) -> Instances:
     return dataclasses.replace(instances, objects=dataclasses.replace(objects, areas=areas))
 
 
-def _for_training(instances: Instances, masks: bool, empty_images: bool, notes: list[str]) -> Instances:
+def for_training(instances: Instances, masks: bool, empty_images: bool, notes: list[str]) -> Instances:
     """Marks the objects that training takes, and chooses images of some size that have objects, crowds included; or,
     with `empty_images`, that may have none."""
     objects = instances.objects

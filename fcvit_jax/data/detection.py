@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from fcvit_jax.data import coco, image_files, scenes
 from fcvit_jax.data.coco_eval import Truth
 from fcvit_jax.data.detection_examples import load_example, load_noise, load_scene, mask_shape
 from fcvit_jax.data.loader import Data, Source, check_loading, check_one_batch
+from fcvit_jax.devices import storage
 from fcvit_jax.errors import MAX_IMAGE_SIZE, UserError, check_range, log
 
 
@@ -62,13 +63,13 @@ def open_dataset(
 
     Args:
       training: False: open the split for evaluation alone; the other need not be there.
-      dataset: "coco:PATH", a folder as `data.coco` describes it; "digit_scenes": scenes of scikit-learn's digits; or
-        "synthetic", one batch of noise, for measuring the training step alone: as many images and classes as COCO, one
-        batch to evaluate.
+      dataset: "coco:PATH", a folder as `data.coco` describes it; "coco/2017", TFDS's, for boxes alone; "digit_scenes":
+        scenes of scikit-learn's digits; or "synthetic", one batch of noise, for measuring the training step alone: as
+        many images and classes as COCO, one batch to evaluate.
       batch_size: images per step over all processes; a batch has wide images, or others.
-      data_dir: the folder from which a relative PATH starts.
+      data_dir: the folder from which a relative PATH starts, or where TFDS keeps its data.
       workers, prefetch, on_broken: as in `classification.open_dataset`.
-      train_split, eval_split, empty_images, exif: of a folder; see `coco.open_folder`.
+      train_split, eval_split, empty_images, exif: of a folder; see `coco.open_folder`. TFDS has other splits.
       masks: train and evaluate masks too.
       long, short: the longer and the shorter side, in pixels, to which images are resized; see `objects.fit_image`.
       flip: probability of a horizontal flip in training.
@@ -80,27 +81,15 @@ def open_dataset(
         do.
     """
     workers = check_loading(batch_size, workers, prefetch, on_broken)
-    check_range("data", 32, below=MAX_IMAGE_SIZE + 1, short=short)
-    check_range("data", short, below=4 * MAX_IMAGE_SIZE, long=long)
-    check_range("data", 0, flip=flip)
-    check_range("data", 1, below=10_000, max_objects=max_objects)
-    if results is not None and not os.path.isdir(os.path.dirname(os.path.abspath(results))):
-        raise UserError(f"data.results={results}: there is no such folder.")
-    if dataset.startswith("coco:"):
-        path = os.path.join(os.path.expanduser(data_dir), os.path.expanduser(dataset.removeprefix("coco:")))
-        splits = dict(train_split=train_split, eval_split=eval_split)
-        kinds = dict(masks=masks, empty_images=empty_images, exif=exif, skip_broken=on_broken == "skip")
-        opened = _open_folder(path, training, max_objects, **splits, **kinds)
-    elif dataset == "digit_scenes":
-        check_range("data", scenes.OBJECTS[1], max_objects=max_objects)
-        train = scenes.Scenes("train") if training else None
-        opened = _Opened(train, scenes.Scenes("validation"), scenes.CLASS_NAMES, load_scene)
-    elif dataset == "synthetic":
-        names = tuple(f"class {i}" for i in range(80))
-        train = _Noise(117_266, long, short) if training else None
-        opened = _Opened(train, _Noise(batch_size, long, short), names, load_noise)
+    _check(dataset, long, short, flip, max_objects, results)
+    kinds = {"masks": masks, "empty_images": empty_images, "exif": exif}
+    splits = {"train_split": train_split, "eval_split": eval_split}
+    if dataset.startswith(("coco:", "coco/")):
+        opened = _open_coco(dataset, data_dir, training, on_broken == "skip", kinds, splits)
+        if training:
+            _say_what_is_cut_off(opened.train, max_objects)
     else:
-        raise UserError(f"data.dataset={dataset!r} is unknown: choose coco:PATH, digit_scenes or synthetic.")
+        opened = _open_made(dataset, training, batch_size, long, short)
     if training:
         check_one_batch(dataset, opened.train, batch_size)
     sizes, ids = {"long": long, "short": short, "exif": exif}, (opened.train or opened.eval).category_ids
@@ -125,6 +114,16 @@ def open_dataset(
     )
 
 
+def _check(dataset: str, long: int, short: int, flip: float, max_objects: int, results: str | None) -> None:
+    check_range("data", 32, below=MAX_IMAGE_SIZE + 1, short=short)
+    check_range("data", short, below=4 * MAX_IMAGE_SIZE, long=long)
+    check_range("data", 0, flip=flip)
+    least = scenes.OBJECTS[1] if dataset == "digit_scenes" else 1
+    check_range("data", least, below=10_000, max_objects=max_objects)
+    if results is not None and not storage.is_folder(storage.as_path(results).absolute().parent):
+        raise UserError(f"data.results={results}: there is no such folder.")
+
+
 class _Opened(NamedTuple):
     """A dataset as it is: its splits (`train` is None where it is not opened), its classes, and `Data`'s function."""
 
@@ -134,13 +133,38 @@ class _Opened(NamedTuple):
     load_example: Callable
 
 
-def _open_folder(path: str, training: bool, max_objects: int, **options: Any) -> _Opened:
-    opened = coco.open_folder(path, training, **options)
+def _open_coco(
+    dataset: str, data_dir: str, training: bool, skip_broken: bool, kinds: dict[str, bool], splits: dict[str, str]
+) -> _Opened:
+    """COCO, or what is like it, as a folder or in TFDS."""
+    if dataset.startswith("coco:"):
+        path = os.path.join(os.path.expanduser(data_dir), os.path.expanduser(dataset.removeprefix("coco:")))
+        opened = coco.open_folder(path, training, skip_broken=skip_broken, **kinds, **splits)
+    else:
+        if kinds["masks"]:
+            raise UserError(f"{dataset} of TFDS has no masks: set --config.model.masks=False, or use coco:PATH.")
+        if kinds["exif"]:
+            raise UserError(f"data.exif=True: the boxes of {dataset} belong to the images as they are stored.")
+        from fcvit_jax.data import tfds_objects  # TFDS is slow to import
+
+        opened = tfds_objects.open_coco(
+            dataset, os.path.expanduser(data_dir), training, empty_images=kinds["empty_images"], **splits
+        )
     for note in opened.notes:
         log.info("%s", note)
-    if training:
-        _say_what_is_cut_off(opened.train, max_objects)
     return _Opened(opened.train, opened.eval, opened.class_names, load_example)
+
+
+def _open_made(dataset: str, training: bool, batch_size: int, long: int, short: int) -> _Opened:
+    """Scenes of digits or noise."""
+    if dataset == "digit_scenes":
+        train = scenes.Scenes("train") if training else None
+        return _Opened(train, scenes.Scenes("validation"), scenes.CLASS_NAMES, load_scene)
+    if dataset == "synthetic":
+        names = tuple(f"class {i}" for i in range(80))
+        train = _Noise(117_266, long, short) if training else None
+        return _Opened(train, _Noise(batch_size, long, short), names, load_noise)
+    raise UserError(f"data.dataset={dataset!r} is unknown: choose coco:PATH, coco/2017, digit_scenes or synthetic.")
 
 
 def _say_what_is_cut_off(train: coco.Instances, max_objects: int) -> None:

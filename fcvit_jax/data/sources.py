@@ -79,6 +79,33 @@ class Files:
         return os.path.join(self.folder, os.fsdecode(self._names[start : self._ends[index]]))
 
 
+def open_builder(name: str, data_dir: str, choices: str) -> tfds.core.DatasetBuilder:
+    """Opens a TFDS dataset that was prepared as array_record.
+
+    Args:
+      name, data_dir: as in `open_tfds`.
+      choices: what `data.dataset` may be, for a message.
+
+    Raises:
+      UserError: as `open_tfds`.
+    """
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+    except (ValueError, AssertionError, ImportError) as error:  # no such dataset, configuration, version or package
+        near = difflib.get_close_matches(name, ["digits", "synthetic", *tfds.list_builders()])
+        there = sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
+        raise UserError(
+            f"{str(error).strip().splitlines()[0]} data.dataset is {choices}"
+            f" (similar: {', '.join(near) or 'none'}; in {data_dir}: {', '.join(there) or 'nothing'})"
+        ) from error
+    if not builder.data_path.exists():
+        raise UserError(_how_to_prepare(builder, name, data_dir))
+    builder = tfds.builder_from_directory(builder.data_path)  # also knows formats that a conversion has added
+    if "array_record" not in {file_format.value for file_format in builder.info.available_file_formats()}:
+        raise UserError(_how_to_convert(builder))
+    return builder
+
+
 def open_tfds(
     name: str, data_dir: str, train_split: str | None, eval_split: str
 ) -> tuple[Records | None, Records, tuple[str, ...]]:
@@ -99,21 +126,7 @@ def open_tfds(
     if name == "digits":
         builder = digits.prepare(data_dir)
     else:
-        try:
-            builder = tfds.builder(name, data_dir=data_dir)
-        except (ValueError, AssertionError, ImportError) as error:  # no such dataset, configuration, version or package
-            near = difflib.get_close_matches(name, ["digits", "synthetic", *tfds.list_builders()])
-            there = sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
-            raise UserError(
-                f"{str(error).strip().splitlines()[0]} data.dataset is digits, synthetic, folder:PATH or a TFDS name"
-                f" (similar: {', '.join(near) or 'none'}; in {data_dir}: {', '.join(there) or 'nothing'})"
-            ) from error
-        if not builder.data_path.exists():
-            raise UserError(_how_to_prepare(builder, name, data_dir))
-        builder = tfds.builder_from_directory(builder.data_path)  # also knows formats that a conversion has added
-        if "array_record" not in {file_format.value for file_format in builder.info.available_file_formats()}:
-            raise UserError(_how_to_convert(builder))
-
+        builder = open_builder(name, data_dir, "digits, synthetic, folder:PATH or a TFDS name")
     features = dict(builder.info.features.items())
     image, label = features.get("image"), features.get("label")
     if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
@@ -121,24 +134,35 @@ def open_tfds(
             f"{name} lacks the features image (one image) and label (a class): it has {', '.join(sorted(features))}"
         )
 
-    images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
-
     def open_split(key: str, split: str) -> Records:
-        try:
-            decoders = {name: tfds.decode.SkipDecoding() for name in images}  # of masks too, which are not used
-            source = builder.as_data_source(split, decoders=decoders, file_format="array_record")
-        except ValueError as error:
-            known = ", ".join(builder.info.splits)
-            raise UserError(
-                f"data.{key}={split}: {str(error).splitlines()[0].rstrip('.')}. {name} has {known}"
-            ) from error
-        records = Records(name, split, source)
+        records = Records(name, split, open_records(builder, name, key, split))
         if next(records.read([0]))[1] < 0:
             raise UserError(f"data.{key}={split} of {name} has no labels")
         return records
 
     train = None if train_split is None else open_split("train_split", train_split)
     return train, open_split("eval_split", eval_split), tuple(label.names)
+
+
+def open_records(builder: tfds.core.DatasetBuilder, name: str, key: str, split: str) -> Sequence:
+    """The records of a split, whose images are encoded.
+
+    Args:
+      builder: from `open_builder`.
+      name: of the dataset.
+      key: of the config, under "data".
+      split: its value, a TFDS split or a slice of one.
+
+    Raises:
+      UserError: there is no such split.
+    """
+    images = [name for name, feature in builder.info.features.items() if isinstance(feature, tfds.features.Image)]
+    try:
+        decoders = {name: tfds.decode.SkipDecoding() for name in images}  # of masks too, which are not used
+        return builder.as_data_source(split, decoders=decoders, file_format="array_record")
+    except ValueError as error:
+        known = ", ".join(builder.info.splits)
+        raise UserError(f"data.{key}={split}: {str(error).splitlines()[0].rstrip('.')}. {name} has {known}") from error
 
 
 def _how_to_prepare(builder: tfds.core.DatasetBuilder, name: str, data_dir: str) -> str:
