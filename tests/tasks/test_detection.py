@@ -1,6 +1,7 @@
 """Detection: the loss, what evaluation makes of detections, classes in another order, and whole runs."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -14,11 +15,15 @@ from helpers import TINY, save_tiny, tiny_variables
 from benchmarks.kill_resume import assert_same_end, record
 from fcvit_jax.configs import digit_scenes_detection
 from fcvit_jax.data import coco_eval, loader, scenes, segments
+from fcvit_jax.devices.sharding import global_batch
 from fcvit_jax.errors import UserError
 from fcvit_jax.evaluate import evaluate_checkpoint
 from fcvit_jax.networks.masks import crop_masks
 from fcvit_jax.networks.normalize import MEAN, STD
+from fcvit_jax.run import opening
+from fcvit_jax.run.results import best_metric
 from fcvit_jax.run.saved import load, load_metadata, load_variables
+from fcvit_jax.run.state import create_state, init_variables
 from fcvit_jax.tasks import classification, detection
 from fcvit_jax.train import train_and_evaluate
 
@@ -53,8 +58,9 @@ def few_scenes():
 @pytest.fixture(scope="module")
 def run(shared_programs, few_scenes, tmp_path_factory):
     """A small run of which nothing was disturbed, and what it returned."""
-    workdir = tmp_path_factory.mktemp("run")
-    return workdir, train_and_evaluate(tiny(), workdir)
+    workdir, config = tmp_path_factory.mktemp("run"), tiny()
+    config.data.results = str(workdir / "found.json")
+    return workdir, train_and_evaluate(config, workdir)
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -91,14 +97,17 @@ class TestRun:
         train_and_evaluate(tiny(), resumed)
         assert_same_end(workdir, resumed)
 
-    @pytest.mark.parametrize("devices", [4])
-    def test_devices_change_nothing(self, run, tmp_path, devices):
+    def test_devices_change_nothing(self, run, tmp_path):
         workdir, _ = run
         config = tiny()
-        config.mesh.data = devices
-        train_and_evaluate(config, tmp_path)
-        losses = [[x["train/loss"] for x in record(folder) if "train/loss" in x] for folder in (workdir, tmp_path)]
-        np.testing.assert_allclose(*losses, rtol=1e-4)
+        config.mesh.data = 4
+        four = opening.open_run(config, tmp_path)
+        variables = init_variables(four.task.init_variables, four.model, four.mesh, config.seed)
+        state, compiled = create_state(variables, four.tx, four.abstract), opening.compile_in_background(four).result()
+        for line, batch in zip(record(workdir), loader.train_batches(four.data, config.seed, 0, 3), strict=False):
+            state, metrics = compiled(state, global_batch(batch, four.mesh))
+            for name in ("loss", *PARTS, "grad_norm"):
+                assert float(metrics[name]) == pytest.approx(line[f"train/{name}"], rel=1e-4), (line["step"], name)
 
     @pytest.mark.parametrize("devices, batch_size", [(1, 8), (8, 8), (1, 3)])
     def test_evaluating_it_gives_the_same(self, run, tmp_path, devices, batch_size):
@@ -115,21 +124,19 @@ class TestRun:
         assert found and {x["image_id"] for x in found} <= set(range(20))
         assert all(x.keys() == {"image_id", "category_id", "bbox", "score", "segmentation"} for x in found)
 
-    def test_the_tools_load_it(self, run):
+    def test_an_image_alone_has_the_detections_of_the_evaluation(self, run):
         workdir, _ = run
         task, model, variables, metadata = load(workdir)
         assert task is detection and (metadata["long"], metadata["short"]) == (48, 48)
         data = detection.open_dataset(False, **tiny().data)
-        (batch, *_) = loader.eval_batches(data)
-        found = jax.device_get(jax.jit(detection.eval_step, static_argnums=0)(model, variables, batch))
-        for row in range(2):
-            image, _ = detection.read_pair(data, row)
-            (alone,) = detection.predict(model, variables, [image], metadata)
-            used = found["valid"][row]
-            assert used.any()
-            np.testing.assert_allclose(alone.boxes, found["boxes"][row][used], atol=1e-3)
-            np.testing.assert_allclose(alone.scores, found["scores"][row][used], rtol=1e-4)
-            assert alone.rles[0]["size"] == [96, 96]
+        evaluated = from_results(workdir / "found.json", 20)
+        images = [detection.read_pair(data, index)[0] for index in range(3)]
+        for alone, expected in zip(detection.predict(model, variables, images, metadata), evaluated, strict=False):
+            assert len(alone.boxes) > 0 and alone.classes.tolist() == expected.classes.tolist()
+            np.testing.assert_allclose(alone.boxes, expected.boxes, atol=1e-3)
+            np.testing.assert_allclose(alone.scores, expected.scores, rtol=1e-4)
+            masks, same = (segments.decode(x.rles, 96, 96) for x in (alone, expected))
+            assert (masks != same).mean() < 1e-3  # rounding may decide a pixel
 
     def test_another_run_starts_from_it_and_other_tasks_refuse_it(self, run, tmp_path):
         workdir, _ = run
@@ -356,11 +363,17 @@ def test_classes_that_are_nowhere_are_left_out_of_the_mean(validation):
     assert detection.score(nothing, found, ["a"])["mask_ap"] == 0
 
 
-def test_boxes_alone(few_scenes, shared_programs, tmp_path):
+def test_boxes_alone(plain, batch, validation):
     config = tiny()
     config.model.masks = False
     assert not config.data.masks
-    config.train.update(steps=3, ema_decay=None)
-    result = train_and_evaluate(config, tmp_path)
-    assert "mask_ap" not in result and "mask_ap" not in result["classes"][0] and result["box_ap"] >= 0
-    assert "train/mask_loss" not in record(tmp_path)[0] and load_metadata(tmp_path / "best")["best"]["step"] == 3
+    model = plain[0].clone(masks=False)
+    alone = {name: x for name, x in batch.items() if name not in ("masks", "rows", "columns")}
+    prepared = jax.eval_shape(detection.make_prepare(model), jax.random.key(0), alone)
+    _, (_, parts) = jax.eval_shape(functools.partial(detection.loss, model), plain[1], prepared, jax.random.key(0))
+    assert parts.keys() == {*PARTS, "class_accuracy"} - {"mask_loss"}
+    outputs = [{name: x for name, x in output.items() if name != "masks"} for output in as_found(validation)]
+    result = detection.finish(outputs, validation)
+    assert result["box_ap"] == 1 and not any("mask" in name for name in (*result, *result["classes"][0]))
+    assert best_metric(detection, result) == "box_ap" and "mask" not in detection.describe(result)
+    assert best_metric(detection, {"box_ap", "mask_ap"}) == "mask_ap"
