@@ -126,7 +126,8 @@ def test_the_arguments_of_the_readme_are_those_of_the_tools(arguments, monkeypat
         "convert",
     }:
         monkeypatch.setattr(tool, name, work)
-    monkeypatch.setattr("fcvit_jax.figures.segmentation.from_arguments", work)
+    for figure in ("segmentation", "detection"):
+        monkeypatch.setattr(f"fcvit_jax.figures.{figure}.from_arguments", work)
     with pytest.raises(Parsed):
         tool.main(arguments[1:])
 
