@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import json
 import math
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,12 +68,15 @@ class Objects:
 def load(file: str) -> dict[str, Any]:
     """Reads a file and checks that it lists images, annotations and categories.
 
+    The ids by which annotations name images and categories are made equal to those, where they are text on one side and
+    numbers on the other; what is no id becomes None.
+
     Raises:
       UserError: it cannot be read, is no JSON, or lacks one of these lists.
     """
     try:
         content = json.loads(image_files.read_file(file))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file} is no JSON, or only a part of it: {error}") from error
@@ -83,7 +87,26 @@ def load(file: str) -> dict[str, Any]:
                 f"{file} must be as COCO's instances files: an object with the lists images, annotations and"
                 f" categories, but {key} is missing or no list of objects"
             )
+    for key, name in (("images", "image_id"), ("categories", "category_id")):
+        _match_ids(content[key], content["annotations"], name)
     return content
+
+
+def _match_ids(entries: list[dict[str, Any]], annotations: list[dict[str, Any]], name: str) -> None:
+    """Replaces ids in what a file lists, and of it in the annotations, by equal ones; see `load`."""
+    for entry in entries:
+        entry["id"] = _id(entry.get("id"))
+    ids = {entry["id"] for entry in entries}
+    by_text = {str(key): key for key in ids}
+    for annotation in annotations:
+        key = _id(annotation.get(name))
+        annotation[name] = key if key in ids else by_text.get(str(key), key)
+
+
+def _id(value: Any) -> Id | None:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, Id) else None
 
 
 def read_categories(content: Mapping[str, Any], file: str) -> dict[Id, str]:
@@ -112,7 +135,7 @@ def choose_classes(content: Mapping[str, Any], file: str, notes: list[str]) -> t
       UserError: there is none, or see `read_categories`.
     """
     names = read_categories(content, file)
-    used = {annotation.get("category_id") for annotation in content["annotations"]}
+    used = {annotation["category_id"] for annotation in content["annotations"]}
     ground = [name for key, name in names.items() if name.lower() in UNUSED_NAMES and key not in used]
     if ground:
         notes.append(f"{file}: no object has the category {first(ground)}, which is left out of the classes")
@@ -132,7 +155,7 @@ def match_classes(content: Mapping[str, Any], file: str, class_names: Sequence[s
       UserError: objects have a category that is no class, or see `read_categories`.
     """
     names = read_categories(content, file)
-    used = {annotation.get("category_id") for annotation in content["annotations"]}
+    used = {annotation["category_id"] for annotation in content["annotations"]}
     unknown = [name for key, name in names.items() if name not in class_names]
     if any(key in used and name in unknown for key, name in names.items()):
         raise UserError(
@@ -203,9 +226,12 @@ def read_images(
 
 
 def _find(name: str, there: set[str]) -> str | None:
-    parts = name.replace("\\", "/").split("/")
-    ends = ("/".join(parts[start:]) for start in range(len(parts)))
-    return next((end for end in ends if end in there), None)
+    for text in (name, urllib.parse.unquote(name)):  # some tools write names as in addresses, with %20 for a space
+        parts = text.replace("\\", "/").split("/")
+        ends = ("/".join(parts[start:]) for start in range(len(parts)))
+        if found := next((end for end in ends if end in there), None):
+            return found
+    return None
 
 
 def _side(value: Any) -> int:
@@ -229,13 +255,13 @@ def read_objects(
     annotations = []
     indices, labels, numbers = array.array("q"), array.array("i"), array.array("d")
     for annotation in content["annotations"]:
-        index, label = _lookup(index_of, annotation.get("image_id")), _lookup(classes, annotation.get("category_id"))
+        index, label = index_of.get(annotation["image_id"]), classes.get(annotation["category_id"])
         if index is None or label is None:
             left_out[f"whose {'image' if index is None else 'category'} is not listed"] += 1
             continue
         try:
             row = _numbers(annotation)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise UserError(_describe(file, annotation, error)) from error
         if row is None:
             left_out["with neither a box nor an outline"] += 1
@@ -246,11 +272,13 @@ def read_objects(
         indices.append(index)
         labels.append(label)
         numbers.extend(row)
-    if left_out:
-        reasons = [f"{count(number, 'annotation')} {why}" for why, number in left_out.items()]
-        notes.append(f"{file}: left out {', '.join(reasons)}")
+    reasons = ", ".join(f"{count(number, 'annotation')} {why}" for why, number in left_out.items())
     if not annotations:
-        raise UserError(f"{file} has no annotation of an image and a category that it lists")
+        raise UserError(
+            f"{file} has no annotation of an image and a category that it lists ({reasons or 'none at all'})"
+        )
+    if reasons:
+        notes.append(f"{file}: left out {reasons}")
     order = np.argsort(indices, kind="stable")  # the order of the file within an image
     numbers = np.array(numbers).reshape(-1, 7)[order]
     return [annotations[which] for which in order], Objects(
@@ -264,18 +292,13 @@ def read_objects(
     )
 
 
-def _lookup(mapping: Mapping[Id, int], key: Any) -> int | None:
-    try:
-        return mapping.get(key)
-    except TypeError:  # a list, for example
-        return None
-
-
 def _numbers(annotation: Mapping[str, Any]) -> tuple[float, ...] | None:
     """Box (four numbers), area (NaN: not given), crowd and ignore of an annotation; None if it has no box."""
     box = annotation.get("bbox") or segments.bounds(annotation.get("segmentation"))
     if box is None:
         return None
+    if not isinstance(box, list | tuple) or len(box) != 4:
+        raise ValueError(f"its bbox must be [x, y, width, height] in pixels, unlike {box!r}")
     x, y, width, height = map(float, box)
     if not math.isfinite(x + y + width + height):
         raise ValueError(f"its bbox is {box}")

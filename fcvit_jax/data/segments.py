@@ -15,6 +15,7 @@ from fcvit_jax.errors import UserError
 
 FIFTHS = 5.0  # pycocotools' scale of polygons
 LIMIT = 400_000_000  # of a corner in fifths, for 32 bits
+NO_POLYGONS = "its segmentation must be lists of x1, y1, x2, y2, ... in pixels"
 RLE = dict[str, Any]  # {"size": [height, width], "counts": bytes}, pycocotools' compressed form
 
 
@@ -135,7 +136,10 @@ def bounds(segmentation: Any) -> tuple[float, float, float, float] | None:
     if isinstance(segmentation, dict):
         from pycocotools import mask
 
-        return tuple(mask.toBbox(_checked_runs(segmentation, *segmentation.get("size", (0, 0)))).tolist())
+        size = segmentation.get("size")
+        if not isinstance(size, list) or len(size) != 2:
+            raise UserError(f"its run-length mask has the size {size}, not [height, width]")
+        return tuple(mask.toBbox(_checked_runs(segmentation, *size)).tolist())
     polygons = _polygons(segmentation)
     if not polygons:
         return None
@@ -148,10 +152,18 @@ def _polygons(segmentation: Any) -> list[np.ndarray]:
     """The polygons of at least three corners."""
     if not segmentation:
         return []
+    if not isinstance(segmentation, list):
+        raise UserError(NO_POLYGONS)
     polygons = segmentation if isinstance(segmentation[0], list) else [segmentation]
-    polygons = [np.array(polygon, float) for polygon in polygons if len(polygon) >= 6]
-    if any(polygon.ndim != 1 or len(polygon) % 2 for polygon in polygons):
-        raise UserError("its segmentation must be lists of x1, y1, x2, y2, ... in pixels")
+    try:
+        polygons = [np.array(polygon, float) for polygon in polygons]
+    except (TypeError, ValueError) as error:
+        raise UserError(NO_POLYGONS) from error
+    if any(polygon.ndim != 1 for polygon in polygons):
+        raise UserError(NO_POLYGONS)
+    polygons = [polygon for polygon in polygons if len(polygon) >= 6]
+    if any(len(polygon) % 2 for polygon in polygons):
+        raise UserError(NO_POLYGONS)
     return polygons
 
 
@@ -159,7 +171,7 @@ def _checked_runs(segmentation: dict[str, Any], height: int, width: int) -> RLE:
     """Compressed runs. pycocotools reads and writes memory that is not its own where their sum is wrong."""
     from pycocotools import mask
 
-    size, counts = list(segmentation.get("size", ())), segmentation.get("counts")
+    size, counts = segmentation.get("size"), segmentation.get("counts")
     if size != [height, width]:
         raise UserError(f"its run-length mask has the size {size}, but its image [{height}, {width}] (height, width)")
     if isinstance(counts, str | bytes):

@@ -234,6 +234,37 @@ def test_annotations_of_what_is_not_listed_are_left_out_and_counted(folder):
     folder.refused("train2017.json", "no annotation")
 
 
+@pytest.mark.parametrize("listed", [str, int, float])
+@pytest.mark.parametrize("named", [str, int, float])
+def test_ids_may_be_text_on_one_side_and_numbers_on_the_other(folder, listed, named):
+    expected = boxes(folder.open().train)
+    for content in (folder.train, folder.val):
+        for entry in content["images"] + content["categories"]:
+            entry["id"] = listed(entry["id"])
+        for entry in content["annotations"]:
+            entry.update(image_id=named(entry["image_id"]), category_id=named(entry["category_id"]))
+        content["annotations"][0].pop("id")
+    opened = folder.open()
+    assert boxes(opened.train) == boxes(opened.eval) == expected and not opened.notes
+    ids = str if listed is str else int
+    assert opened.train.image_ids == [ids(10 * i) for i in (1, 2, 3)]
+    assert opened.train.category_ids == tuple(ids(i) for i in (3, 18, 44))
+
+
+def test_text_and_numbers_that_are_both_ids_stay_apart(folder):
+    folder.train["images"][1]["id"] = "10"  # beside 10
+    for entry in folder.train["annotations"]:
+        entry["image_id"] = "10" if entry["image_id"] == 20 else entry["image_id"]
+    opened = folder.open()
+    assert opened.train.image_ids == [10, 30, "10"] and not opened.notes
+    assert [len(found) for found in boxes(opened.train)] == [1, 1, 2]
+
+
+def test_a_category_that_is_no_id_is_not_listed(folder):
+    folder.train["annotations"][0]["category_id"] = [18]
+    assert "1 annotation whose category" in " ".join(folder.open().notes)
+
+
 def test_objects_without_an_outline(folder):
     del folder.train["annotations"][0]["segmentation"]
     folder.train["annotations"][1]["segmentation"] = []
@@ -287,13 +318,20 @@ def test_ids_of_annotations_may_be_missing_or_equal(folder):
 @pytest.mark.parametrize(
     "change, word",
     [
-        ({"bbox": [1, 2, 3]}, "annotation 2 of image 10"),
+        ({"bbox": [1, 2, 3]}, "unlike [1, 2, 3]"),
         ({"bbox": [1, 2, 3, None]}, "annotation 2 of image 10"),
         ({"bbox": [1, 2, float("nan"), 4]}, "its bbox"),
         ({"segmentation": [[1, 2, 3, 4, 5, 6, 7]]}, "x1, y1, x2, y2"),
         ({"segmentation": {"size": [60, 80], "counts": [100]}}, "add up to 4800"),
         ({"segmentation": {"size": [30, 40], "counts": [1200]}}, "[60, 80]"),
-        ({"segmentation": "polygon"}, "annotation 2 of image 10"),
+        ({"segmentation": {"size": 60, "counts": [100]}}, "the size 60"),
+        ({"segmentation": {"counts": [100]}, "bbox": None}, "the size None"),
+        ({"segmentation": "polygon"}, "x1, y1, x2, y2"),
+        ({"segmentation": 5}, "x1, y1, x2, y2"),
+        ({"segmentation": [[[1, 2], [3, 4], [5, 6]]]}, "x1, y1, x2, y2"),
+        ({"segmentation": [{"x": 1, "y": 2}] * 3}, "x1, y1, x2, y2"),
+        ({"bbox": {"x": 1}}, "[x, y, width, height]"),
+        ({"bbox": [1, 2, 3, 10**400]}, "annotation 2 of image 10"),
         ({"area": "large"}, "annotation 2 of image 10"),
     ],
 )
@@ -328,7 +366,7 @@ def test_unreadable_and_missing_images(folder):
 
 
 def test_names_with_folders_and_backslashes(folder):
-    names = ("train2017/1.jpg", "C:\\data\\images\\2.jpg", "/home/someone/coco/part/3.jpg")
+    names = ("images%2F1.jpg", "C:\\data\\images\\2.jpg", "/home/someone/coco/part/3.jpg")
     for entry, name in zip(folder.train["images"], names, strict=True):
         entry["file_name"] = name
     folder.image("train2017/part/3.jpg", WIDTH, HEIGHT)
@@ -398,7 +436,13 @@ def test_run_length_masks_tell_how_an_image_was_turned(folder):
 
 @pytest.mark.parametrize(
     "text, word",
-    [("{", "no JSON"), ("[]", "images is missing"), ('{"images": []}', "annotations is missing"), ("\xff", "no JSON")],
+    [
+        ("{", "no JSON"),
+        ("[" * 100_000, "no JSON"),
+        ("[]", "images is missing"),
+        ('{"images": []}', "annotations is missing"),
+        ("\xff", "no JSON"),
+    ],
 )
 def test_files_that_are_not_cocos(folder, text, word):
     folder.open()
