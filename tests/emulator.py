@@ -2,7 +2,6 @@
 
 import http.server
 import json
-import os
 import subprocess
 import threading
 import time
@@ -105,27 +104,13 @@ def answering(respond):
 
 
 def use(monkeypatch, url):
-    """Has this process and those that it starts talk to an address; clients that talk to another are forgotten."""
-    for name, value in environment(url).items():
-        monkeypatch.setenv(name, value)
-    forget()
-
-
-def forget():
-    """Drops all clients, which keep the address that they were made with."""
+    """Has this process, and those that it starts, talk to an address."""
     import fsspec
-    from etils.epath import backend
-    from orbax.checkpoint._src.path import gcs_utils
 
     from fcvit_jax.devices import gcs
 
-    fsspec.config.set_conf_env(fsspec.config.conf)
-    gcs.file_system.cache_clear()
+    for name, value in environment(url).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})  # the variable is read but once
+    gcs.file_system.cache_clear()  # a client remembers that a bucket did not answer
     gcs._Buckets.clear_instance_cache()
-    type(backend.fsspec_backend)._get_filesystem.cache_clear()
-    gcs_utils.get_bucket.cache_clear()
-
-
-def path_of(address):
-    """gs://bucket/run -> the prefix of its objects."""
-    return os.fspath(address).removeprefix(f"gs://{BUCKET}/")

@@ -148,6 +148,11 @@ def names(folder: epath.Path) -> list[str]:
         return []
 
 
+def replace_text(path: epath.Path, text: str) -> None:
+    """As in storage; an object is always written as a whole."""
+    file_system().pipe_file(str(path), text.encode())
+
+
 def remove(path: epath.Path) -> None:
     """As in storage."""
     with contextlib.suppress(FileNotFoundError):
@@ -208,7 +213,7 @@ def check_access(folder: epath.Path) -> None:
     file_system().call("GET", "b/{}", bucket)  # which Orbax does when it first deletes a checkpoint
     probe = folder / f"probe-{secrets.token_hex(4)}"
     for text in ("first", "second"):  # to replace an object needs more than to create it
-        probe.write_text(text)
-    if probe.read_text() != "second" or probe.name not in names(folder):
-        raise UserError(f"gs://{bucket} does not show what was just written there.")
+        replace_text(probe, text)
+    probe.read_bytes()
+    names(folder)
     remove(probe)

@@ -153,7 +153,7 @@ class GrowingFiles:
             self._folder = Path(tempfile.mkdtemp(prefix="fcvit_jax-"))
             self._thread = _Regularly(RENEWAL, self.keep)
         local, remote = self._folder / name, self._workdir / name
-        if gcs.is_file(remote):
+        if not local.exists() and gcs.is_file(remote):
             self._generations[local] = gcs.file_system().info(str(remote))["generation"]
             local.write_bytes(remote.read_bytes())
         return local

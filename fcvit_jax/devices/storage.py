@@ -131,9 +131,8 @@ def read_text(path: Path, errors: str = "strict") -> str:
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a file, whole or not at all."""
-    if not is_local(path):
-        path.write_text(text)  # objects are always written so
-        return
+    if remote := _remote(path):
+        return remote.replace_text(path, text)
     unfinished = path.with_name(f"{path.name}.tmp")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
