@@ -11,6 +11,7 @@ from fcvit_jax.data import coco, image_files, scenes
 from fcvit_jax.data.coco_eval import Truth
 from fcvit_jax.data.detection_examples import load_example, load_noise, load_scene, mask_shape
 from fcvit_jax.data.loader import Data, Source, check_loading, check_one_batch
+from fcvit_jax.devices.storage import local_path
 from fcvit_jax.errors import MAX_IMAGE_SIZE, UserError, check_range, log
 
 
@@ -87,7 +88,7 @@ def open_dataset(
     if results is not None and not os.path.isdir(os.path.dirname(os.path.abspath(results))):
         raise UserError(f"data.results={results}: there is no such folder.")
     if dataset.startswith("coco:"):
-        path = os.path.join(os.path.expanduser(data_dir), os.path.expanduser(dataset.removeprefix("coco:")))
+        path = str(local_path(data_dir) / local_path(dataset.removeprefix("coco:")))
         splits = dict(train_split=train_split, eval_split=eval_split)
         kinds = dict(masks=masks, empty_images=empty_images, exif=exif, skip_broken=on_broken == "skip")
         opened = _open_folder(path, training, max_objects, **splits, **kinds)

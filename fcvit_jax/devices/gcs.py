@@ -31,7 +31,7 @@ try:
     from gcsfs.core import GCSFileSystem
     from gcsfs.retry import HttpError, is_retriable
 except ImportError as error:
-    raise UserError(f'gs:// needs more packages ({error}): pip install "gcsfs>=2026.4"') from error
+    raise UserError(f'gs:// needs gcsfs ({error}): pip install "fcvit-jax[gcs]", or "gcsfs>=2026.4".') from error
 
 PAUSES = (1, 2, 5, 10, 20, 40, 60, 60, 60)  # seconds before each repetition of a request
 _COMMITTED = "commit_success.txt"  # which Orbax writes last into a checkpoint's folder
