@@ -21,6 +21,7 @@ import re
 import secrets
 import time
 from typing import Any
+from urllib.parse import unquote
 
 from etils import epath
 
@@ -30,6 +31,7 @@ try:
     import fsspec
     from gcsfs.core import GCSFileSystem
     from gcsfs.retry import HttpError, is_retriable
+    from google.auth.exceptions import GoogleAuthError, TransportError
 except ImportError as error:
     raise UserError(f'gs:// needs gcsfs ({error}): pip install "fcvit-jax[gcs]", or "gcsfs>=2026.4".') from error
 
@@ -44,11 +46,11 @@ _said = 0.0  # when the user was last told that a bucket does not answer
 class _Buckets(GCSFileSystem):
     """gcsfs, but it keeps no listings, repeats requests longer and raises errors that say what to do."""
 
+    _silent = False  # whether the last request was given up: those that follow it are not repeated
+
     def __init__(self, **options: Any):
         # With a kept listing a process would never see what others write.
         super().__init__(**options | {"use_listings_cache": False})
-
-    _silent = False  # whether the last request was given up: those that follow it are not repeated
 
     async def _request(self, method: str, path: str, *args: Any, **options: Any) -> tuple:
         for pause in (None,) if self._silent else (*PAUSES, None):
@@ -67,7 +69,7 @@ class _Buckets(GCSFileSystem):
 
 
 def _is_passing(error: Exception) -> bool:
-    return is_retriable(error) or isinstance(error, asyncio.TimeoutError)
+    return is_retriable(error) or isinstance(error, asyncio.TimeoutError | TransportError)
 
 
 def _say(error: Exception, pause: float) -> None:
@@ -86,8 +88,8 @@ def _explained(error: Exception, url: str) -> Exception:
     if isinstance(error, FileNotFoundError):
         if not key:  # of the bucket, of its list, or of a new object
             return UserError(f"There is no bucket {where}.")
-        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{where}{key}")
-    if code == 401:
+        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{where}{unquote(key)}")
+    if code == 401 or (isinstance(error, GoogleAuthError) and not _is_passing(error)):
         return UserError(
             f"No credentials for {where} ({said}): on a TPU VM give its service account access, elsewhere run: gcloud "
             "auth application-default login"

@@ -97,8 +97,9 @@ class Checkpointer:
         self._unchecked, self._read_back = [], False
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
-            with disk.explained(f"write in {workdir}", "Choose another --workdir, or repair this one."):
+            with errors_on_all_processes():
                 storage.check_access(workdir)
+            with disk.explained(f"write in {workdir}", "Choose another --workdir, or repair this one."):
                 self._managers.append(_Manager(self.directory, keep))
                 self._managers.append(_Manager(workdir / "best", keep=1))
             self._latest, self._best = self._managers

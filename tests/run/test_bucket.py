@@ -37,7 +37,11 @@ from fcvit_jax.__main__ import start
 start()
 """
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
+pytestmark = [
+    pytest.mark.usefixtures("shared_programs"),
+    # Orbax leaves the further exceptions of a failed read to the garbage collector.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture(scope="module")
