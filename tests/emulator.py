@@ -105,6 +105,7 @@ def answering(respond):
 
 def use(monkeypatch, url):
     """Has this process, and those that it starts, talk to an address."""
+    pytest.importorskip("gcsfs")
     import fsspec
 
     from fcvit_jax.devices import gcs
