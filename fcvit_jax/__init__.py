@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 
 from fcvit_jax.errors import show_log
 from fcvit_jax.networks import create_model
@@ -9,6 +10,9 @@ from fcvit_jax.networks.fcvit import VARIANTS, FCViT, create_backbone
 from fcvit_jax.networks.mask_rcnn import create_detector
 from fcvit_jax.networks.normalize import normalize
 from fcvit_jax.networks.semantic_fpn import create_segmenter
+
+# How Orbax and TFDS reach a bucket must not depend on whether TensorFlow is installed. etils looks once, at first.
+os.environ.setdefault("EPATH_USE_TF", "0")
 
 __version__ = "0.2.0"
 

@@ -25,7 +25,9 @@ _CONFIG = config_flags.DEFINE_config_file(
     "The config file, such as configs/digits.py; --config.KEY=VALUE overrides a key. configs/imagenet.py has them all. "
     "If there is no such file, a recipe of that name which fcvit_jax brings is taken.",
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; a run that it holds is resumed.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run's folder, on a disk or gs://BUCKET/FOLDER; a run that it holds is resumed."
+)
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "eval: evaluate a checkpoint of the run.")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",

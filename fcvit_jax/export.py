@@ -25,6 +25,7 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save
 
+from fcvit_jax.devices.storage import local_path
 from fcvit_jax.errors import UserError, exit_on_error
 from fcvit_jax.formats import checksums, hub, onnx, tensorflow
 from fcvit_jax.networks.fcvit import with_fields
@@ -72,7 +73,7 @@ def export(checkpoint: str | Path, dest: str | Path, size: tuple[int, int] | Non
     Raises:
       UserError: the checkpoint cannot be read or its task takes no size, the folder is not empty or cannot be written.
     """
-    dest = Path(dest).expanduser()
+    dest = local_path(dest)
     if format not in FORMATS:
         raise UserError(f"There is no format {format!r}: choose from {', '.join(FORMATS)}.")
     if dest.is_file() or (dest.is_dir() and any(dest.iterdir())):

@@ -146,8 +146,8 @@ def _metric(workdir: Path, lines: Sequence[Mapping[str, float]]) -> str:
 
 
 def _curves(args: argparse.Namespace) -> Figure:
-    runs = {str(workdir): read_metrics(workdir) for workdir in args.workdirs}
-    metrics = {_metric(Path(workdir), lines) for workdir, lines in runs.items()}
+    runs = {str(workdir): read_metrics(workdir) for workdir in map(storage.as_path, args.workdirs)}
+    metrics = {_metric(storage.as_path(workdir), lines) for workdir, lines in runs.items()}
     if len(metrics) > 1:
         raise UserError(
             f"These runs have different main metrics ({', '.join(sorted(metrics))}): draw the runs of each task apart."

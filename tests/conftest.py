@@ -1,6 +1,7 @@
 """Eight simulated CPU devices and quick compilation, set up before anything imports jax; and absl flags for Grain."""
 
 import os
+import secrets
 import signal
 import socket
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from absl import flags  # noqa: E402
 
 flags.FLAGS.mark_as_parsed()
 
+import emulator  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from imagenet_mini import build  # noqa: E402
@@ -43,6 +45,20 @@ def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def emulator_url():
+    """The address of an emulator of Google Cloud Storage, which all tests share: each takes a folder of its own."""
+    with emulator.started(free_port()) as url:
+        yield url
+
+
+@pytest.fixture
+def bucket(emulator_url, monkeypatch, request):
+    """A folder gs://bucket/TEST of this test alone."""
+    emulator.use(monkeypatch, emulator_url)
+    return f"gs://{emulator.BUCKET}/{request.node.name.partition('[')[0]}-{secrets.token_hex(4)}"
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from flax import traverse_util
 from fcvit_jax.convert.files import METADATA, import_torch, read, read_metadata, write_whole
 from fcvit_jax.convert.pretrained import load_pretrained
 from fcvit_jax.convert.weights import FAMILIES, Network, fields_of, fit, from_torch, infer, kind_of, to_torch
-from fcvit_jax.devices.storage import as_path
+from fcvit_jax.devices.storage import as_path, local_path
 from fcvit_jax.errors import UserError, log
 from fcvit_jax.networks.fcvit import with_fields
 from fcvit_jax.networks.vit import ViT
@@ -82,7 +82,7 @@ def convert(source: str | Path, dest: str | Path, *, ema: bool | None = None, na
     Raises:
       UserError: the source cannot be read or holds another network, or the destination cannot be written.
     """
-    dest = Path(dest).expanduser()
+    dest = local_path(dest)
     model, variables, metadata = load_network(source, ema=ema, name=name)
     ending = dest.name.lower()
     if ending.endswith((".pt", ".pth", ".pth.tar")):

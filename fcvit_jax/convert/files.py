@@ -52,6 +52,7 @@ def _read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str
         return traverse_util.flatten_dict(saved.load_variables(path, ema=ema), sep="/"), read_metadata(path)
     if not storage.is_file(path):
         raise UserError(f"There is no file or folder {path}.")
+    path = storage.local_path(path)  # what reads files of weights knows no buckets
     ending = path.suffix.lower()
     if ending not in (".npz", ".safetensors"):
         return _read_torch(path, ema), {}

@@ -1,6 +1,5 @@
 """Datasets of labelled images: TFDS, folders, scikit-learn's digits or noise, opened for the loader."""
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,6 +7,7 @@ import numpy as np
 from fcvit_jax import augment
 from fcvit_jax.data import sources
 from fcvit_jax.data.loader import Data, Example, Numbers, Source, check_loading, check_one_batch
+from fcvit_jax.devices import storage
 from fcvit_jax.errors import Unreadable, UserError, log
 from fcvit_jax.sizes import ImageSize, as_saved, check_size, height_width
 
@@ -100,8 +100,8 @@ def _open_splits(
         for key, split in {"train_split": train_split, "eval_split": eval_split}.items():
             if split is not None and "[" in split:
                 log.warning("data.%s=%s takes no part of a folder: all of its images are used.", key, split)
-        return sources.open_folder(os.path.expanduser(dataset.removeprefix("folder:")), train_split is not None)
-    return sources.open_tfds(dataset, os.path.expanduser(data_dir), train_split, eval_split)
+        return sources.open_folder(str(storage.local_path(dataset.removeprefix("folder:"))), train_split is not None)
+    return sources.open_tfds(dataset, str(storage.as_path(data_dir)), train_split, eval_split)
 
 
 def load_noise(data: Data, record: int, rng: np.random.Generator | None) -> Example:

@@ -138,7 +138,7 @@ def _open_coco(
 ) -> _Opened:
     """COCO, or what is like it, as a folder or in TFDS."""
     if dataset.startswith("coco:"):
-        path = os.path.join(os.path.expanduser(data_dir), os.path.expanduser(dataset.removeprefix("coco:")))
+        path = str(storage.local_path(data_dir) / storage.local_path(dataset.removeprefix("coco:")))
         opened = coco.open_folder(path, training, skip_broken=skip_broken, **kinds, **splits)
     else:
         if kinds["masks"]:
@@ -148,7 +148,7 @@ def _open_coco(
         from fcvit_jax.data import tfds_objects  # TFDS is slow to import
 
         opened = tfds_objects.open_coco(
-            dataset, os.path.expanduser(data_dir), training, empty_images=kinds["empty_images"], **splits
+            dataset, str(storage.as_path(data_dir)), training, empty_images=kinds["empty_images"], **splits
         )
     for note in opened.notes:
         log.info("%s", note)

@@ -1,6 +1,5 @@
 """The datasets of segmentation, folders as ADE20K's, scenes of digits and noise, and how examples are made of them."""
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ from fcvit_jax.augment import paired
 from fcvit_jax.augment.paired import IGNORED
 from fcvit_jax.data import ade20k, image_files, palettes, scenes
 from fcvit_jax.data.loader import Data, Example, Numbers, Source, check_loading, check_one_batch
+from fcvit_jax.devices.storage import local_path
 from fcvit_jax.errors import MAX_IMAGE_SIZE, Unreadable, UserError, check_range, log
 
 
@@ -61,7 +61,7 @@ def open_dataset(
     workers = check_loading(batch_size, workers, prefetch, on_broken)
     _check_transforms(crop_size, long, short, scale, max_share, flip)
     if dataset.startswith("ade:"):
-        path = os.path.join(os.path.expanduser(data_dir), os.path.expanduser(dataset.removeprefix("ade:")))
+        path = str(local_path(data_dir) / local_path(dataset.removeprefix("ade:")))
         splits = dict(train_split=train_split, eval_split=eval_split)
         options = dict(zero_is_class=zero_is_class, exif=exif, skip_broken=on_broken == "skip")
         opened = _open_folder(path, training, **splits, **options)

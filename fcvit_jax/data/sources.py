@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 from fcvit_jax.augment.images import IMAGE_SUFFIXES, is_image_file
 from fcvit_jax.data import digits
 from fcvit_jax.data.image_files import read_file
+from fcvit_jax.devices import storage
 from fcvit_jax.errors import Unreadable, UserError, log
 
 
@@ -93,13 +94,14 @@ def open_builder(name: str, data_dir: str, choices: str) -> tfds.core.DatasetBui
         builder = tfds.builder(name, data_dir=data_dir)
     except (ValueError, AssertionError, ImportError) as error:  # no such dataset, configuration, version or package
         near = difflib.get_close_matches(name, ["digits", "synthetic", *tfds.list_builders()])
-        there = sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
+        there = sorted(storage.names(storage.as_path(data_dir)))
         raise UserError(
             f"{str(error).strip().splitlines()[0]} data.dataset is {choices}"
             f" (similar: {', '.join(near) or 'none'}; in {data_dir}: {', '.join(there) or 'nothing'})"
         ) from error
     if not builder.data_path.exists():
-        raise UserError(_how_to_prepare(builder, name, data_dir))
+        is_local = storage.is_local(data_dir)
+        raise UserError(_how_to_prepare(builder, name, data_dir) if is_local else _how_to_copy(name, data_dir))
     builder = tfds.builder_from_directory(builder.data_path)  # also knows formats that a conversion has added
     if "array_record" not in {file_format.value for file_format in builder.info.available_file_formats()}:
         raise UserError(_how_to_convert(builder))
@@ -124,6 +126,8 @@ def open_tfds(
         split is missing. The message says what exists, or gives the commands that help.
     """
     if name == "digits":
+        if not storage.is_local(data_dir) and not storage.is_folder(storage.as_path(data_dir) / name):
+            raise UserError(_how_to_copy(name, data_dir))
         builder = digits.prepare(data_dir)
     else:
         builder = open_builder(name, data_dir, "digits, synthetic, folder:PATH or a TFDS name")
@@ -180,6 +184,13 @@ def _how_to_prepare(builder: tfds.core.DatasetBuilder, name: str, data_dir: str)
         f" tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record').download_and_prepare()\"",
     ]
     return "\n".join(lines)
+
+
+def _how_to_copy(name: str, data_dir: str) -> str:
+    return (
+        f"{name} is not in {data_dir}. Give data.data_dir a local folder: the dataset is prepared there, or a message"
+        f" says how. Then copy it: gcloud storage cp -r FOLDER/{re.split('[/:]', name)[0]} {data_dir}/"
+    )
 
 
 def _how_to_convert(builder: tfds.core.DatasetBuilder) -> str:

@@ -97,6 +97,8 @@ class Checkpointer:
         self._unchecked, self._read_back = [], False
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
+            with errors_on_all_processes():
+                storage.check_access(workdir)
             with disk.explained(f"write in {workdir}", "Choose another --workdir, or repair this one."):
                 self._managers.append(_Manager(self.directory, keep))
                 self._managers.append(_Manager(workdir / "best", keep=1))
@@ -115,10 +117,14 @@ class Checkpointer:
           best: save it as the best instead.
 
         Raises:
-          UserError: this save or the one before it failed; earlier checkpoints are intact.
+          UserError: this save or the one before it failed, or another run has taken the folder over; earlier
+            checkpoints are intact.
           disk.NotFinite: the weights are not finite; nothing was saved.
         """
         manager, step = self._best if best else self._latest, int(state.step)
+        with errors_on_all_processes():
+            if self._lock is not None:  # of the first process
+                self._lock.check()
         with self._saving():
             # The metadata names the best so far, which must be on disk first, since the run may be killed any time.
             self._finish([self._best] if best else self._managers)

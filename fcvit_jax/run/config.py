@@ -26,7 +26,6 @@ from fcvit_jax.errors import UserError, log
 from fcvit_jax.run.checkpoint import Checkpointer
 from fcvit_jax.run.options import TrainOptions
 from fcvit_jax.run.results import parse_object
-from fcvit_jax.run.saved import step_folders
 
 # Keys that each process may have its own value of.
 _PROCESS_KEYS = {"data.data_dir", "data.prefetch", "data.workers"}
@@ -216,7 +215,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
     old = {key: value for key, value in json.loads(json.dumps(_ADDED)).items() if key in new} | old
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     lines = [f"  {key}: {old.get(key)} -> {new.get(key)}" for key in changed if key != "resume_with_changes"]
-    has_checkpoint = bool(step_folders(workdir / "checkpoints"))
+    has_checkpoint = bool(storage.finished_saves(workdir / "checkpoints"))
     if has_checkpoint and any(key not in _FREE_KEYS for key in changed) and not config.resume_with_changes:
         raise UserError(
             "\n".join([f"{workdir} holds a run of another config:", *lines])

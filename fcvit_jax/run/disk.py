@@ -184,6 +184,13 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+def _raise_user_error(error: BaseException) -> None:
+    """Raises the UserError that an error comes from, if it comes from one: it says already what to do."""
+    for cause in _chain(error):
+        if isinstance(cause, UserError):
+            raise cause
+
+
 def _is_passing(error: BaseException) -> bool:
     """Whether a fault of the file system may pass, such as EIO or a time-out; a missing file does not."""
     return any((isinstance(e, OSError) and not isinstance(e, _GONE)) or _PASSING.search(str(e)) for e in _chain(error))
@@ -191,7 +198,7 @@ def _is_passing(error: BaseException) -> bool:
 
 def _is_storage(error: BaseException) -> bool:
     """Whether an error comes from the file system, not from a bug."""
-    return any(isinstance(e, OSError) or (isinstance(e, ValueError) and _STORAGE.search(str(e))) for e in _chain(error))
+    return any(storage.is_fault(e) or (isinstance(e, ValueError) and _STORAGE.search(str(e))) for e in _chain(error))
 
 
 def reason(error: BaseException) -> str:
@@ -223,6 +230,7 @@ def read(what: str, read: Callable[[], _T]) -> _T:
         try:
             return read()
         except Exception as error:  # Orbax raises plain Exception as well
+            _raise_user_error(error)
             if _is_passing(error):
                 if pause is None:
                     raise UserError(
@@ -248,6 +256,7 @@ def explained(action: str, advice: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        _raise_user_error(error)
         if not _is_storage(error):
             raise
         text = reason(error)

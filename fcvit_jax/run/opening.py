@@ -117,7 +117,7 @@ def _made_once(function: Callable, args: tuple, options: tuple) -> Any:
 
 @contextmanager
 def kept_programs(run: Run) -> Iterator[None]:
-    """Has JAX keep compiled programs in the run's folder, if the config wants it; afterwards, where it did before."""
+    """Has JAX keep compiled programs for later starts, if the config wants it; afterwards, where it did before."""
     before = jax.config.jax_compilation_cache_dir
     if not run.config.compilation_cache or before is not None:
         yield
@@ -127,7 +127,10 @@ def kept_programs(run: Run) -> Iterator[None]:
         jax.config.update("jax_compilation_cache_dir", path)
         compilation_cache.reset_cache()  # else JAX stays with the folder that it has
 
-    use(str(storage.program_cache(run.workdir)))
+    folder = storage.program_cache(run.workdir)
+    if not folder.is_relative_to(run.workdir):
+        log.info("compiled programs are kept in %s", folder)
+    use(str(folder))
     try:
         yield
     finally:

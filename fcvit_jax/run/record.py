@@ -135,7 +135,7 @@ class MetricsWriter:
         """Closes the files."""
         if self._file is not None:
             for file in (self._file, self._tensorboard, self._files):
-                with contextlib.suppress(OSError):  # `write` has reported it
+                with contextlib.suppress(OSError, UserError):  # `write` has reported it
                     file.close()
 
     @contextlib.contextmanager

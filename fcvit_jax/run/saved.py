@@ -19,11 +19,6 @@ from fcvit_jax.run import disk
 _DAMAGED = "It is damaged or not from fcvit_jax; try an earlier step."
 
 
-def step_folders(folder: Path) -> list[Path]:
-    """What looks like checkpoints in a `checkpoints` or `best` folder, which need not exist; their names are steps."""
-    return [folder / name for name in storage.names(folder) if name.isdigit()]
-
-
 def find_step(path: str | Path) -> Path:
     """Finds the folder of one checkpoint.
 
@@ -40,7 +35,7 @@ def find_step(path: str | Path) -> Path:
     if storage.is_folder(path / "variables"):
         return path
     folder = path / "checkpoints" if storage.is_folder(path / "checkpoints") else path
-    steps = [step for step in step_folders(folder) if storage.is_folder(step / "variables")]
+    steps = [step for step in storage.finished_saves(folder) if storage.is_folder(step / "variables")]
     if not steps:
         raise UserError(f"No checkpoint in {folder}: give a run's folder, its checkpoints or best folder, or a step's.")
     return max(steps, key=lambda p: int(p.name))

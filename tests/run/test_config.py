@@ -224,8 +224,8 @@ def test_a_run_of_an_older_version_has_the_defaults_of_later_keys(tmp_path):
 
 def test_folders_that_are_no_good_are_refused(tmp_path):
     config = tiny_config.get_config()
-    with pytest.raises(UserError, match="mount the bucket"):
-        run_path("gs://bucket/run")
+    with pytest.raises(UserError, match="mount other buckets"):
+        run_path("s3://bucket/run")
     (tmp_path / "config.json").write_text('{"seed": ')
     with pytest.raises(UserError, match="config.json is damaged"):
         check_workdir(config, tmp_path)
