@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen as nn
 
 from fcvit_jax import tasks
+from fcvit_jax.devices.cpu import tune_cpu
 from fcvit_jax.errors import UserError, exit_on_error, log, printable
 from fcvit_jax.networks.folded import fold
 from fcvit_jax.run import saved
@@ -176,6 +177,7 @@ def main(argv: list[str] | None = None) -> None:
             task.add_arguments(group)
     _add_pictures(parser.add_argument_group("segmentation and detection", argument_default=argparse.SUPPRESS))
     args = parser.parse_args(argv)
+    tune_cpu()
     with exit_on_error():
         sys.exit(_predict(args))
 

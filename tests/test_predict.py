@@ -51,6 +51,12 @@ def test_predictions_equal_the_model_whatever_the_batches(checkpoint, tmp_path, 
     assert len(seen) == 5  # or the network would be deaf to its input
 
 
+def test_the_tool_makes_programs_fast_on_cpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert "No checkpoint" in exit_of(predict.main, "--checkpoint", tmp_path, *save_images(tmp_path, 1))
+    assert "--xla_cpu_prefer_vector_width" in os.environ["XLA_FLAGS"]  # before anything ran
+
+
 def test_a_folder_is_read_whole_and_what_is_left_out_is_named(tmp_path, caplog):
     """Once each, also where links lead round in a circle."""
     paths = save_images(tmp_path / "in", 1) + save_images(tmp_path / "in/deep", 1)

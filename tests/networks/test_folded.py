@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from equality import assert_close
 from flax import traverse_util
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 
 from fcvit_jax import networks
 from fcvit_jax.errors import UserError
@@ -56,33 +54,23 @@ def assert_folded_gives_the_same(model, shape, seed=0, sizes=None):
     return fast, weights
 
 
-@settings(max_examples=5, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
-@given(
-    size=st.tuples(st.integers(1, 2), st.integers(32, 70), st.integers(32, 70)),
-    seed=st.integers(0, 999),
-    options=st.fixed_dictionaries(
-        {
-            "use_context": st.booleans(),
-            "weighted_context": st.booleans(),
-            "competition": st.booleans(),
-            "spatial_attention": st.booleans(),
-            "channel_attention": st.booleans(),
-            "mix_reduction": st.sampled_from([1, 8]),
-            "mlp_kernel_size": st.sampled_from([None, 3]),
-            "layer_scale_init": st.sampled_from([None, 1e-5]),
-            "freeze_bn": st.booleans(),
-            "share_blocks": st.booleans(),
-            "remat": st.booleans(),
-            "bn_group_size": st.sampled_from([None, 1]),
-            "num_classes": st.sampled_from([0, 3]),
-        }
-    ),
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"channel_attention": True, "spatial_attention": True, "competition": False, "share_blocks": True},
+        {"weighted_context": False, "mix_reduction": 1, "freeze_bn": True},
+        {"use_context": False, "mlp_kernel_size": None, "num_classes": 0, "bn_group_size": 1, "remat": True},
+        {"layer_scale_init": None, "channel_attention": True},
+    ],
+    ids=lambda options: "-".join(options),
 )
-def test_classifier(size, seed, options):
-    assert_folded_gives_the_same(create_model("fcvit_tiny", **SIZES | options), (*size, 3), seed)
+def test_classifier(options):
+    seed = len(str(options))
+    size = np.random.default_rng(seed).integers([1, 32, 32], [3, 70, 70])
+    assert_folded_gives_the_same(create_model("fcvit_tiny", **{"num_classes": 3} | SIZES | options), (*size, 3), seed)
 
 
-def test_a_second_norm_and_every_folded_constant_are_gone():
+def test_folded_constants_are_gone_and_no_others():
     model = create_model("fcvit_tiny", 3, **SIZES)
     fast, weights = assert_folded_gives_the_same(model, (2, 40, 64, 3))
     before = traverse_util.flatten_dict(trained(model), sep="/")
