@@ -3,13 +3,14 @@
 import dataclasses
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from fcvit_jax import augment
-from fcvit_jax.data import loader
-from fcvit_jax.errors import UserError
+from fcvit_jax.data import loader, reading
+from fcvit_jax.errors import UserError, log
 from fcvit_jax.tasks import classification, segmentation
 
 BROKEN = {"a/3.jpg": "truncated", "b/0.jpg": "some text", "b/4.jpg": "gone"}
@@ -222,3 +223,12 @@ def test_segmentation_leaves_out_what_has_no_header_and_names_it(pairs, caplog):
     (pairs / "images/validation/0.png").write_text("some text")
     with pytest.raises(UserError, match="validation: 1 file cannot be read as images: 0.png"):
         open_pairs(pairs)
+
+
+def test_each_process_names_what_it_could_not_read(monkeypatch, capsys):
+    """Of all else the first process speaks alone."""
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    log.warning("what every process knows")
+    assert reading.name_broken(set(), ({}, ["a.jpg: broken"])) == {}
+    assert capsys.readouterr().err == "warning: a.jpg: broken; another example takes its place (1 broken so far)\n"
