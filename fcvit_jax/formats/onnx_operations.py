@@ -148,10 +148,8 @@ def _reduce(graph: Graph, eqn: JaxprEqn, args: list[Value]) -> list[Value]:
 def _dot(graph: Graph, eqn: JaxprEqn, args: list[Value]) -> list[Value]:
     (x, y), ((x_sum, y_sum), (x_batch, y_batch)) = _whole(graph, eqn, args), eqn.params["dimension_numbers"]
     batch, last = tuple(range(len(x_batch))), len(x.shape) - 1
-    matrices = x_batch == y_batch == batch and x_sum == (last,) and len(y.shape) == len(batch) + 2
-    if matrices and len(batch) in (0, last - 1) and y_sum[0] >= len(batch):
-        if y_sum != (len(batch),):
-            y = _swap_last(graph, y)
+    matrices = len(batch) in (0, last - 1) and len(y.shape) == len(batch) + 2
+    if matrices and x_batch == y_batch == batch and (x_sum, y_sum) == ((last,), (len(batch),)):
         return _results(eqn, graph.add("MatMul", [x, y]))
     letters = iter(string.ascii_lowercase)
     x_names, y_names = ([next(letters) for _ in array.shape] for array in (x, y))
@@ -161,11 +159,6 @@ def _dot(graph: Graph, eqn: JaxprEqn, args: list[Value]) -> list[Value]:
     free += [name for axis, name in enumerate(y_names) if axis not in (*y_batch, *y_sum)]
     equation = f"{''.join(x_names)},{''.join(y_names)}->{''.join([x_names[i] for i in x_batch] + free)}"
     return _results(eqn, graph.add("Einsum", [x, y], equation=equation))
-
-
-def _swap_last(graph: Graph, x: Value) -> Value:
-    order = [*range(len(x.shape) - 2), len(x.shape) - 1, len(x.shape) - 2]
-    return _ordered(graph, x, order)
 
 
 def _ordered(graph: Graph, x: Value, order: Sequence[int]) -> Value:

@@ -87,7 +87,7 @@ def test_the_card_says_what_is_known(folder):
     _, header, body = text.split("---\n", 2)
     for line in ("library_name: fcvit-jax", "license: unknown", "pipeline_tag: image-classification", "- jax"):
         assert line in header.splitlines()
-    for words in ("3: `ant`, `bee`, `cat`", "1,234 images", "16 images", "top-1 81.25%", "step 70", "40 pixels"):
+    for words in ("3: `ant`, `bee`, `cat`", "1,234 images", "16 images", "top-1 81.25%", "step 70", "40 x 40 pixels"):
         assert words in body
     code = re.search(r"```python\n(.*?)```", body, re.DOTALL)[1]
     assert code.count("hf-hub:OWNER/NAME") == 1
