@@ -1,6 +1,5 @@
 """The datasets of detection: folders as COCO's, scenes of digits and noise, opened for the loader."""
 
-import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
