@@ -8,7 +8,7 @@
 // positions and keeps its sums in registers. Loops over rows stay loops, all others are unrolled.
 //
 // Macros: N, HEIGHT, WIDTH, CHANNELS, KH, KW; BFLOAT16 is 1 if maps are bfloat16, 0 if they are float32. A tile has
-// ROWS x (COLS * STRIPS) positions of IMAGES maps in VECTOR * GROUPS channels. A block has THREADS threads, and at least
+// ROWS x (COLS * STRIPS) positions of IMAGES maps in VECTOR * GROUPS channels. A block has THREADS threads; at least
 // MIN_BLOCKS blocks run at once on a multiprocessor. WEIGHT_GRAD chooses the pass, with STRIPS = 1, and has two macros
 // more: SLICES, the threads that share the rows of a tile, and PARTS, the sums that the second stage adds.
 
@@ -27,59 +27,82 @@ struct alignas(sizeof(T) * size) Vector {
 using Floats = Vector<float, VECTOR>;
 
 #if BFLOAT16
-using Value = unsigned short;  // its bits
+using Value = unsigned short;  // the bits of a value
+using Values = Vector<unsigned, VECTOR / 2>;  // of two each, the first in the lower half
 #else
 using Value = float;
+using Values = Floats;
 #endif
 
 extern __shared__ Floats shared[];
 
-__device__ inline float to_float(float value) { return value; }
+#if BFLOAT16
 
-__device__ inline float to_float(unsigned short bits) { return __uint_as_float(unsigned(bits) << 16); }
+__device__ inline Value take(const Values& values, int v) { return values.at[v / 2] >> v % 2 * 16; }
 
-// Two values rounded to bfloat16, the first in the lower half.
-__device__ inline unsigned to_bfloat16(float first, float second) {
-#ifdef __CUDA_ARCH__
-  unsigned bits;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
-  return bits;
-#else
-  return host_bfloat16(first) | host_bfloat16(second) << 16;
-#endif
-}
+__device__ inline void put(Values& values, int v, Value value) { values.at[v / 2] |= unsigned(value) << v % 2 * 16; }
 
-// VECTOR channels of a position, whose channels begin at `values`; zeros beyond the last.
-template <typename T>
-__device__ inline Vector<T, VECTOR> load(const T* __restrict__ values, int channel) {
-  Vector<T, VECTOR> result;
-  if constexpr (CHANNELS % VECTOR == 0) {
-    result = *reinterpret_cast<const Vector<T, VECTOR>*>(values + channel);
-  } else {
+__device__ inline Floats to_floats(const Values& values) {
+  Floats result;
 #pragma unroll
-    for (int v = 0; v < VECTOR; ++v) result.at[v] = channel + v < CHANNELS ? values[channel + v] : T(0);
+  for (int v = 0; v < VECTOR; v += 2) {  // one instruction for each value
+    result.at[v] = __uint_as_float(values.at[v / 2] << 16);
+    result.at[v + 1] = __uint_as_float(values.at[v / 2] & 0xffff0000);
   }
   return result;
 }
 
-__device__ inline void store(Value* __restrict__ values, int channel, const Floats& sums) {
-  Vector<Value, VECTOR> rounded;
-#if BFLOAT16
+__device__ inline Values from_floats(const Floats& floats) {
+  Values result;
 #pragma unroll
   for (int v = 0; v < VECTOR; v += 2) {
-    unsigned bits = to_bfloat16(sums.at[v], sums.at[v + 1]);
-    rounded.at[v] = bits & 0xffff;
-    rounded.at[v + 1] = bits >> 16;
-  }
+#ifdef __CUDA_ARCH__
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result.at[v / 2]) : "f"(floats.at[v + 1]), "f"(floats.at[v]));
 #else
-  rounded = sums;
+    result.at[v / 2] = host_bfloat16(floats.at[v]) | host_bfloat16(floats.at[v + 1]) << 16;
 #endif
+  }
+  return result;
+}
+
+#else
+
+__device__ inline Value take(const Values& values, int v) { return values.at[v]; }
+
+__device__ inline void put(Values& values, int v, Value value) { values.at[v] = value; }
+
+__device__ inline Floats to_floats(const Values& values) { return values; }
+
+__device__ inline Values from_floats(const Floats& floats) { return floats; }
+
+#endif
+
+// VECTOR channels from `channel` on, which `values` points to; zeros beyond the last.
+__device__ inline Values load(const Value* __restrict__ values, int channel) {
+  if constexpr (CHANNELS % VECTOR == 0) return *reinterpret_cast<const Values*>(values);
+  Values result = {};
+#pragma unroll
+  for (int v = 0; v < VECTOR; ++v) {
+    if (channel + v < CHANNELS) put(result, v, values[v]);
+  }
+  return result;
+}
+
+__device__ inline Floats load_taps(const float* __restrict__ taps, int channel) {
+  if constexpr (CHANNELS % VECTOR == 0) return *reinterpret_cast<const Floats*>(taps);
+  Floats result;
+#pragma unroll
+  for (int v = 0; v < VECTOR; ++v) result.at[v] = channel + v < CHANNELS ? taps[v] : 0;
+  return result;
+}
+
+__device__ inline void store(Value* __restrict__ to, int channel, const Values& values) {
   if constexpr (CHANNELS % VECTOR == 0) {
-    *reinterpret_cast<Vector<Value, VECTOR>*>(values + channel) = rounded;
+    *reinterpret_cast<Values*>(to) = values;
   } else {
 #pragma unroll
     for (int v = 0; v < VECTOR; ++v) {
-      if (channel + v < CHANNELS) values[channel + v] = rounded.at[v];
+      if (channel + v < CHANNELS) to[v] = take(values, v);
     }
   }
 }
@@ -104,27 +127,29 @@ __device__ inline Tile find_tile(int index, int channel_tile) {
 }
 
 // Copies rows x cols positions of IMAGES maps to shared memory, from a row and a column of the tile's first map on.
-// Columns beside a map are zeros. Rows beside it, and maps beyond the last, are left as they are: nobody reads them.
+// Columns beside a map are zeros. Rows beside it, and maps beyond the last, are never read, whatever is there.
 template <int rows, int cols>
 __device__ inline void copy_tile(Floats* to, const Value* __restrict__ maps, Tile tile, int row, int col) {
-  constexpr int kVectors = cols * GROUPS, kTurns = (kVectors + 31) / 32, kWarps = THREADS / 32;
-  constexpr int kLines = kTurns < 12 ? 12 / kTurns : 1;  // so many loads are under way at once
-  const int lane = threadIdx.x % 32;
+  static_assert(32 % GROUPS == 0 && THREADS % 32 == 0, "a warp copies whole positions");
+  // A warp copies a row in kTurns turns, of kStep positions each, and kLines rows at once: 12 loads are under way then.
+  constexpr int kVectors = cols * GROUPS, kStep = 32 / GROUPS, kTurns = (kVectors + 31) / 32, kWarps = THREADS / 32;
+  constexpr int kLines = kTurns < 12 ? 12 / kTurns : 1;
+  const int lane = threadIdx.x % 32, x = col + lane / GROUPS, channel = tile.channel + lane % GROUPS * VECTOR;
 #pragma unroll 1
   for (int first = threadIdx.x / 32; first < rows * IMAGES; first += kWarps * kLines) {
-    Vector<Value, VECTOR> loaded[kLines][kTurns];
+    Values loaded[kLines][kTurns];
 #pragma unroll
     for (int k = 0; k < kLines; ++k) {
       const int line = first + k * kWarps, image = tile.image + line / rows, y = row + line % rows;
-      const bool real = line < rows * IMAGES && image < N && 0 <= y && y < HEIGHT;
+      const bool real = line < rows * IMAGES && image < N && 0 <= y && y < HEIGHT && channel < CHANNELS;
       const Value* values = maps + (static_cast<long long>(image) * HEIGHT + y) * WIDTH * CHANNELS;
+      const int at = x * CHANNELS + channel;
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
-        const int vector = lane + turn * 32, x = col + vector / GROUPS;
-        const int channel = tile.channel + vector % GROUPS * VECTOR;
+        const bool on_map = static_cast<unsigned>(x + turn * kStep) < WIDTH;
         loaded[k][turn] = {};
-        if (real && vector < kVectors && 0 <= x && x < WIDTH && channel < CHANNELS) {
-          loaded[k][turn] = load(values + x * CHANNELS, channel);
+        if (real && on_map && lane + turn * 32 < kVectors) {
+          loaded[k][turn] = load(values + at + turn * kStep * CHANNELS, channel);
         }
       }
     }
@@ -134,12 +159,7 @@ __device__ inline void copy_tile(Floats* to, const Value* __restrict__ maps, Til
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
         const int vector = lane + turn * 32;
-        if (line < rows * IMAGES && vector < kVectors) {
-          Floats floats;
-#pragma unroll
-          for (int v = 0; v < VECTOR; ++v) floats.at[v] = to_float(loaded[k][turn].at[v]);
-          to[line * kVectors + vector] = floats;
-        }
+        if (line < rows * IMAGES && vector < kVectors) to[line * kVectors + vector] = to_floats(loaded[k][turn]);
       }
     }
   }
@@ -167,7 +187,7 @@ depthwise_forward(const Value* __restrict__ x, const float* __restrict__ kernel,
   for (int i = low; i < high; ++i) {
     Floats taps[KW];
 #pragma unroll
-    for (int j = 0; j < KW; ++j) taps[j] = load(kernel + (i * KW + j) * CHANNELS, channel);
+    for (int j = 0; j < KW; ++j) taps[j] = load_taps(kernel + (i * KW + j) * CHANNELS + channel, channel);
 #pragma unroll
     for (int s = 0; s < COLS + 2 * kMargin; ++s) {
       const Floats value = source[(i * kSourceCols + s) * GROUPS];
@@ -179,10 +199,10 @@ depthwise_forward(const Value* __restrict__ x, const float* __restrict__ kernel,
     }
   }
 
-  const long long at = (static_cast<long long>(tile.image + image) * HEIGHT + row) * WIDTH + col;
+  out += ((static_cast<long long>(tile.image + image) * HEIGHT + row) * WIDTH + col) * CHANNELS + channel;
 #pragma unroll
   for (int c = 0; c < COLS; ++c) {
-    if (WIDTH % COLS == 0 || col + c < WIDTH) store(out + (at + c) * CHANNELS, channel, sums[c]);
+    if (WIDTH % COLS == 0 || col + c < WIDTH) store(out + c * CHANNELS, channel, from_floats(sums[c]));
   }
 }
 
@@ -246,13 +266,15 @@ depthwise_weight_grad(const Value* __restrict__ x, const Value* __restrict__ g, 
       for (int other = 0; other < SLICES - 1; ++other) {
         sum += shared[((other * KH + i) * KW + j) * GROUPS + group].at[v];
       }
-      if (channel + v < CHANNELS) parts[static_cast<long long>(part) * kTaps + (i * KW + j) * CHANNELS + channel + v] = sum;
+      const int tap = (i * KW + j) * CHANNELS + channel + v;
+      if (channel + v < CHANNELS) parts[static_cast<long long>(part) * kTaps + tap] = sum;
     }
   }
 }
 
 // Adds the partial sums in an order that is always the same: eight threads for each tap, then their eight sums.
-extern "C" __global__ void __launch_bounds__(256) depthwise_sum(const float* __restrict__ parts, float* __restrict__ out) {
+extern "C" __global__ void __launch_bounds__(256)
+depthwise_sum(const float* __restrict__ parts, float* __restrict__ out) {
   float* const sums = reinterpret_cast<float*>(shared);  // (8, 32)
   const int lane = threadIdx.x % 32, slice = threadIdx.x / 32, tap = blockIdx.x * 32 + lane;
   float sum = 0;
