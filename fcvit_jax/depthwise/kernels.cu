@@ -127,7 +127,7 @@ __device__ inline Tile find_tile(int index, int channel_tile) {
 }
 
 // Copies rows x cols positions of IMAGES maps to shared memory, from a row and a column of the tile's first map on.
-// Columns beside a map are zeros. Rows beside it, and maps beyond the last, are never read, whatever is there.
+// What lies beside a map or beyond the last becomes zeros; the kernels leave out whole rows of them.
 template <int rows, int cols>
 __device__ inline void copy_tile(Floats* to, const Value* __restrict__ maps, Tile tile, int row, int col) {
   static_assert(32 % GROUPS == 0 && THREADS % 32 == 0, "a warp copies whole positions");

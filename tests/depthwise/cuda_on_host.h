@@ -2,7 +2,9 @@
 //
 // The threads of a block are fibers, which run one after the other up to the next __syncthreads(), in either order. The
 // shared memory of a block begins as NaN. So a value that is read before it was written, or overwritten before all have
-// read it, makes the result wrong: the first thread of the order runs alone until it meets a barrier.
+// read it, makes the result wrong: the first thread of the order runs alone until it meets a barrier. Global memory
+// lies between pages that nobody may touch, at the end or at the beginning of its own: what reaches beyond it crashes.
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -98,27 +100,52 @@ inline void __syncthreads() {
 constexpr int kGuard = 64;  // vectors behind the shared memory that no thread may write
 alignas(64) Floats shared[SHARED / sizeof(Floats) + kGuard];
 
-static const void* first_input;
-static const void* second_input;
-static void* output;
+// Memory of so many bytes, whose vectors are aligned as on a GPU.
+class Global {
+ public:
+  Global(const void* from, size_t bytes, bool at_end) {
+    const size_t page = 4096;
+    size_ = (bytes + page - 1) / page * page + 2 * page;
+    all_ = static_cast<char*>(mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    start = at_end ? all_ + (size_ - page - bytes) / 16 * 16 : all_ + page;
+    std::memset(all_, 0xff, size_);
+    if (from) std::memcpy(start, from, bytes);
+    mprotect(all_, page, PROT_NONE);
+    mprotect(all_ + size_ - page, page, PROT_NONE);
+  }
+  ~Global() { munmap(all_, size_); }
+
+  char* start;
+
+ private:
+  char* all_;
+  size_t size_;
+};
+
+static char* inputs[2];
+static char* output;
 
 static void call() {
 #ifdef SECOND_STAGE
-  depthwise_sum(static_cast<const float*>(first_input), static_cast<float*>(output));
+  depthwise_sum(reinterpret_cast<float*>(inputs[0]), reinterpret_cast<float*>(output));
 #elif WEIGHT_GRAD
-  depthwise_weight_grad(
-      static_cast<const Value*>(first_input), static_cast<const Value*>(second_input), static_cast<float*>(output));
+  const Value* maps[] = {reinterpret_cast<Value*>(inputs[0]), reinterpret_cast<Value*>(inputs[1])};
+  depthwise_weight_grad(maps[0], maps[1], reinterpret_cast<float*>(output));
 #else
-  depthwise_forward(
-      static_cast<const Value*>(first_input), static_cast<const float*>(second_input), static_cast<Value*>(output));
+  const float* kernel = reinterpret_cast<float*>(inputs[1]);
+  depthwise_forward(reinterpret_cast<Value*>(inputs[0]), kernel, reinterpret_cast<Value*>(output));
 #endif
 }
 
-// 0 if all went well, 1 if threads did not meet at a barrier, 2 if one wrote beyond the shared memory.
-extern "C" int run(int blocks, int threads, bool backwards, const void* first, const void* second, void* out) {
-  first_input = first;
-  second_input = second;
-  output = out;
+// Returns 0 if all went well, 1 if threads did not meet at a barrier, 2 if one wrote beyond the shared memory.
+extern "C" int run(
+    int blocks, int threads, bool backwards, const void* first, size_t first_bytes, const void* second,
+    size_t second_bytes, void* out, size_t out_bytes) {
+  Global globals[] = {
+      {first, first_bytes, backwards}, {second, second_bytes, backwards}, {nullptr, out_bytes, backwards}};
+  inputs[0] = globals[0].start;
+  inputs[1] = globals[1].start;
+  output = globals[2].start;
   host::body = call;
   host::fibers = std::vector<host::Fiber>(threads);
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
@@ -129,5 +156,6 @@ extern "C" int run(int blocks, int threads, bool backwards, const void* first, c
       if (guard[k] != 0xff) return 2;
     }
   }
+  std::memcpy(out, output, out_bytes);
   return 0;
 }
