@@ -60,9 +60,12 @@ class Plan:
     shared: int
 
 
-def _shared(tile: _Tile, width: int, window: tuple[int, int], grad: bool) -> int:
-    margin = 0 if tile.cols == width else window[1] // 2
-    source = (tile.rows + window[0] - 1) * (tile.cols * tile.strips + 2 * margin)
+def _shared(tile: _Tile, shape: tuple[int, ...], window: tuple[int, int], grad: bool) -> int:
+    above, beside = (
+        0 if tiled == size else taps // 2
+        for tiled, size, taps in zip((tile.rows, tile.cols), shape[1:3], window, strict=True)
+    )
+    source = (tile.rows + 2 * above) * (tile.cols * tile.strips + 2 * beside)
     positions = tile.images * (source + (tile.rows * tile.cols if grad else 0))
     if grad:  # the sums of the slices, later on
         positions = max(positions, (tile.slices - 1) * window[0] * window[1])
@@ -112,20 +115,21 @@ def _cost(tile: _Tile, shape: tuple[int, ...], window: tuple[int, int], grad: bo
     margin = 0 if tile.cols == width else kw // 2
     sources, products = tile.cols + 2 * margin, _products(tile.cols, kw, margin)
     beside = tile.cols if grad else kw  # loads besides those of the sources; neighbours load the same
-    issued = tile.vector * products + sources + beside + 16
-    line = max(issued / 4, tile.vector * (sources + beside / 4))
+    issued = tile.vector * products + sources + beside + (36 if grad else 8)  # the last: indices, as compiled
+    issued, loaded = issued / 4, tile.vector * (sources + beside / 4)
+    line = max(issued, loaded) + min(issued, loaded) / 4  # neither hides the other wholly
     if grad:
         lines = tile.rows * tile.images / tile.slices * _grad_turns(height, kh, max(1, 32 // tile.groups))
     else:
         lanes = tile.groups * tile.strips * tile.images  # with the same row
         lines = kh * _turns(height, kh, tile.rows, max(1, 32 // lanes)) + tile.cols * (tile.vector + 2) / 4 / line
     warps = -(-tile.lanes(kh, grad) // 32)
-    copied = _shared(tile, width, window, grad) / (4 * tile.vector) / 32  # vectors to each thread of a warp
+    copied = _shared(tile, shape, window, grad) / (4 * tile.vector) / 32  # vectors to each thread of a warp
     copy = copied * (8 + 1.5 * tile.vector) / 4
     tiles = -(-height // tile.rows) * -(-width // (tile.cols * tile.strips)) / tile.images
     tiles *= -(-channels // (tile.vector * tile.groups))
     # With few warps, schedulers wait for loads. Filters with few taps are bound by memory, so loads are what counts.
-    wanted = 16 if kh * kw < 25 else 8
+    wanted = 16 if kh * kw < 25 else 6
     return (warps * lines * line + copy) * tiles * max(1.0, wanted / (warps * _resident(tile, shape, window, grad)))
 
 
@@ -135,7 +139,7 @@ def _threads(tile: _Tile, kh: int, grad: bool) -> int:
 
 def _resident(tile: _Tile, shape: tuple[int, ...], window: tuple[int, int], grad: bool) -> int:
     """Blocks that a multiprocessor runs at once."""
-    by_shared = _SHARED_OF_ALL // (_shared(tile, shape[2], window, grad) + 1024)  # 1 KB of each is the system's
+    by_shared = _SHARED_OF_ALL // (_shared(tile, shape, window, grad) + 1024)  # 1 KB of each is the system's
     threads = -(-_threads(tile, window[0], grad) // 128) * 128  # registers are given to four warps at a time
     return min(by_shared, _REGISTERS // (_registers(tile, window[1], grad) * threads))
 
@@ -165,7 +169,7 @@ def _plan(shape: tuple[int, ...], window: tuple[int, int], dtype: Any, grad: boo
     """The plan with the least cost; None if none fits."""
 
     def fits(tile):
-        if _threads(tile, window[0], grad) > 384 or _shared(tile, shape[2], window, grad) > _SHARED:
+        if _threads(tile, window[0], grad) > 384 or _shared(tile, shape, window, grad) > _SHARED:
             return False
         # While one block copies its tile, another computes.
         return _registers(tile, window[1], grad) <= _MOST_REGISTERS and _resident(tile, shape, window, grad) > 1
@@ -184,7 +188,7 @@ def _plan(shape: tuple[int, ...], window: tuple[int, int], dtype: Any, grad: boo
     macros |= {"BFLOAT16": int(dtype == jnp.bfloat16), "WEIGHT_GRAD": int(grad), "THREADS": threads}
     macros |= {"MIN_BLOCKS": _resident(tile, shape, window, grad), "PARTS": blocks if grad else 1}
     macros |= {name.upper(): value for name, value in asdict(tile).items()}
-    return Plan(macros, blocks * channel_tiles, threads, _shared(tile, width, window, grad))
+    return Plan(macros, blocks * channel_tiles, threads, _shared(tile, shape, window, grad))
 
 
 def plan(shape: tuple[int, ...], window: tuple[int, int], dtype: Any, grad: bool) -> Plan | None:

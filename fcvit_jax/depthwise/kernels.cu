@@ -16,7 +16,9 @@ constexpr int kHalfRows = KH / 2, kHalfCols = KW / 2;
 constexpr int kTileCols = COLS * STRIPS, kTileChannels = VECTOR * GROUPS;
 // If a thread has a whole row of the map, products with the padding beside it are left out, and the tile has none.
 constexpr int kMargin = COLS == WIDTH ? 0 : kHalfCols;
-constexpr int kSourceRows = ROWS + 2 * kHalfRows, kSourceCols = kTileCols + 2 * kMargin;
+// Products with padding above and below are always left out. A tile of all rows has none.
+constexpr int kRowMargin = ROWS == HEIGHT ? 0 : kHalfRows;
+constexpr int kSourceRows = ROWS + 2 * kRowMargin, kSourceCols = kTileCols + 2 * kMargin;
 constexpr int kRowTiles = (HEIGHT + ROWS - 1) / ROWS, kColTiles = (WIDTH + kTileCols - 1) / kTileCols;
 constexpr int kImageTiles = (N + IMAGES - 1) / IMAGES, kChannelTiles = (CHANNELS + kTileChannels - 1) / kTileChannels;
 
@@ -171,7 +173,7 @@ __device__ inline void copy_tile(Floats* to, const Value* __restrict__ maps, Til
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 depthwise_forward(const Value* __restrict__ x, const float* __restrict__ kernel, Value* __restrict__ out) {
   const Tile tile = find_tile(blockIdx.x / kChannelTiles, blockIdx.x % kChannelTiles);
-  copy_tile<kSourceRows, kSourceCols>(shared, x, tile, tile.row - kHalfRows, tile.col - kMargin);
+  copy_tile<kSourceRows, kSourceCols>(shared, x, tile, tile.row - kRowMargin, tile.col - kMargin);
   __syncthreads();
 
   // Rows vary last, so that few threads of a warp wait for rows that have more rows of the map around them.
@@ -181,16 +183,19 @@ depthwise_forward(const Value* __restrict__ x, const float* __restrict__ kernel,
   if (y >= ROWS || row >= HEIGHT || col >= WIDTH || channel >= CHANNELS || tile.image + image >= N) return;
 
   Floats sums[COLS] = {};
-  const Floats* source = shared + ((image * kSourceRows + y) * kSourceCols + strip * COLS) * GROUPS + group;
+  const int first = image * kSourceRows + y - kHalfRows + kRowMargin;  // of the rows of the tile
+  const Floats* strip_start = shared + strip * COLS * GROUPS + group;
   const int low = max(0, kHalfRows - row), high = min(KH, HEIGHT + kHalfRows - row);  // taps that meet the map
 #pragma unroll 1
   for (int i = low; i < high; ++i) {
+    const Floats* source = strip_start + (first + i) * kSourceCols * GROUPS;
+    const float* const row_of_taps = kernel + i * KW * CHANNELS + channel;
     Floats taps[KW];
 #pragma unroll
-    for (int j = 0; j < KW; ++j) taps[j] = load_taps(kernel + (i * KW + j) * CHANNELS + channel, channel);
+    for (int j = 0; j < KW; ++j) taps[j] = load_taps(row_of_taps + j * CHANNELS, channel);
 #pragma unroll
     for (int s = 0; s < COLS + 2 * kMargin; ++s) {
-      const Floats value = source[(i * kSourceCols + s) * GROUPS];
+      const Floats value = source[s * GROUPS];
 #pragma unroll
       for (int j = 0; j < KW; ++j) {
         const int c = s - kMargin + kHalfCols - j;
@@ -225,14 +230,15 @@ depthwise_weight_grad(const Value* __restrict__ x, const Value* __restrict__ g, 
   for (int index = part; index < kColTiles * kRowTiles * kImageTiles; index += PARTS) {
     const Tile tile = find_tile(index, channel_tile);
     __syncthreads();  // the tile before has been read
-    copy_tile<kSourceRows, kSourceCols>(shared, x, tile, tile.row - kHalfRows, tile.col - kMargin);
+    copy_tile<kSourceRows, kSourceCols>(shared, x, tile, tile.row - kRowMargin, tile.col - kMargin);
     copy_tile<ROWS, COLS>(gs, g, tile, tile.row, tile.col);
     __syncthreads();
 #pragma unroll 1
     for (int line = slice; line < ROWS * IMAGES && slice < SLICES; line += SLICES) {
       const int image = line / ROWS, y = line % ROWS, row = tile.row + y, from = row + i - kHalfRows;
       if (tile.image + image >= N || row >= HEIGHT || from < 0 || from >= HEIGHT) continue;
-      const Floats* source = shared + (image * kSourceRows + y + i) * kSourceCols * GROUPS + group;
+      const int first = image * kSourceRows + y + i - kHalfRows + kRowMargin;
+      const Floats* source = shared + first * kSourceCols * GROUPS + group;
       Floats held[COLS];
 #pragma unroll
       for (int s = -kAhead; s < kSourceCols; ++s) {

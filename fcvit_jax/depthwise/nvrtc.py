@@ -20,9 +20,16 @@ def find() -> ctypes.CDLL | None:
     spec = importlib.util.find_spec("nvidia")
     packages = [Path(path) for path in spec.submodule_search_locations] if spec else []
     paths = [package / folder / name for package in packages for folder in _FOLDERS for name in _NAMES]
-    for path in [str(path) for path in paths if path.exists()] + list(_NAMES):
+    wheels = [path for path in paths if path.exists()]
+    try:
+        for path in wheels:
+            for builtins in path.parent.glob("libnvrtc-builtins.so.*"):  # some versions look for it by name alone
+                ctypes.CDLL(str(builtins))
+    except OSError:
+        pass  # those that need it say so
+    for library in [*map(str, wheels), *_NAMES]:
         try:
-            return ctypes.CDLL(path)
+            return ctypes.CDLL(library)
         except OSError:
             continue
     return None
