@@ -129,6 +129,8 @@ def _find_kernels(maps: Any, window: tuple[int, int], impl: str) -> ModuleType |
         except ImportError:
             if nvrtc.find() is None:
                 return None
+            text = "This JAX has no Pallas for Triton: depthwise convolutions by kernels that were not run on a GPU"
+            warnings.warn(text, stacklevel=2)
         else:
             return kernels if kernels.supports(maps.shape, window) and _gpus_run_pallas() else None
     return cuda if cuda.supports(maps.shape, window, maps.dtype) and _are_modern(_cuda_gpus()) else None
