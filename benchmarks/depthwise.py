@@ -37,7 +37,7 @@ SIZES = {
     "channel_mixers": [(8, 56, 56, 256, 3), (8, 28, 28, 512, 3), (8, 14, 14, 1280, 3), (8, 7, 7, 1280, 3)],
     "digits": [(64, 8, 8, 16, 11), (64, 4, 4, 32, 11), (64, 2, 2, 64, 11), (64, 1, 1, 64, 11), (64, 8, 8, 64, 3)],
 }
-WORTHWHILE = {"cpu": ("lax", "shift", "banded"), "gpu": ("lax", "pallas"), "tpu": ("lax", "toeplitz")}
+WORTHWHILE = {"cpu": ("lax", "shift", "banded"), "gpu": ("lax", "pallas", "cuda"), "tpu": ("lax", "toeplitz")}
 
 
 def jax_pass(impl, which):

@@ -74,7 +74,8 @@ def base(wheel, tmp_path_factory):
 def test_the_wheel_brings_one_package_with_its_recipes_and_its_types(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"fcvit_jax", f"fcvit_jax-{fcvit_jax.__version__}.dist-info"}
-    here = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fcvit_jax").rglob("*.py")} | {"fcvit_jax/py.typed"}
+    here = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fcvit_jax").rglob("*.py")}
+    here |= {"fcvit_jax/py.typed", "fcvit_jax/depthwise/kernels.cu"}
     assert here == {name for name in names if name.startswith("fcvit_jax/")}
 
 

@@ -16,7 +16,7 @@ from jax import lax
 
 from fcvit_jax.depthwise import loops, primitives, toeplitz
 
-IMPLS = ("lax", "shift", "banded", "toeplitz", "pallas")
+IMPLS = ("lax", "shift", "banded", "toeplitz", "pallas", "cuda")
 
 _TPU_TAPS = 25  # taps of the smallest filter for which the matrix units are faster
 _GPU_TAPS = 9  # taps of the smallest filter for which GPUs use the kernels; 3x3 is the smallest that was timed
@@ -33,14 +33,15 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, impl: str | None = None) -> 
       x: (N, H, W, C), float32 or bfloat16.
       kernel: (k, k, C), odd k, any float dtype; its gradient has the same dtype. Sums are computed in float32.
       impl: one of `IMPLS` for all passes, or None for the best on the platform that the program is lowered for.
-        "pallas" is the same as "lax" if there is no CUDA GPU, and in a program for several devices whose mesh is not in
-        context (`jax.set_mesh`).
+        "pallas" and "cuda" are kernels for CUDA GPUs; "cuda" was not run on one. They are the same as "lax" on other
+        platforms, in exports, and in programs for several devices whose mesh is not in context (`jax.set_mesh`).
 
     Returns:
       (N, H, W, C), dtype of x. It has derivatives of every order, in forward and reverse mode.
 
     Raises:
       ValueError: shapes that do not fit, even k, x without a float dtype, unknown impl.
+      UserError: when the program is lowered for a CUDA GPU with impl="cuda", and NVRTC is not installed.
     """
     if x.ndim != 4 or kernel.ndim != 3 or kernel.shape[0] != kernel.shape[1] or kernel.shape[0] % 2 == 0:
         raise ValueError(f"expected x (N, H, W, C) and kernel (k, k, C) with odd k, got {x.shape} and {kernel.shape}")
@@ -78,14 +79,16 @@ _FORWARD = {
     "shift": loops.shift_forward,
     "banded": loops.banded_forward,
     "toeplitz": toeplitz.forward,
-    "pallas": primitives.pallas_forward,
+    "pallas": partial(primitives.kernel_forward, impl="pallas"),
+    "cuda": partial(primitives.kernel_forward, impl="cuda"),
 }
 _WEIGHT_GRAD = {
     "lax": loops.lax_weight_grad,
     "shift": loops.shift_weight_grad,
     "banded": loops.shift_weight_grad,
     "toeplitz": toeplitz.weight_grad,
-    "pallas": primitives.pallas_weight_grad,
+    "pallas": partial(primitives.kernel_weight_grad, impl="pallas"),
+    "cuda": partial(primitives.kernel_weight_grad, impl="cuda"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The only file of the package that uses semi-public or unstable APIs of JAX, but for the kernels of `kernels`.
+"""The only file of the package that uses semi-public or unstable APIs of JAX, but for those of the kernels.
 
 | API | used for | JAX |
 |---|---|---|
@@ -15,6 +15,7 @@ The last row has no public alternative. Where JAX moves it, programs lose the ke
 import warnings
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec as P
 
+from fcvit_jax.depthwise import cuda, nvrtc
 from fcvit_jax.depthwise.loops import lax_conv, lax_taps
 from fcvit_jax.depthwise.spread import per_device, summed_over_devices
 
@@ -85,38 +87,53 @@ def bilinear(
 
 # The choice needs a primitive: only its lowering knows the device and whether the program is exported. It is called
 # only while a bilinear primitive is lowered, so it needs no rules for derivatives and `jax.vmap`.
-_pallas_p = Primitive("depthwise_pallas")
+_kernels_p = Primitive("depthwise_kernels")
 
 
-@_pallas_p.def_abstract_eval
-def _pallas_type(x, other, *, window):
+@_kernels_p.def_abstract_eval
+def _kernels_type(x, other, *, window, impl):
     """`other` is the kernel, or the incoming gradient if `window` says which taps its sum is for."""
     return array_type(x, (*window, x.shape[3]), jnp.float32) if window else x
 
 
-@_pallas_p.def_impl  # for `jax.disable_jit`
-def _pallas_by_lax(x, other, *, window):
+@_kernels_p.def_impl  # for `jax.disable_jit`
+def _by_lax(x, other, *, window, impl):
     return lax_taps(x, other, window) if window else lax_conv(x, other)
 
 
-def _gpus_run_kernels() -> bool:
-    """Whether there are CUDA GPUs that all are modern enough, and Pallas makes its kernels for them."""
+def _cuda_gpus() -> list[jax.Device]:
     try:
-        gpus = jax.local_devices(backend="cuda")
+        return jax.local_devices(backend="cuda")
     except RuntimeError:  # no GPU: the program is only compiled for one
-        return False
+        return []
+
+
+def _are_modern(gpus: list[jax.Device]) -> bool:
+    return all(float(gpu.compute_capability) >= 8 for gpu in gpus)
+
+
+def _gpus_run_pallas() -> bool:
+    """Whether there are CUDA GPUs that all are modern enough, and Pallas makes its kernels for them."""
+    gpus = _cuda_gpus()
     default = jax.config.jax_default_device or jax.local_devices()[0]  # whose kernels Pallas makes
-    return default in (*gpus, "gpu", "cuda") and all(float(gpu.compute_capability) >= 8 for gpu in gpus)
+    return bool(gpus) and default in (*gpus, "gpu", "cuda") and _are_modern(gpus)
 
 
-def _has_kernels(shape: tuple[int, ...], window: tuple[int, int]) -> bool:
-    """Whether the kernels can be used with these GPUs, this version of JAX and maps of this shape."""
-    try:
-        from fcvit_jax.depthwise import kernels  # here, since JAX will remove the Triton backend of Pallas
-    except ImportError:
-        return False
-    static = all(isinstance(size, int) for size in shape)
-    return static and kernels.supports(shape, window) and _gpus_run_kernels()
+def _find_kernels(maps: Any, window: tuple[int, int], impl: str) -> ModuleType | None:
+    """The kernels that go with these GPUs, this version of JAX and maps of this type; None if there are none."""
+    if not all(isinstance(size, int) for size in maps.shape):
+        return None
+    if impl == "pallas":
+        try:
+            from fcvit_jax.depthwise import kernels  # here, since JAX will remove the Triton backend of Pallas
+        except ImportError:
+            if nvrtc.find() is None:
+                return None
+            text = "This JAX has no Pallas for Triton: depthwise convolutions by kernels that were not run on a GPU"
+            warnings.warn(text, stacklevel=2)
+        else:
+            return kernels if kernels.supports(maps.shape, window) and _gpus_run_pallas() else None
+    return cuda if cuda.supports(maps.shape, window, maps.dtype) and _are_modern(_cuda_gpus()) else None
 
 
 def _is_whole(context: Any) -> bool:
@@ -127,8 +144,8 @@ def _is_whole(context: Any) -> bool:
     return all(size == 1 for axis, size in context.mesh.shape.items() if axis not in manual)
 
 
-def _hindrance(ctx: Any, window: tuple[int, int] | None) -> str | None:
-    """Why the program that is being lowered cannot have the kernels; "" needs no warning, None if it can have them."""
+def _hindrance(ctx: Any) -> str | None:
+    """Why the program that is being lowered cannot have kernels; "" needs no warning, None if it can have them."""
     try:
         whole = _is_whole(ctx.module_context.axis_context)
         exported = ctx.module_context.lowering_parameters.for_export
@@ -136,22 +153,20 @@ def _hindrance(ctx: Any, window: tuple[int, int] | None) -> str | None:
         return "this version of JAX does not say what the program is for"
     if exported:  # an exported program must work with later versions of JAX
         return ""
-    if not whole:  # XLA cannot partition a kernel between devices
-        return "the program is for several devices, without their mesh in context (jax.set_mesh)"
-    maps, second = ctx.avals_in
-    if not _has_kernels(maps.shape, window or second.shape[:2]):
-        return "this GPU, this version of JAX or maps of such sizes do not go with them"
-    return None
+    # XLA cannot partition a kernel between devices.
+    return None if whole else "the program is for several devices, without their mesh in context (jax.set_mesh)"
 
 
-def _pallas_lowering(ctx, x, other, *, window):
-    hindrance = _hindrance(ctx, window)
+def _kernels_lowering(ctx, x, other, *, window, impl):
+    hindrance, (maps, second) = _hindrance(ctx), ctx.avals_in
+    found = None
     if hindrance is None:
-        from fcvit_jax.depthwise.kernels import forward, weight_grad
-
-        run = partial(weight_grad, window=window) if window else forward
+        found = _find_kernels(maps, window or second.shape[:2], impl)
+        hindrance = "this GPU, this version of JAX or maps of such sizes do not go with them"
+    if found:
+        run = partial(found.weight_grad, window=window) if window else found.forward
     else:
-        run = partial(_pallas_by_lax, window=window)
+        run = partial(_by_lax, window=window, impl=impl)
         if hindrance:
             warnings.warn(f"Depthwise convolutions by cuDNN, much slower than the kernels: {hindrance}", stacklevel=2)
     with warnings.catch_warnings():  # users can do nothing about it; tests tell us when the backend is gone
@@ -159,16 +174,19 @@ def _pallas_lowering(ctx, x, other, *, window):
         return mlir.lower_fun(run, multiple_results=False)(ctx, x, other)
 
 
-mlir.register_lowering(_pallas_p, _pallas_lowering, platform="cuda")
-mlir.register_lowering(_pallas_p, mlir.lower_fun(_pallas_by_lax, multiple_results=False))
+mlir.register_lowering(_kernels_p, _kernels_lowering, platform="cuda")
+mlir.register_lowering(_kernels_p, mlir.lower_fun(_by_lax, multiple_results=False))
 
 
-@jax.jit
-def pallas_forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Uses `kernels` on a CUDA GPU, and on other devices the same operation as `lax_forward`."""
-    return per_device(partial(_pallas_p.bind, window=None), x, kernel)
+@partial(jax.jit, static_argnames="impl")
+def kernel_forward(x: jax.Array, kernel: jax.Array, impl: str) -> jax.Array:
+    """Uses kernels on a CUDA GPU, and on other devices the same operation as `lax_forward`.
+
+    `impl` is "pallas" for those of `kernels`, or of `cuda` where JAX has no Triton backend; or "cuda".
+    """
+    return per_device(partial(_kernels_p.bind, window=None, impl=impl), x, kernel)
 
 
-@partial(jax.jit, static_argnames="window")
-def pallas_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int]) -> jax.Array:
-    return summed_over_devices(partial(_pallas_p.bind, window=window), x, g)
+@partial(jax.jit, static_argnames=("window", "impl"))
+def kernel_weight_grad(x: jax.Array, g: jax.Array, window: tuple[int, int], impl: str) -> jax.Array:
+    return summed_over_devices(partial(_kernels_p.bind, window=window, impl=impl), x, g)

@@ -49,7 +49,7 @@ def test_the_gpu_kernels_leave_what_does_not_fit_to_lax(shape, k):
 
 @pytest.mark.parametrize("mesh", [False, True])
 def test_only_a_program_that_a_gpu_runs_itself_has_the_kernels(monkeypatch, mesh):
-    monkeypatch.setattr(primitives, "_has_kernels", lambda shape, window: True)
+    monkeypatch.setattr(primitives, "_find_kernels", lambda maps, window, impl: kernels)
     monkeypatch.setattr(kernels, "forward", lambda x, kernel: jax.lax.erf_inv(x))
     monkeypatch.setattr(kernels, "weight_grad", lambda x, g, window: jnp.cbrt(g[0, : window[0], : window[1]]))
     args = draw((8, 12, 12, 16, 11))
@@ -78,7 +78,7 @@ def test_a_gpu_that_cannot_take_the_kernels_is_said():
 
 
 def test_a_version_of_jax_that_does_not_say_what_a_program_is_for_has_none(monkeypatch):
-    monkeypatch.setattr(primitives, "_has_kernels", lambda shape, window: True)
+    monkeypatch.setattr(primitives, "_find_kernels", lambda maps, window, impl: kernels)
     monkeypatch.setattr(primitives, "_is_whole", lambda context: context.another_name)
     x, kernel, _ = draw((1, 4, 5, 16, 5))
     with pytest.warns(UserWarning, match="by cuDNN.*: this version of JAX does not say"):
@@ -91,7 +91,7 @@ def test_a_version_of_jax_that_does_not_say_what_a_program_is_for_has_none(monke
 @pytest.mark.parametrize("k", [3, 11])
 def test_all_passes_of_a_program_for_a_gpu_are_the_kernels(monkeypatch, recwarn, gpu, dtype, k):
     """No GPU is needed to lower it. This fails when a version of JAX no longer has what the kernels are written in."""
-    monkeypatch.setattr(primitives, "_gpus_run_kernels", lambda: True)
+    monkeypatch.setattr(primitives, "_gpus_run_pallas", lambda: True)
     device = jax.sharding.AbstractDevice(gpu, None, "cuda")
     auto = (jax.sharding.AxisType.Auto,)
     args = draw((2, 14, 14, 32, k), dtype)
