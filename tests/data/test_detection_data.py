@@ -260,9 +260,9 @@ def test_noise_is_one_batch():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"dataset": "digit"}, "'digit' is unknown: choose coco:PATH, coco/2017"),
+        ({"dataset": "digit"}, "'digit' is unknown: choose coco:PATH, coco/2017, digit_scenes or synthetic"),
         ({"dataset": "digit_scenes", "batch_size": 3000}, "2000 training images, less than one batch"),
-        ({"dataset": "digit_scenes", "max_objects": 0}, "data.max_objects=0 must be at least 1"),
+        ({"dataset": "synthetic", "max_objects": 0}, "data.max_objects=0 must be at least 1"),
         ({"dataset": "digit_scenes", "long": 32}, "data.long=32 must be at least 64"),
         ({"dataset": "digit_scenes", "max_objects": 3}, "data.max_objects=3 must be at least 4"),
         (
