@@ -269,7 +269,7 @@ def test_noise_is_one_batch():
             {"dataset": "digit_scenes", "results": "nowhere/x.json"},
             "data.results=nowhere/x.json: there is no such folder",
         ),
-        ({"dataset": "coco:nowhere"}, "data.train_split=train2017: ./nowhere must have"),
+        ({"dataset": "coco:nowhere"}, "data.train_split=train2017: nowhere must have"),
     ],
 )
 def test_what_cannot_be_used_is_refused(options, message):
