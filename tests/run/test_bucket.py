@@ -14,16 +14,18 @@ import numpy as np
 import pytest
 import tiny_config
 from conftest import free_port
-from helpers import save_images
+from helpers import make_state, save_images
 
 from benchmarks.kill_resume import assert_same_end, record
 from fcvit_jax import export, predict, summary, visualize
 from fcvit_jax.convert import convert, load_pretrained
 from fcvit_jax.data import classification
 from fcvit_jax.devices import storage
+from fcvit_jax.devices.sharding import make_mesh
 from fcvit_jax.errors import UserError
 from fcvit_jax.evaluate import evaluate_checkpoint
 from fcvit_jax.networks import create_model
+from fcvit_jax.run.checkpoint import Checkpointer
 from fcvit_jax.run.saved import find_step, load_variables
 from fcvit_jax.train import train_and_evaluate
 
@@ -147,6 +149,21 @@ def _read_by_all_tools(bucket, on_disk, config, tmp_path):
 
     model = create_model(**config.model)
     chex.assert_trees_all_equal(*(load_pretrained(place, model) for place in (bucket, on_disk)))  # for init_from
+
+
+def test_a_run_whose_lock_another_has_taken_saves_no_more(bucket):
+    mesh, workdir = make_mesh(data=1), storage.run_path(bucket)
+    checkpointer = Checkpointer(bucket, keep=1)
+    for step in (1, 2):
+        checkpointer.save(make_state(mesh, step), {})
+    checkpointer.wait()
+    assert storage.names(workdir / "checkpoints") == ["2"]  # the first was deleted
+    storage.replace_text(workdir / ".lock", "{}")
+    checkpointer._lock._lock._renewed -= 100  # as after a long sleep
+    with pytest.raises(UserError, match="Another run has taken over .*ends without saving"):
+        checkpointer.save(make_state(mesh, 3), {})
+    checkpointer.close()
+    assert storage.names(workdir / "checkpoints") == ["2"] and storage.read_text(workdir / ".lock") == "{}"
 
 
 def test_two_processes_write_one_run_and_read_the_data_from_the_bucket(bucket, emulator_url, config, tmp_path):
