@@ -32,7 +32,7 @@ MAIN = [shlex.split(line, comments=True) for line in re.findall(r"python main\.p
 MAIN += [line.split() for line in re.findall(r"`python -m fcvit_jax (--.*?)`", TEXT)]
 # Flags in the text go with any config.
 INLINE = re.findall(r"`(--(?:config\.|mode=).*?)`", TEXT)
-MAIN += [["--config=configs/imagenet.py", "--workdir=runs/a", *text.split()] for text in INLINE]
+MAIN += [["--config=configs/imagenet.py", "--workdir=runs/a", *shlex.split(text)] for text in INLINE]
 TOOLS = [shlex.split(line, comments=True) for line in re.findall(r"python -m (fcvit_jax\.[^`\n]*)", TEXT)]
 
 # Runs main.py, then fails where TensorFlow or PyTorch was imported along the way.
