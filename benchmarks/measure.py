@@ -10,13 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcvit_jax import networks, optim
 from fcvit_jax.devices.cpu import tune_cpu
 from fcvit_jax.devices.sharding import batch_sharding
-from fcvit_jax.networks.fcvit import create_model
 from fcvit_jax.run.state import abstract_state, create_state, init_variables
 from fcvit_jax.run.step import train_step
-from fcvit_jax.tasks import classification
+from fcvit_jax.tasks import classification, segmentation
 
 tune_cpu()  # as main.py does
 
@@ -67,33 +65,33 @@ def milliseconds(contestants, seconds):
 
 
 class Step:
-    """The training step of the recipe, with drop-path, mixing, erasing and AdamW, for a variant, a batch and a mesh."""
+    """The training step of a task's recipe, with drop-path, mixing, erasing and AdamW, for a variant and a mesh."""
 
-    def __init__(self, name, batch_size, image_size, dtype, mesh, group_size=None):
-        self.model = create_model(name, drop_path_rate=0.1, bn_group_size=group_size, dtype=jnp.dtype(dtype))
-        self.tx, schedule = optim.make_optimizer(1251, 300, batch_size)
-        self.mesh = mesh
+    def __init__(self, name, batch_size, image_size, dtype, mesh, group_size=None, task=classification):
+        self.task, self.mesh, self.image_size = task, mesh, image_size
+        self.model = task.create_model(name, drop_path_rate=0.1, bn_group_size=group_size, dtype=jnp.dtype(dtype))
+        self.tx, schedule = task.make_optimizer(1251, 300, batch_size, 300 * 1251)
+        options = {"group_size": group_size or batch_size} if task is classification else {}
         self.static = {
             "model": self.model,
             "tx": self.tx,
             "schedule": schedule,
-            "prepare": classification.make_prepare(self.model, group_size=group_size or batch_size),
-            "loss": classification.loss,
+            "prepare": task.make_prepare(self.model, **options),
+            "loss": task.loss,
             "group_size": group_size,
             "mesh": mesh,
         }
-        self.batch_shapes = {
-            "image": ((batch_size, image_size, image_size, 3), np.uint8),
-            "label": ((batch_size,), np.int32),
-        }
+        images = (batch_size, image_size, image_size, 3)
+        self.batch_shapes = {"image": (images, np.uint8), "label": ((batch_size,), np.int32)}
+        if task is segmentation:
+            self.batch_shapes |= {"label": (images[:3], np.uint8), "size": ((batch_size, 2), np.int32)}
 
     def abstract_state(self):
-        return abstract_state(networks.init_variables, self.model, self.tx, self.mesh, ema=False)
+        return abstract_state(self.task.init_variables, self.model, self.tx, self.mesh, ema=False)
 
     def create_state(self):
-        return create_state(
-            init_variables(networks.init_variables, self.model, self.mesh, seed=0), self.tx, self.abstract_state()
-        )
+        variables = init_variables(self.task.init_variables, self.model, self.mesh, seed=0)
+        return create_state(variables, self.tx, self.abstract_state())
 
     def lower(self):
         rows = batch_sharding(self.mesh)
@@ -104,7 +102,8 @@ class Step:
         """A contestant that takes steps, from a state of its own."""
         state = self.create_state()
         rng, key = np.random.default_rng(0), jax.random.key(0)
-        batch = {name: rng.integers(0, 256, shape, dtype) for name, (shape, dtype) in self.batch_shapes.items()}
+        ends = {"image": (0, 256), "label": (0, self.model.num_classes), "size": (self.image_size, self.image_size + 1)}
+        batch = {name: rng.integers(*ends[name], *shape) for name, shape in self.batch_shapes.items()}
         batch = jax.device_put(batch, batch_sharding(self.mesh))
 
         def step():

@@ -2,14 +2,15 @@
 
 Example:
   python -m benchmarks.train_step --models fcvit_tiny fcvit_s12 --batch-size 8 --json train_step.json
+  python -m benchmarks.train_step --task segmentation --models fcvit_s12 --batch-size 2
   python -m benchmarks.train_step --batch-size 128 --dtype bfloat16 --peak-tflops 989 --json train_step.json
 
 All contestants take turns, so that a busy machine slows them equally; on a GPU a turn is ten steps and one wait. They
 are FCViT here, FCViT in PyTorch (the tests' reference) with channels last (NHWC) and first (NCHW), and timm's
-convnext_tiny and poolformer_s12 if timm is installed. The last column compares with PyTorch's faster layout. Our step
-is `fcvit_jax.run.step.train_step`: it takes uint8 images and includes mixing, erasing, drop-path and AdamW. PyTorch's
-step takes normalised images and includes only AdamW. With bfloat16 PyTorch runs under autocast, on a GPU with
-torch.compile.
+convnext_tiny and poolformer_s12 if timm is installed; for segmentation, Semantic FPN over FCViT. The last column
+compares with PyTorch's faster layout. Our step is `fcvit_jax.run.step.train_step`: it takes uint8 images and includes
+mixing, erasing, drop-path and AdamW. PyTorch's step takes normalised images and includes only AdamW. With bfloat16
+PyTorch runs under autocast, on a GPU with torch.compile.
 
 Utilisation is the rate of useful operations, divided by the rate of a large matrix product in the same dtype (measured,
 or --peak-tflops). Useful operations are two for each multiply-add of the forward pass as `fcvit_jax.summary` counts
@@ -34,8 +35,9 @@ from tqdm import tqdm
 
 from benchmarks.depthwise import LAYOUTS, torch_device, torch_repeated
 from benchmarks.measure import Step, about, make_parser, milliseconds, repeated, report
+from fcvit_jax import tasks
 from fcvit_jax.devices.sharding import make_mesh
-from fcvit_jax.networks.fcvit import VARIANTS, create_model
+from fcvit_jax.networks.fcvit import VARIANTS
 from fcvit_jax.summary import summarize
 
 try:
@@ -45,6 +47,7 @@ except ImportError:
 else:
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     import torch_reference
+    import torch_segmenter
 
 
 def program_mib(compiled):
@@ -55,8 +58,8 @@ def program_mib(compiled):
 
 
 def jax_contestants(name, args):
-    """{pass: (run, MiB)} of FCViT."""
-    step = Step(name, args.batch_size, args.image_size, args.dtype, make_mesh(data=1))
+    """{pass: (run, MiB)} of FCViT, or of the segmenter over it."""
+    step = Step(name, args.batch_size, args.image_size, args.dtype, make_mesh(data=1), task=tasks.load(args.task))
     contestants = {}
     if "forward" in args.passes:
         images, variables = jnp.asarray(normal_images(args)), step.create_state().eval_variables
@@ -73,7 +76,10 @@ def torch_contestants(make_network, args, layout):
     device = torch_device()
     network = make_network().to(device, memory_format=layout)
     images = torch.tensor(normal_images(args), device=device).permute(0, 3, 1, 2).contiguous(memory_format=layout)
-    targets = torch.softmax(torch.randn(args.batch_size, 1000, device=device), 1)
+    if args.task == "segmentation":
+        targets = torch.randint(150, (args.batch_size, args.image_size, args.image_size), device=device)
+    else:
+        targets = torch.softmax(torch.randn(args.batch_size, 1000, device=device), 1)
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=0.05, fused=device == "cuda")
     apply = torch.compile(network) if device == "cuda" else network
 
@@ -90,6 +96,8 @@ def torch_contestants(make_network, args, layout):
         optimizer.zero_grad()
         with autocast():
             logits = apply(images)
+        if args.task == "segmentation":
+            logits = torch.nn.functional.interpolate(logits.float(), targets.shape[1:], mode="bilinear")
         torch.nn.functional.cross_entropy(logits.float(), targets).backward()
         optimizer.step()
 
@@ -111,6 +119,10 @@ def normal_images(args):
     return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
+def multiply_adds_of(name, args):
+    return summarize(tasks.load(args.task).create_model(name), args.image_size)["total"].multiply_adds
+
+
 def matmul_contestant(dtype):
     """A product of two square matrices, and its floating-point operations."""
     n = 2048 if jax.default_backend() == "cpu" else 8192
@@ -120,11 +132,13 @@ def matmul_contestant(dtype):
 
 
 def main():
+    networks = {"classification": torch_reference.FCViT, "segmentation": torch_segmenter.SemanticFPN} if torch else {}
     others = [*LAYOUTS, *(["timm"] if LAYOUTS and importlib.util.find_spec("timm") else [])]
     parser = make_parser(__doc__)
+    parser.add_argument("--task", choices=("classification", "segmentation"), default="classification")
     parser.add_argument("--models", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--batch-size", type=int, default=8, help="even (default: 8)")
-    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--image-size", type=int, help="default: 224, segmentation: 512")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--beside", nargs="*", choices=others, default=others, help="others to time (default: all)")
     parser.add_argument("--passes", nargs="+", choices=("forward", "step"), default=["forward", "step"])
@@ -135,14 +149,16 @@ def main():
     if args.quick:
         args.models, args.batch_size, args.image_size, args.seconds = ["fcvit_tiny"], 4, 64, 0
 
+    args.image_size = args.image_size or {"classification": 224, "segmentation": 512}[args.task]
+
     makers, multiply_adds = {}, {}
     for name in args.models:
         makers[name, "fcvit_jax"] = partial(jax_contestants, name, args)
-        multiply_adds[name] = args.batch_size * summarize(create_model(name), args.image_size)["total"].multiply_adds
+        multiply_adds[name] = args.batch_size * multiply_adds_of(name, args)
         for by in (layout for layout in LAYOUTS if layout in args.beside):
-            make_network = partial(torch_reference.FCViT, **VARIANTS[name])
+            make_network = partial(networks[args.task], **VARIANTS[name])
             makers[name, by] = partial(torch_contestants, make_network, args, LAYOUTS[by])
-    if "timm" in args.beside:
+    if "timm" in args.beside and args.task == "classification":
         import timm
 
         for name in ("convnext_tiny", "poolformer_s12"):

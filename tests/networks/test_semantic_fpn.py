@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
+import torch_segmenter
 from equality import assert_close, formula_weights, nhwc, train_step
 from flax import linen as nn
 from flax import traverse_util
@@ -124,6 +126,19 @@ def assert_step_equals(step, part, model, tolerance):
             assert_close(ours, after, key)
             compared += 1
     return compared
+
+
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_the_compact_pytorch_version_equals_the_originals(size):
+    """The one that benchmarks.train_step times ours beside."""
+    arrays, meta, state_dict = golden("small")
+    sizes = {"depths": meta["layers"], "dims": meta["embed_dims"]}
+    sizes |= {key: meta[key] for key in ("mlp_ratios", "num_classes", "neck_channels", "head_channels")}
+    network = torch_segmenter.SemanticFPN(**sizes)
+    network.load_state_dict({name: torch.tensor(x) for name, x in state_dict.items()})
+    with torch.inference_mode():
+        logits = network.eval()(torch.tensor(arrays[f"in{size}/images_nchw"]))
+    assert_close(nhwc(logits.numpy()), nhwc(arrays[f"in{size}/logits4"]), "logits")
 
 
 def test_training_step_equals_the_originals():
