@@ -37,6 +37,9 @@ def test_the_tutorial_keeps_its_promises(monkeypatch, tmp_path):
     text = "".join(output.text for output in outputs if output.output_type == "stream")
     ten, two = (float(number) for number in re.findall(r"done: final top-1 ([\d.]+)%", text))
     assert ten > 75 and two > 75
+    assert re.search(
+        r"^block .* head_correlation .*\n(stages_\d_block_0/context1 +0\.\d+ ± 0\.\d+ .*\n)+", text, re.MULTILINE
+    )
     assert "has 10 classes, the model 2: the head starts afresh" in text
 
     (folder,) = tmp_path.glob("fcvit-*")
