@@ -69,6 +69,8 @@ def milliseconds(contestants, seconds):
 class Step:
     """The training step of the recipe, with drop-path, mixing, erasing and AdamW, for a variant, a batch and a mesh."""
 
+    init_variables = staticmethod(networks.init_variables)
+
     def __init__(self, name, batch_size, image_size, dtype, mesh, group_size=None):
         self.model = create_model(name, drop_path_rate=0.1, bn_group_size=group_size, dtype=jnp.dtype(dtype))
         self.tx, schedule = optim.make_optimizer(1251, 300, batch_size)
@@ -88,11 +90,11 @@ class Step:
         }
 
     def abstract_state(self):
-        return abstract_state(networks.init_variables, self.model, self.tx, self.mesh, ema=False)
+        return abstract_state(self.init_variables, self.model, self.tx, self.mesh, ema=False)
 
     def create_state(self):
         return create_state(
-            init_variables(networks.init_variables, self.model, self.mesh, seed=0), self.tx, self.abstract_state()
+            init_variables(self.init_variables, self.model, self.mesh, seed=0), self.tx, self.abstract_state()
         )
 
     def lower(self):
@@ -100,12 +102,14 @@ class Step:
         batch = {name: jax.ShapeDtypeStruct(*shape, sharding=rows) for name, shape in self.batch_shapes.items()}
         return train_step.lower(self.abstract_state(), batch, jax.random.key(0), **self.static)
 
+    def example_batch(self):
+        rng = np.random.default_rng(0)
+        return {name: rng.integers(0, 256, shape, dtype) for name, (shape, dtype) in self.batch_shapes.items()}
+
     def runner(self, compiled):
         """A contestant that takes steps, from a state of its own."""
-        state = self.create_state()
-        rng, key = np.random.default_rng(0), jax.random.key(0)
-        batch = {name: rng.integers(0, 256, shape, dtype) for name, (shape, dtype) in self.batch_shapes.items()}
-        batch = jax.device_put(batch, batch_sharding(self.mesh))
+        state, key = self.create_state(), jax.random.key(0)
+        batch = jax.device_put(self.example_batch(), batch_sharding(self.mesh))
 
         def step():
             nonlocal state
