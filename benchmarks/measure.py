@@ -98,13 +98,16 @@ class Step:
         batch = {name: jax.ShapeDtypeStruct(*shape, sharding=rows) for name, shape in self.batch_shapes.items()}
         return train_step.lower(self.abstract_state(), batch, jax.random.key(0), **self.static)
 
+    def example_batch(self):
+        """Noise, as NumPy arrays by name."""
+        rng = np.random.default_rng(0)
+        ends = {"image": (0, 256), "label": (0, self.model.num_classes), "size": (self.image_size, self.image_size + 1)}
+        return {name: rng.integers(*ends[name], *shape) for name, shape in self.batch_shapes.items()}
+
     def runner(self, compiled):
         """A contestant that takes steps, from a state of its own."""
-        state = self.create_state()
-        rng, key = np.random.default_rng(0), jax.random.key(0)
-        ends = {"image": (0, 256), "label": (0, self.model.num_classes), "size": (self.image_size, self.image_size + 1)}
-        batch = {name: rng.integers(*ends[name], *shape) for name, shape in self.batch_shapes.items()}
-        batch = jax.device_put(batch, batch_sharding(self.mesh))
+        state, key = self.create_state(), jax.random.key(0)
+        batch = jax.device_put(self.example_batch(), batch_sharding(self.mesh))
 
         def step():
             nonlocal state

@@ -3,6 +3,7 @@
 Example:
   python -m benchmarks.train_step --models fcvit_tiny fcvit_s12 --batch-size 8 --json train_step.json
   python -m benchmarks.train_step --task segmentation --models fcvit_s12 --batch-size 2
+  python -m benchmarks.train_step --task detection --models fcvit_s12 --batch-size 2 --image-size 320 320
   python -m benchmarks.train_step --batch-size 128 --dtype bfloat16 --peak-tflops 989 --json train_step.json
 
 All contestants take turns, so that a busy machine slows them equally; on a GPU a turn is ten steps and one wait. They
@@ -15,13 +16,19 @@ PyTorch runs under autocast, on a GPU with torch.compile.
 Utilisation is the rate of useful operations, divided by the rate of a large matrix product in the same dtype (measured,
 or --peak-tflops). Useful operations are two for each multiply-add of the forward pass as `fcvit_jax.summary` counts
 them, and three times that for a step. (XLA's count includes a loop's body only once.) MiB are the arguments, results
-and temporaries of the compiled program, or the most that PyTorch allocated on a GPU.
+and temporaries of the compiled program, or the most that PyTorch allocated on a GPU. Compile seconds are those of
+tracing and compiling our program.
+
+For detection they are Mask R-CNN with COCO's numbers on images of one size, from uint8 images to detections without
+pasted masks, or to updated weights; and torchvision's Mask R-CNN over the same pyramid, from normalised images, if
+torchvision is installed. Useful operations are then known of the forward pass alone.
 """
 
 import contextlib
 import importlib.util
 import os
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks import detection
 from benchmarks.depthwise import LAYOUTS, torch_device, torch_repeated
 from benchmarks.measure import Step, about, make_parser, milliseconds, repeated, report
 from fcvit_jax import tasks
@@ -57,27 +65,42 @@ def program_mib(compiled):
     return (size + memory.temp_size_in_bytes) / 2**20
 
 
+def compiled_contestant(lower, make_run):
+    """(run, MiB, seconds of tracing and compiling) of a program."""
+    start = time.perf_counter()
+    program = lower().compile()
+    seconds = time.perf_counter() - start
+    return make_run(program), program_mib(program), seconds
+
+
 def jax_contestants(name, args):
-    """{pass: (run, MiB)} of FCViT, or of the segmenter over it."""
-    step = Step(name, args.batch_size, args.image_size, args.dtype, make_mesh(data=1), task=tasks.load(args.task))
+    """{pass: (run, MiB, compile seconds)} of FCViT, or of the segmenter or the detector over it."""
+    mesh = make_mesh(data=1)
+    if args.task == "detection":
+        step = detection.DetectionStep(name, args, mesh)
+        forward, inputs = step.detect, step.inputs()
+    else:
+        step = Step(name, args.batch_size, args.image_size[0], args.dtype, mesh, task=tasks.load(args.task))
+        forward, inputs = step.model.apply, (step.create_state().eval_variables, jnp.asarray(normal_images(args)))
     contestants = {}
     if "forward" in args.passes:
-        images, variables = jnp.asarray(normal_images(args)), step.create_state().eval_variables
-        forward = jax.jit(step.model.apply).lower(variables, images).compile()
-        contestants["forward"] = repeated(lambda: forward(variables, images)), program_mib(forward)
+
+        def make_run(program):
+            return repeated(lambda: program(*inputs))
+
+        contestants["forward"] = compiled_contestant(lambda: jax.jit(forward).lower(*inputs), make_run)
     if "step" in args.passes:
-        compiled = step.lower().compile()
-        contestants["step"] = step.runner(compiled), program_mib(compiled)
+        contestants["step"] = compiled_contestant(step.lower, step.runner)
     return contestants
 
 
 def torch_contestants(make_network, args, layout):
-    """{pass: (run, MiB)} of a PyTorch network; MiB is None on a CPU."""
+    """{pass: (run, MiB, None)} of a PyTorch network for classification or segmentation."""
     device = torch_device()
     network = make_network().to(device, memory_format=layout)
     images = torch.tensor(normal_images(args), device=device).permute(0, 3, 1, 2).contiguous(memory_format=layout)
     if args.task == "segmentation":
-        targets = torch.randint(150, (args.batch_size, args.image_size, args.image_size), device=device)
+        targets = torch.randint(150, (args.batch_size, *args.image_size), device=device)
     else:
         targets = torch.softmax(torch.randn(args.batch_size, 1000, device=device), 1)
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=0.05, fused=device == "cuda")
@@ -101,21 +124,31 @@ def torch_contestants(make_network, args, layout):
         torch.nn.functional.cross_entropy(logits.float(), targets).backward()
         optimizer.step()
 
-    def with_memory(call):
+    return with_memory(forward, step, args)
+
+
+def torch_detector_contestants(name, args):
+    return with_memory(*detection.torch_calls(name, args, torch_device()), args)
+
+
+def with_memory(forward, step, args):
+    """{pass: (run, MiB, None)} of two functions of PyTorch; MiB is None on a CPU."""
+
+    def contestant(call):
         run = torch_repeated(call)
-        if device == "cpu":
-            return run, None
+        if torch_device() == "cpu":
+            return run, None, None
         run(1)
         torch.cuda.reset_peak_memory_stats()
         run(1)
-        return run, torch.cuda.max_memory_allocated() / 2**20
+        return run, torch.cuda.max_memory_allocated() / 2**20, None
 
     calls = {"forward": forward, "step": step}
-    return {which: with_memory(calls[which]) for which in args.passes}
+    return {which: contestant(calls[which]) for which in args.passes}
 
 
 def normal_images(args):
-    shape = (args.batch_size, args.image_size, args.image_size, 3)
+    shape = (args.batch_size, *args.image_size, 3)
     return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
@@ -131,32 +164,45 @@ def matmul_contestant(dtype):
     return repeated(lambda: multiply(a, a)), 2 * n**3
 
 
-def main():
-    networks = {"classification": torch_reference.FCViT, "segmentation": torch_segmenter.SemanticFPN} if torch else {}
+def parse_arguments():
     others = [*LAYOUTS, *(["timm"] if LAYOUTS and importlib.util.find_spec("timm") else [])]
     parser = make_parser(__doc__)
-    parser.add_argument("--task", choices=("classification", "segmentation"), default="classification")
+    parser.add_argument("--task", choices=tasks.NAMES, default="classification")
     parser.add_argument("--models", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--batch-size", type=int, default=8, help="even (default: 8)")
-    parser.add_argument("--image-size", type=int, help="default: 224, segmentation: 512")
+    size = "side, or of detection height and width (default: 224, segmentation: 512, detection: 800 1344)"
+    parser.add_argument("--image-size", nargs="+", type=int, help=size)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--beside", nargs="*", choices=others, default=others, help="others to time (default: all)")
     parser.add_argument("--passes", nargs="+", choices=("forward", "step"), default=["forward", "step"])
     parser.add_argument("--seconds", type=float, default=20, help="per contestant, which takes at least three turns")
     parser.add_argument("--peak-tflops", type=float, help="the device's peak; default: measured by a matrix product")
-    parser.add_argument("--quick", action="store_true", help="fcvit_tiny with 4 images of 64 x 64, three turns")
+    parser.add_argument("--quick", action="store_true", help="fcvit_tiny with few images of 64 x 64, three turns")
     args = parser.parse_args()
     if args.quick:
-        args.models, args.batch_size, args.image_size, args.seconds = ["fcvit_tiny"], 4, 64, 0
+        args.models, args.image_size, args.seconds = ["fcvit_tiny"], [64], 0
+        args.batch_size = 1 if args.task == "detection" else 4
+    size = args.image_size or {"classification": [224], "segmentation": [512], "detection": [800, 1344]}[args.task]
+    if len(size) > (2 if args.task == "detection" else 1):
+        parser.error("--image-size takes one number, for detection also two.")
+    args.image_size = size[0], size[-1]
+    return args
 
-    args.image_size = args.image_size or {"classification": 224, "segmentation": 512}[args.task]
 
+def make_makers(args):
+    """{(model, by): a function that makes its contestants}, and {model: multiply-adds of the forward pass}."""
+    references = {"classification": torch_reference.FCViT, "segmentation": torch_segmenter.SemanticFPN} if torch else {}
     makers, multiply_adds = {}, {}
     for name in args.models:
         makers[name, "fcvit_jax"] = partial(jax_contestants, name, args)
-        multiply_adds[name] = args.batch_size * multiply_adds_of(name, args)
+        network = tasks.load(args.task).create_model(name)
+        multiply_adds[name] = args.batch_size * summarize(network, args.image_size)["total"].multiply_adds
+        if args.task == "detection":
+            if detection.torchvision and args.beside:
+                makers[name, "torch NCHW"] = partial(torch_detector_contestants, name, args)
+            continue
         for by in (layout for layout in LAYOUTS if layout in args.beside):
-            make_network = partial(networks[args.task], **VARIANTS[name])
+            make_network = partial(references[args.task], **VARIANTS[name])
             makers[name, by] = partial(torch_contestants, make_network, args, LAYOUTS[by])
     if "timm" in args.beside and args.task == "classification":
         import timm
@@ -164,24 +210,30 @@ def main():
         for name in ("convnext_tiny", "poolformer_s12"):
             make_network = partial(timm.create_model, name)
             makers[name, "timm NHWC"] = partial(torch_contestants, make_network, args, torch.channels_last)
+    return makers, multiply_adds
 
+
+def main():
+    args = parse_arguments()
+    makers, multiply_adds = make_makers(args)
     contestants = {}
     for key in (bar := tqdm(makers, unit="network")):
         bar.set_description(", ".join(key))
         contestants[key] = makers[key]()
     matmul, matmul_flops = matmul_contestant(args.dtype)
-    runs = {(*key, which): run for key, passes in contestants.items() for which, (run, _) in passes.items()}
+    runs = {(*key, which): run for key, passes in contestants.items() for which, (run, *_) in passes.items()}
     times = milliseconds({"matmul": matmul, **runs}, args.seconds)
     peak = 1e12 * args.peak_tflops if args.peak_tflops else matmul_flops / (1e-3 * times["matmul"][0])
 
-    batch = f"{args.batch_size} images of {args.image_size} x {args.image_size}"
+    batch = "{} images of {} x {}".format(args.batch_size, *args.image_size)
     print(f"{batch}, {args.dtype}, peak {peak / 1e12:.3f} TFLOP/s")
-    print(f"{'model':15}{'by':11}{'pass':9}images/s, best  median{'MiB':>9}  utilisation  torch / ours")
+    print(f"{'model':15}{'by':11}{'pass':9}images/s, best  median{'MiB':>9}  utilisation  torch / ours  compile, s")
     rows = []
     for (name, by, which), run_ms in ((key, times[key]) for key in runs):
-        mib = contestants[name, by][which][1]
-        row = {"model": name, "by": by, "pass": which, "ms": run_ms, "mib": mib, "utilisation": None}
-        if name in multiply_adds:
+        _, mib, compile_s = contestants[name, by][which]
+        row = {"model": name, "by": by, "pass": which, "ms": run_ms, "mib": mib, "compile_s": compile_s}
+        row["utilisation"] = None
+        if name in multiply_adds and (which == "forward" or args.task != "detection"):
             flops = 2 * multiply_adds[name] * (3 if which == "step" else 1)
             row["utilisation"] = flops / (1e-3 * run_ms[0]) / peak
         rows.append(row)
@@ -192,6 +244,7 @@ def main():
             f"{f'{mib:.0f}' if mib else '-':>9}"
             f"{format(row['utilisation'], '13.1%') if row['utilisation'] else '-':>13}"
             f"{f'{min(theirs) / run_ms[0]:.2f}' if theirs and by == 'fcvit_jax' else '-':>14}"
+            f"{f'{compile_s:.1f}' if compile_s else '-':>12}"
         )
     report(args, rows, **about(), peak_flops=peak)
 

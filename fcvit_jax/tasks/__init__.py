@@ -22,7 +22,7 @@ What a task has::
     predict(model, variables, images, metadata, ...) -> [prediction of each image]
     add_arguments(parser)                                                           # options of the `predict` tool
     predict_files(model, variables, (path, image) pairs, metadata, *, options) -> (path, {"predictions": rows}) pairs
-    make_program(model, variables, metadata) -> (function, shape of the images)     # what `export` writes
+    make_program(model, variables, metadata) -> (function, shape of the images, ...)  # and of what else `export` needs
 
 Rows are a list of dicts with equal keys, such as one for each class: a table in the log and in evaluation.json.
 

@@ -7,10 +7,11 @@ import jax
 import jax.export
 import numpy as np
 import pytest
+import torch
 from helpers import exit_of
 from PIL import Image
 
-from fcvit_jax import export, predict, summary, visualize
+from fcvit_jax import convert, export, predict, summary, visualize
 from fcvit_jax.augment import objects, paired
 from fcvit_jax.data import palettes, scenes, segments
 from fcvit_jax.figures import detection as figures
@@ -18,6 +19,7 @@ from fcvit_jax.figures import overlay
 from fcvit_jax.networks.fcvit import abstract_variables
 from fcvit_jax.networks.masks import paste_masks
 from fcvit_jax.networks.normalize import normalize
+from fcvit_jax.run import saved
 from fcvit_jax.run.checkpoint import save_variables
 from fcvit_jax.summary import summarize
 from fcvit_jax.tasks import detection
@@ -283,3 +285,15 @@ def test_metadata_that_a_checkpoint_lacks(folder, caplog):
     assert "x.pth says nothing of category_ids, class_names, exif, long, short" in caplog.text
     metadata = detection.complete_metadata("x.pth", model.clone(num_classes=80), {"short": 640})
     assert (metadata["class_names"][0], metadata["category_ids"][-1], metadata["short"]) == ("person", 90, 640)
+
+
+def test_mmdets_checkpoint_has_all_that_the_tools_need(tmp_path, caplog):
+    model = detection.create_model(**MODEL | {"depths": [1, 1, 1, 1], "mlp_ratios": [2, 2, 2, 2]})
+    fresh = jax.device_get(detection.init_variables(model, jax.random.key(0)))
+    state_dict = {name: torch.from_numpy(x) for name, x in convert.to_torch(fresh, model).items()}
+    torch.save({"meta": {}, "state_dict": state_dict, "optimizer": {}}, tmp_path / "latest.pth")
+    task, loaded, variables, metadata = saved.load(tmp_path / "latest.pth")
+    assert task is detection and (loaded.num_classes, loaded.neck_channels, loaded.proposals) == (3, 8, 1000)
+    assert (metadata["long"], metadata["short"], metadata["class_names"]) == (1333, 800, ["0", "1", "2"])
+    jax.tree.map(np.testing.assert_array_equal, variables, fresh)
+    assert "says nothing of category_ids, class_names, exif, long, short;" in caplog.text
