@@ -1,5 +1,7 @@
 """Eight simulated CPU devices and quick compilation, set up before anything imports jax; and absl flags for Grain."""
 
+import ctypes
+import gc
 import os
 import secrets
 import signal
@@ -38,6 +40,16 @@ tune_cpu()  # as main.py does, whose runs are compared with ours bit for bit
 def pytest_collection_modifyitems(items):
     """The longest test first: at the end it would leave other processes with nothing to do."""
     items.sort(key=lambda item: item.path.name != "test_tutorial.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_given_back():
+    """Drops a file's compiled programs after it, and returns their memory, which `tune_cpu` has the C library keep."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def free_port():
