@@ -93,7 +93,8 @@ def open_builder(name: str, data_dir: str, choices: str) -> tfds.core.DatasetBui
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except (ValueError, AssertionError, ImportError) as error:  # no such dataset, configuration, version or package
-        near = difflib.get_close_matches(name, ["digits", "synthetic", *tfds.list_builders()])
+        known = tfds.list_builders(with_community_datasets=False)  # of others it would ask a bucket of Google's
+        near = difflib.get_close_matches(name, ["digits", "synthetic", *known])
         there = sorted(storage.names(storage.as_path(data_dir)))
         raise UserError(
             f"{str(error).strip().splitlines()[0]} data.dataset is {choices}"

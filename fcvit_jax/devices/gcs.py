@@ -112,6 +112,7 @@ def file_system() -> _Buckets:
     """The file system of all buckets."""
     for name in ("gs", "gcs"):
         fsspec.register_implementation(name, _Buckets, clobber=True)
+    epath.backend.fsspec_backend._get_filesystem.cache_clear()  # TFDS may have looked at a bucket before
     logging.getLogger("google.auth").setLevel(logging.ERROR)  # it warns where there is no project, which none needs
     return fsspec.filesystem("gs")
 
