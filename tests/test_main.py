@@ -112,12 +112,12 @@ def test_none_can_be_given_as_a_flag(run, monkeypatch):
         (["--config.data.crop_ratio=(0.0,1.0)"], "data.crop_ratio=.0.0, 1.0. must be the smallest and"),
         (["--config.data.rand_augment=(2.0,9.0,0.5)"], "data.rand_augment=.2.0, 9.0, 0.5. must be a number of"),
         (["--config.data.data_dir=/proc/data"], "data.data_dir=/proc/data cannot be written: No such file"),
-        (["--workdir=gs://bucket/run"], "must be a path"),
+        (["--workdir=s3://bucket/run"], "must be a path"),
         (["--workdir="], "The path of the run's folder is empty"),
         (["--workdir=/proc/run"], "Could not write in /proc/run"),
         (["--coordinator=localhost:1"], "Give all of --coordinator=HOST:PORT, --num_processes=N and --process_id=I"),
         (["--mode=eval"], "No checkpoint at .*run/checkpoints"),
-        (["--mode=eval", "--workdir=gs://bucket/run"], "must be a path"),
+        (["--mode=eval", "--workdir=s3://bucket/run"], "must be a path"),
     ],
 )
 def test_bad_input_ends_with_one_message_before_anything_compiles(run, tmp_path, monkeypatch, arguments, message):
