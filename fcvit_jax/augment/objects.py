@@ -8,7 +8,6 @@ from collections.abc import Iterable
 import numpy as np
 
 from fcvit_jax.augment import paired
-from fcvit_jax.augment.paired import ALIGNMENT
 
 
 def fit_image(image: np.ndarray, long: int = 1333, short: int = 800) -> tuple[np.ndarray, np.ndarray]:
@@ -38,8 +37,8 @@ def canvas_size(sizes: Iterable[tuple[int, int]], long: int = 1333, short: int =
       long, short: as in `fit_image`.
     """
     fitted = [paired.rescaled_size(width, height, long, short) for width, height in sizes]
-    width, height = (-(-max(sides) // ALIGNMENT) * ALIGNMENT for sides in zip(*fitted, strict=True))
-    return height, width
+    widths, heights = zip(*fitted, strict=True)
+    return paired.aligned(max(heights), max(widths))
 
 
 def on_canvas(image: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:

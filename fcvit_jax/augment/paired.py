@@ -186,8 +186,12 @@ def aligned_size(width: int, height: int, long: int, short: int) -> tuple[int, i
 
         aligned_size(640, 480, long=2048, short=512)                    # (704, 512)
     """
-    width, height = (-(-side // ALIGNMENT) * ALIGNMENT for side in rescaled_size(width, height, long, short))
-    return width, height
+    return aligned(*rescaled_size(width, height, long, short))
+
+
+def aligned(*sides: int) -> tuple[int, ...]:
+    """Sides in pixels, each rounded up to a multiple of 32."""
+    return tuple(-(-side // ALIGNMENT) * ALIGNMENT for side in sides)
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

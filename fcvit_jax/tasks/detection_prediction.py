@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from fcvit_jax.augment.objects import fit_image, on_canvas
-from fcvit_jax.augment.paired import ALIGNMENT
+from fcvit_jax.augment.paired import ALIGNMENT, aligned
 from fcvit_jax.data import coco_eval, coco_names, image_files, mask_files, palettes, segments
 from fcvit_jax.errors import UserError, log
 from fcvit_jax.networks.masks import paste_masks
@@ -40,7 +40,7 @@ def complete_metadata(source: Path, model: nn.Module, metadata: Mapping[str, Any
             *(source, ", ".join(missing), "COCO's" if of_coco else "numbered", LONG, SHORT),
         )
     complete = usual | metadata
-    return complete | {"image_size": _aligned(complete["short"], complete["long"])}
+    return complete | {"image_size": aligned(complete["short"], complete["long"])}
 
 
 def read_image(encoded: bytes, metadata: Mapping[str, Any]) -> np.ndarray:
@@ -118,14 +118,10 @@ def predict(
 
 def _canvas(size: tuple[int, int], short: int, long: int) -> tuple[int, int]:
     """Height and width of the smallest of three canvases that a resized image (height, width) fits."""
-    short, long = _aligned(short, long)
+    short, long = aligned(short, long)
     if max(size) <= short:
         return short, short
     return (short, long) if size[1] > size[0] else (long, short)
-
-
-def _aligned(*sides: int) -> tuple[int, ...]:
-    return tuple(-(-side // ALIGNMENT) * ALIGNMENT for side in sides)
 
 
 def add_arguments(parser: Any) -> None:
@@ -232,7 +228,7 @@ def make_program(
       UserError: the size is none of a canvas.
     """
     height, width = size = size or metadata["image_size"]
-    if min(size) < ALIGNMENT or _aligned(*size) != tuple(size):
+    if min(size) < ALIGNMENT or aligned(*size) != tuple(size):
         raise UserError(f"--size {height} {width}: both must be multiples of {ALIGNMENT} pixels.")
 
     def objects(image: jax.Array, size: jax.Array) -> dict[str, jax.Array]:
