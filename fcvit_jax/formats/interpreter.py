@@ -1,6 +1,6 @@
 """A traced function, operation by operation: what the formats that are not JAX's are made from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,9 +9,29 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
 from fcvit_jax.depthwise import primitives
+from fcvit_jax.errors import UserError
 
 # Operations that only hold others: jitted functions, recomputation in a backward pass, derivatives of their own.
 _CALLS = {"jit": "jaxpr", "remat2": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
+
+
+def trace(function: Callable[..., Any], shapes: Sequence[jax.ShapeDtypeStruct], named: str) -> ClosedJaxpr:
+    """Traces a function of images, as `make_program` of a task makes it.
+
+    Args:
+      function: of arrays of these shapes.
+      shapes: of its arguments.
+      named: what it is to be written as.
+
+    Raises:
+      UserError: it takes or returns several arrays, as a detector's does.
+    """
+    closed = jax.make_jaxpr(function)(*shapes) if len(shapes) == 1 else None
+    if closed is None or len(closed.out_avals) != 1:
+        raise UserError(
+            f"Detectors cannot be written as {named}, only classifiers and segmenters: take the format jax."
+        )
+    return closed
 
 
 def run(

@@ -37,11 +37,9 @@ def convert(function: Callable[..., Any], images: jax.ShapeDtypeStruct, *others:
         import onnx
     except ImportError as error:
         raise UserError('To write ONNX: pip install "fcvit-jax[onnx]", or onnx.') from error
-    closed = jax.make_jaxpr(function)(images, *others)
+    closed = interpreter.trace(function, (images, *others), "ONNX models")
     graph = Graph(onnx, images.shape[0])
     given = Value("images", images.shape)
-    if others or len(closed.out_avals) != 1:
-        raise UserError("Detectors cannot be written as ONNX, only classifiers and segmenters: take the format jax.")
     (result,) = interpreter.run(closed, [given], lambda x: Value(x, x.shape), partial(_apply, graph))
     (aval,) = closed.out_avals
     graph.add("Identity", [graph.expanded(result, aval.shape)], name="output")

@@ -47,9 +47,7 @@ def convert(
         import tensorflow as tf
     except ImportError as error:
         raise UserError('To write a SavedModel: pip install "fcvit-jax[tf]", or tensorflow.') from error
-    closed = jax.make_jaxpr(function)(images, *others)
-    if others or len(closed.out_avals) != 1:
-        raise UserError("Detectors cannot be written as SavedModels, only classifiers and segmenters: take format jax.")
+    closed = interpreter.trace(function, (images, *others), "SavedModels")
 
     def call(images: Any) -> dict[str, Any]:
         apply = partial(_apply, Operations(tf, tf.shape(images)[0]))

@@ -1,6 +1,7 @@
 """Small networks of every kind that is exported, with weights that none of their parts hides."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from helpers import METADATA, TINY, tiny_variables
 
@@ -9,6 +10,14 @@ from fcvit_jax.networks.fcvit import abstract_variables
 from fcvit_jax.tasks import classification, segmentation
 
 NAMES = ("fcvit", "deit", "convnext", "segmenter")
+
+# Functions of images that no format but JAX's own can hold, and what is said of each.
+UNKNOWN = (
+    (lambda x: jnp.sort(x, axis=1), "the operation sort"),
+    (lambda x: (x, x), "Detectors cannot"),
+    (lambda x: jnp.arange(256.0)[x], "computed indices"),
+    (lambda x: jnp.mean(x, 0), "the operation dim_as_value"),
+)
 
 
 def program(name):

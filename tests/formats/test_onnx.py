@@ -60,12 +60,7 @@ def test_the_tool_writes_a_float32_model_without_local_paths(packages, checkpoin
 
 def test_what_it_does_not_know_is_said(packages):
     shape = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), 4, 4, 3), jnp.uint8)
-    for function, words in (
-        (lambda x: jnp.sort(x, axis=1), "the operation sort"),
-        (lambda x: (x, x), "Detectors cannot"),
-        (lambda x: jnp.arange(256.0)[x], "computed indices"),
-        (lambda x: jnp.mean(x, 0), "the operation dim_as_value"),
-    ):
+    for function, words in networks.UNKNOWN:
         with pytest.raises(UserError, match=words):
             onnx.convert(function, shape)
 
