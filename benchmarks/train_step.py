@@ -152,10 +152,6 @@ def normal_images(args):
     return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
-def multiply_adds_of(name, args):
-    return summarize(tasks.load(args.task).create_model(name), args.image_size)["total"].multiply_adds
-
-
 def matmul_contestant(dtype):
     """A product of two square matrices, and its floating-point operations."""
     n = 2048 if jax.default_backend() == "cpu" else 8192

@@ -54,12 +54,6 @@ def resize_boxes(boxes: np.ndarray, old: tuple[int, int], new: tuple[int, int]) 
     return np.clip(boxes * factor, np.float32(0), np.array([*new, *new], np.float32))
 
 
-def resize_masks(masks: np.ndarray, new: tuple[int, int]) -> np.ndarray:
-    """Resizes masks to a size (width, height): each pixel is that whose top left corner is nearest before it."""
-    rows, columns = (source_indices(old, side) for old, side in zip(masks.shape[1:], reversed(new), strict=True))
-    return masks[:, rows[:, None], columns]
-
-
 def source_indices(old: int, new: int) -> np.ndarray:
     """Which of `old` pixels each of `new` takes: floor(index * old / new), int64 (new,), as OpenCV rounds it."""
     return np.minimum(np.arange(new) * (1 / (new / old)), old - 1).astype(np.int64)

