@@ -1,6 +1,6 @@
 """An image with the boxes and masks of its objects, resized and flipped as the original's detection does.
 
-Boxes are float32 (n, 4): x1, y1, x2, y2 in pixels; masks are bool (n, height, width).
+Boxes are float32 (n, 4): x1, y1, x2, y2 in pixels. Of masks, `source_indices` says which pixels a resize takes.
 """
 
 from collections.abc import Iterable
