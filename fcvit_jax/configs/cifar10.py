@@ -5,6 +5,13 @@ python main.py --config=configs/cifar10.py --workdir=runs/cifar10 --config.data.
 
 from fcvit_jax.configs import imagenet
 
+NETWORK = {
+    "depths": (1, 1, 2, 1),
+    "dims": (32, 64, 128, 256),
+    "mlp_ratios": (4, 4, 4, 4),
+    "layer_scale_init": 0.1,  # a run this short has no time to grow it from 1e-5
+}
+
 
 def get_config():
     """The ImageNet recipe without mixing, erasing and RandAugment, which do not suit 20 epochs of small photographs."""
@@ -17,6 +24,5 @@ def get_config():
     config.train.update(epochs=20, log_every=50)
     with config.unlocked():
         config.model.update(name="fcvit_tiny", num_classes=10, drop_path_rate=0.0, dtype="float32")
-        config.model.update(depths=(1, 1, 2, 1), dims=(32, 64, 128, 256), mlp_ratios=(4, 4, 4, 4))
-        config.model.layer_scale_init = 0.1  # a run this short has no time to grow it from 1e-5
+        config.model.update(NETWORK)
     return config
