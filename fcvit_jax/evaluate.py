@@ -18,6 +18,7 @@ from fcvit_jax import tasks
 from fcvit_jax.data import loader
 from fcvit_jax.data.loader import Data
 from fcvit_jax.devices import storage
+from fcvit_jax.devices.cpu import compiler_options
 from fcvit_jax.devices.hosts import errors_on_all_processes
 from fcvit_jax.devices.sharding import global_batch, make_mesh, state_shardings
 from fcvit_jax.devices.stopping import ProcessBatches, StopSignal
@@ -30,7 +31,7 @@ from fcvit_jax.run.config import check_config, check_processes, check_sizes, cla
 def _compiled(eval_step: Callable, mesh: Mesh) -> Callable:
     # Outputs are replicated on every device, so that every process can read all of them.
     whole = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(eval_step, static_argnums=0, out_shardings=whole)
+    return jax.jit(eval_step, static_argnums=0, out_shardings=whole, compiler_options=compiler_options(mesh))
 
 
 def evaluate(

@@ -1,12 +1,15 @@
 """Semantic FPN (Kirillov et al., 2019): a backbone, a feature pyramid network and a head that classifies pixels."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.linen.initializers import normal
+from jax import lax
 
 from fcvit_jax.errors import check_range
 from fcvit_jax.networks.fcvit import Backbone, create_backbone
@@ -24,8 +27,29 @@ def resize_bilinear(x: jax.Array, size: Sequence[int]) -> jax.Array:
     Returns:
       (N, height, width, C) of the dtype of x; x itself where the size is the same.
     """
-    shape = (x.shape[0], *size, x.shape[3])
-    return x if shape == x.shape else jax.image.resize(x, shape, "linear", antialias=False)
+    for axis, length in enumerate(size, 1):
+        factor, rest = divmod(length, x.shape[axis])
+        if not rest and factor <= 8:
+            x = _enlarge(x, factor, axis)
+        else:
+            x = jax.image.resize(x, (*x.shape[:axis], length, *x.shape[axis + 1 :]), "linear", antialias=False)
+    return x
+
+
+def _enlarge(x: jax.Array, factor: int, axis: int) -> jax.Array:
+    """As `resize_bilinear`, by a whole factor along one axis, without the matrix product of `jax.image.resize`."""
+    if factor == 1:
+        return x
+    length = x.shape[axis]
+    part = functools.partial(lax.slice_in_dim, x, axis=axis)
+    before = jnp.concatenate([part(0, 1), part(0, length - 1)], axis)
+    after = jnp.concatenate([part(1, length), part(length - 1, length)], axis)
+    results = []  # for each position as many as the factor, at these distances from its centre
+    for offset in (np.arange(factor) + 0.5) / factor - 0.5:
+        share = float(abs(offset))
+        result = (1 - share) * x + share * (before if offset < 0 else after)
+        results.append(jnp.expand_dims(result, axis + 1))
+    return jnp.concatenate(results, axis + 1).reshape(*x.shape[:axis], factor * length, *x.shape[axis + 1 :])
 
 
 class _ConvNormRelu(nn.Module):

@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from fcvit_jax import freezing, optim
+from fcvit_jax.devices.cpu import compiler_options
 from fcvit_jax.devices.sharding import MIN_SHARDED_SIZE, batch_sharding, state_shardings
 from fcvit_jax.run.state import TrainState
 
@@ -147,10 +148,10 @@ class CompiledStep:
     ):
         self._key = key
         self._programs = {}
-        rows = batch_sharding(fixed["mesh"])
+        rows, options = batch_sharding(fixed["mesh"]), compiler_options(fixed["mesh"])
         for batch in batches:
             batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for k, x in batch.items()}
-            self._programs[_shapes(batch)] = train_step.lower(state, batch, key, **fixed).compile()
+            self._programs[_shapes(batch)] = train_step.lower(state, batch, key, **fixed).compile(options)
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """Runs the step: as `train_step`."""

@@ -152,15 +152,17 @@ def pixel_loss(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Arr
       the batch.
     """
     logits = resize_logits(logits, labels.shape[1:])
-    losses = _cross_entropy(logits, labels)
-    return losses.mean(), jnp.mean(logits.argmax(-1) == labels, dtype=jnp.float32)
+    losses, right = _compare(logits, labels)
+    return losses.mean(), jnp.mean(right, dtype=jnp.float32)
 
 
-def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Of every position; 0 where the label is ignored."""
+def _compare(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The cross-entropy of every position, and whether the label's logit is the highest; 0 and False if ignored."""
     counts = labels != IGNORED
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counts, labels, 0).astype(jnp.int32))
-    return jnp.where(counts, losses, 0)
+    labels = jnp.where(counts, labels, 0).astype(jnp.int32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    of_label = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
+    return jnp.where(counts, losses, 0), counts & (of_label == logits.max(-1))  # faster than argmax on CPUs
 
 
 def eval_step(model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -213,7 +215,7 @@ def _add_image(
         row, column = jnp.divmod(i * at_once + jnp.arange(at_once), size[1])
         found = _interpolate(logits, row, column, size)
         confusion = count_confusions(found.argmax(-1)[None, None], own[None, None], logits.shape[-1])
-        return sums[0] + confusion, sums[1] + _cross_entropy(found, own).sum()
+        return sums[0] + confusion, sums[1] + _compare(found, own)[0].sum()
 
     steps = -(-pixels // at_once)
     confusion, total = lax.fori_loop(0, steps, add, (sums["confusion"], sums["loss"]))

@@ -2,9 +2,12 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from fcvit_jax.devices.cpu import tune_cpu
+from fcvit_jax.devices import cpu
+from fcvit_jax.devices.cpu import compiler_options, tune_cpu
+from fcvit_jax.devices.sharding import make_mesh
 
 
 def test_the_users_own_vector_width_is_kept(monkeypatch):
@@ -14,6 +17,20 @@ def test_the_users_own_vector_width_is_kept(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_prefer_vector_width=256")
     tune_cpu()
     assert os.environ["XLA_FLAGS"] == "--xla_cpu_prefer_vector_width=256"
+
+
+def test_a_program_for_cpus_has_options_that_this_jax_knows(monkeypatch):
+    mesh = make_mesh()
+    assert all("ynn" in name for name in compiler_options(mesh))
+    double = jax.jit(lambda x: 2 * x, compiler_options=compiler_options(mesh))
+    assert double(2) == 4
+    monkeypatch.setattr(cpu, "_YNNPACK", {"xla_an_option_of_other_versions": "1"})
+    assert compiler_options(mesh) == {}
+
+
+def test_the_users_own_flag_is_kept(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE")
+    assert compiler_options(make_mesh()) == {}
 
 
 COUNT_FAULTS = """

@@ -260,6 +260,18 @@ def test_resizing_equals_pytorchs(case):
         np.testing.assert_array_equal(upsample_nearest(x, *expected.shape[1:3]), expected)
 
 
+@pytest.mark.parametrize("shape, size", [((1, 4), (3, 4)), ((3, 5), (12, 10)), ((4, 2), (5, 16)), ((6, 3), (3, 27))])
+def test_resizing_by_whole_factors_and_its_gradient_equal_pytorchs(shape, size):
+    rng = np.random.default_rng(0)
+    x, g = rng.normal(size=(2, 3, *shape)).astype(np.float32), rng.normal(size=(2, 3, *size)).astype(np.float32)
+    leaf = torch.from_numpy(x).requires_grad_()
+    expected = torch.nn.functional.interpolate(leaf, size, mode="bilinear", align_corners=False)
+    expected.backward(torch.from_numpy(g))
+    actual, gradient = jax.vjp(lambda x: resize_bilinear(x, size), nhwc(x))
+    assert_close(actual, nhwc(expected.detach()), "resized")
+    assert_close(*gradient(nhwc(g)), nhwc(leaf.grad), "gradient")
+
+
 def test_resizing_to_the_same_size_and_in_half_precision_keeps_the_dtype():
     x = jnp.arange(2 * 3 * 5 * 4, dtype=jnp.bfloat16).reshape(2, 3, 5, 4)
     assert resize_bilinear(x, (3, 5)) is x
