@@ -38,15 +38,14 @@ import resource
 from fcvit_jax.devices.cpu import tune_cpu
 tune_cpu()
 import jax, jax.numpy as jnp
-x = jnp.ones(2**24)
-add = jax.jit(lambda x: x + 1)
-for _ in range(3):
-    jax.block_until_ready(add(x))
+fill = jax.jit(lambda value: jnp.full(2**29 * 5, value, jnp.uint8))  # glibc's largest threshold is below 2 GiB
+for value in range(8):
+    jax.block_until_ready(fill(value))
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 before = faults()
-for _ in range(10):
-    jax.block_until_ready(add(x))
-print((faults() - before) * resource.getpagesize() / (10 * x.nbytes))
+for value in range(4):
+    jax.block_until_ready(fill(value))
+print((faults() - before) * resource.getpagesize() / (4 * 2**29 * 5))
 """
 
 
