@@ -39,13 +39,13 @@ from fcvit_jax.devices.cpu import tune_cpu
 tune_cpu()
 import jax, jax.numpy as jnp
 fill = jax.jit(lambda value: jnp.full(2**29 * 5, value, jnp.uint8))  # glibc's largest threshold is below 2 GiB
-for value in range(8):
+for value in range(12):
     jax.block_until_ready(fill(value))
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 before = faults()
-for value in range(4):
+for value in range(12):
     jax.block_until_ready(fill(value))
-print((faults() - before) * resource.getpagesize() / (4 * 2**29 * 5))
+print((faults() - before) * resource.getpagesize() / (12 * 2**29 * 5))
 """
 
 
