@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 import jax
 
 from benchmarks.measure import Step, about, make_parser, report
+from fcvit_jax.devices.cpu import compiler_options
 from fcvit_jax.devices.sharding import make_mesh
 from fcvit_jax.networks.fcvit import VARIANTS
 
@@ -32,7 +33,8 @@ def measure(name, args):
 
     _, weights = seconds(lambda: jax.block_until_ready(step.create_state()))
     lowered, lower = seconds(step.lower)
-    compiled, compile_ = seconds(lowered.compile)
+    options = compiler_options(step.mesh)
+    compiled, compile_ = seconds(lambda: lowered.compile(options))
     lines = len(compiled.as_text().splitlines())
     return {"model": name, "weights": weights, "lower": lower, "compile": compile_, "program_lines": lines}, about()
 

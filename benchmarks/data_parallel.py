@@ -17,6 +17,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 from benchmarks.measure import ITEM_BYTES, Step, about, make_parser, milliseconds, report
+from fcvit_jax.devices.cpu import compiler_options
 from fcvit_jax.devices.sharding import bytes_per_device, make_mesh
 from fcvit_jax.networks.fcvit import VARIANTS
 
@@ -58,8 +59,8 @@ def main():
             group_size = args.batch_size // DEVICES[-1] if groups == "inside" else None
             mesh = make_mesh(data=devices)
             step = Step(args.model, args.batch_size, args.image_size, args.dtype, mesh, group_size)
-            compiled = step.lower().compile()
-            gradient_bytes = bytes_per_device(step.abstract_state().params)
+            compiled = step.lower().compile(compiler_options(mesh))
+            gradient_bytes = bytes_per_device(step.abstract_state().variables["params"])
             ops = collectives(compiled.as_text())
             rows.append({"devices": devices, "groups": groups, "gradient_bytes": gradient_bytes, "collectives": ops})
             contestants[devices, groups] = step.runner(compiled)

@@ -66,10 +66,10 @@ def program_mib(compiled):
     return (size + memory.temp_size_in_bytes) / 2**20
 
 
-def compiled_contestant(lower, make_run):
+def compiled_contestant(lower, make_run, mesh):
     """(run, MiB, seconds of tracing and compiling) of a program."""
     start = time.perf_counter()
-    program = lower().compile(compiler_options(make_mesh(data=1)))
+    program = lower().compile(compiler_options(mesh))
     seconds = time.perf_counter() - start
     return make_run(program), program_mib(program), seconds
 
@@ -89,9 +89,9 @@ def jax_contestants(name, args):
         def make_run(program):
             return repeated(lambda: program(*inputs))
 
-        contestants["forward"] = compiled_contestant(lambda: jax.jit(forward).lower(*inputs), make_run)
+        contestants["forward"] = compiled_contestant(lambda: jax.jit(forward).lower(*inputs), make_run, mesh)
     if "step" in args.passes:
-        contestants["step"] = compiled_contestant(step.lower, step.runner)
+        contestants["step"] = compiled_contestant(step.lower, step.runner, mesh)
     return contestants
 
 

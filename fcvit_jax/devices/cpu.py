@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 # What YNNPACK computes: by XLA's default convolutions too, where Eigen's weight gradients take half the time or less.
-_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
+_YNNPACK = "xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
 
 
 def tune_cpu() -> None:
@@ -38,15 +38,17 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
 
     There are none for other devices, where XLA_FLAGS sets the same, and where JAX does not know them.
     """
-    known = mesh.devices.flat[0].platform == "cpu" and _knows(**_YNNPACK)
-    return dict(_YNNPACK) if known and not any(name in os.environ.get("XLA_FLAGS", "") for name in _YNNPACK) else {}
+    name, value = _YNNPACK
+    if mesh.devices.flat[0].platform != "cpu" or name in os.environ.get("XLA_FLAGS", "") or not _knows(name, value):
+        return {}
+    return {name: value}
 
 
 @functools.cache
-def _knows(**options: str) -> bool:
-    """Whether this version of XLA has these options for CPUs."""
+def _knows(name: str, value: str) -> bool:
+    """Whether this version of XLA has an option with this value for CPUs."""
     try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
     except jax.errors.JaxRuntimeError:
         return False
     return True

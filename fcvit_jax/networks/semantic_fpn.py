@@ -29,7 +29,7 @@ def resize_bilinear(x: jax.Array, size: Sequence[int]) -> jax.Array:
     """
     for axis, length in enumerate(size, 1):
         factor, rest = divmod(length, x.shape[axis])
-        if not rest and factor <= 8:
+        if not rest and factor <= 8:  # a larger one makes the program long
             x = _enlarge(x, factor, axis)
         else:
             x = jax.image.resize(x, (*x.shape[:axis], length, *x.shape[axis + 1 :]), "linear", antialias=False)
