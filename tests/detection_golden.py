@@ -40,7 +40,7 @@ DETECTOR = fcvit_jax.create_detector(
     max_detections=META["max_dets"],
     finest_size=META["finest"],
     share_blocks=True,
-    roi_chunk=120,
+    roi_chunk=24,  # several chunks, of which some have no positives and no boxes of some levels
 )
 # Our paths of the heads and MMDetection's names of them, written down here once more.
 HEADS = {

@@ -16,15 +16,18 @@ def _batch_axes(x: jax.Array) -> tuple[str, ...]:
     return axes if axes and x.shape[0] % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
 
 
-def per_device(conv: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Convolves on each device its own images. Falls back to a single computation if the batch cannot be split evenly.
+def per_device(function: Callable[[Any, Any], Any], rows: Any, shared: Any) -> Any:
+    """Computes on each device for its own images. Falls back to a single computation if they cannot be split evenly.
 
-    x is (N, H, W, C), kernel (h, w, C).
+    Args:
+      function: of rows and shared; returns a pytree of arrays (N, ...).
+      rows: pytree of arrays (N, ...), such as images.
+      shared: pytree of arrays that all images share, such as a kernel.
     """
-    if not (axes := _batch_axes(x)):
-        return conv(x, kernel)
+    if not (axes := _batch_axes(jax.tree.leaves(rows)[0])):
+        return function(rows, shared)
     own = {"in_specs": (P(axes), P()), "out_specs": P(axes), "axis_names": set(axes), "check_vma": False}
-    return jax.shard_map(conv, **own)(x, kernel)
+    return jax.shard_map(function, **own)(rows, shared)
 
 
 def summed_over_devices(function: Callable[..., Any], *rows: jax.Array) -> Any:

@@ -13,6 +13,7 @@ from flax.linen.initializers import normal
 from fcvit_jax.errors import UserError, check_range
 from fcvit_jax.networks.blocks import drop_path_factors
 from fcvit_jax.networks.checks import check_counts, check_dtypes, check_images, check_switches, check_tuples
+from fcvit_jax.networks.dense_conv import Conv
 from fcvit_jax.networks.layers import Conv1x1, DepthwiseConv, layer_norm
 from fcvit_jax.networks.normalize import MEAN, STD
 
@@ -106,7 +107,7 @@ class _Stages(nn.Module):
 
         def conv(dim: int, stride: int, name: str) -> nn.Conv:
             window = (stride, stride)
-            return nn.Conv(dim, window, window, "VALID", kernel_init=normal(0.02), name=name, **dtypes)
+            return Conv(dim, window, window, "VALID", kernel_init=normal(0.02), name=name, **dtypes)
 
         x, maps = images, []
         for s, (depth, dim) in enumerate(zip(self.depths, self.dims, strict=True)):

@@ -12,6 +12,7 @@ from flax.linen.initializers import normal
 
 from fcvit_jax.errors import UserError
 from fcvit_jax.networks import fcvit
+from fcvit_jax.networks.dense_conv import Conv
 from fcvit_jax.networks.fcvit import create_backbone
 from fcvit_jax.networks.layers import Conv1x1, masked, valid_cells
 
@@ -89,7 +90,7 @@ class FPN(nn.Module):
         results = []
         for i, x in enumerate(sums):
             valid = valid_cells(sizes, x, 2**i)
-            conv = nn.Conv(self.channels, (3, 3), padding=1, kernel_init=init, name=f"output_{i}", **dtypes)
+            conv = Conv(self.channels, (3, 3), padding=1, kernel_init=init, name=f"output_{i}", **dtypes)
             results.append(masked(conv(masked(x, valid)), valid))
         return tuple(results)
 

@@ -10,6 +10,7 @@ from flax.linen.initializers import normal
 
 from fcvit_jax.depthwise import depthwise_conv, primitives
 from fcvit_jax.errors import UserError
+from fcvit_jax.networks.dense_conv import Conv
 
 
 def valid_cells(sizes: jax.Array | None, x: jax.Array, stride: int) -> jax.Array | None:
@@ -213,5 +214,5 @@ class Downsample(nn.Module):
         k, dtypes = self.kernel_size, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         std = (2 / (k * k * self.features)) ** 0.5
         # 'SAME' would pad a strided convolution by less on the top left than on the bottom right.
-        conv = nn.Conv(self.features, (k, k), self.stride, k // 2, kernel_init=normal(std), name="conv", **dtypes)
+        conv = Conv(self.features, (k, k), self.stride, k // 2, kernel_init=normal(std), name="conv", **dtypes)
         return conv(x) if self.folded else BatchNorm(self.bn_group_size, name="norm", **dtypes)(conv(x), train)

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from fcvit_jax.depthwise.spread import per_device
 from fcvit_jax.errors import UserError, check_range
 from fcvit_jax.networks import boxes as box_lib
 from fcvit_jax.networks import rpn
 from fcvit_jax.networks.boxes import Samples
+from fcvit_jax.networks.chunks import in_chunks
 from fcvit_jax.networks.fcvit import Backbone, create_backbone
 from fcvit_jax.networks.fpn import FPN, OverBackbone, init_around_backbone
 from fcvit_jax.networks.masks import crop_masks
@@ -56,7 +58,8 @@ class MaskRCNN(OverBackbone, nn.Module):
       nms_threshold: the highest intersection over union of two detections of a class.
       max_detections: of an image.
       finest_size: the finest map has the features of boxes whose sqrt(area) is below twice this many pixels.
-      roi_chunk: boxes of an image whose features are computed at once; fewer take less memory.
+      roi_chunk: boxes of an image whose features are computed at once, and twice the number of those whose masks are;
+        fewer take less memory.
     """
 
     backbone: Backbone
@@ -211,8 +214,7 @@ class MaskRCNN(OverBackbone, nn.Module):
 
         candidates = jnp.concatenate([objects.boxes, found.boxes], 1)
         rois = jax.lax.stop_gradient(jnp.take_along_axis(candidates, of_rois.index[..., None], 1))
-        logits, deltas = self.box_head(self._features(maps, rois, 7, padded))
-        logits, deltas = (x.reshape(*rois.shape[:2], -1) for x in (logits, deltas))
+        logits, deltas = self._classify(self._features(maps, rois, 7, padded))
         sums = jax.vmap(roi_losses)(logits, deltas, rois, of_rois, objects.boxes, objects.labels)
         losses["class_loss"] = self._mean(sums.class_loss, sums.number)
         losses["box_loss"] = self._mean(sums.box_loss, sums.number)
@@ -228,15 +230,15 @@ class MaskRCNN(OverBackbone, nn.Module):
     def _mask_loss(
         self, maps: Maps, rois: jax.Array, samples: Samples, objects: Objects, padded: jax.Array | None
     ) -> jax.Array:
-        logits = self.mask_head(self._features(maps, rois, 14, padded))
-        logits = logits.reshape(*rois.shape[:2], *logits.shape[1:])
+        positive = samples.positive & samples.valid
+        labels = jnp.take_along_axis(objects.labels, samples.object, 1)
+        logits = self._masks(self._features(maps, rois, 14, padded, positive), labels, positive)
 
         def targets(masks, boxes, index, rows, columns):
             return crop_masks(masks, boxes, index, rows=rows, columns=columns, chunk=self.roi_chunk) >= 0.5
 
         targets = jax.vmap(targets)(objects.masks, rois, samples.object, objects.rows, objects.columns)
-        labels = jnp.take_along_axis(objects.labels, samples.object, 1)
-        return self._mean(*jax.vmap(mask_loss)(logits, targets, labels, samples.positive & samples.valid))
+        return self._mean(*jax.vmap(mask_loss)(logits, targets, positive))
 
     def detect(
         self, maps: Maps, sizes: jax.Array, scale_factors: jax.Array | None = None, padded: jax.Array | None = None
@@ -253,36 +255,65 @@ class MaskRCNN(OverBackbone, nn.Module):
             scale_factors = jnp.ones((len(sizes), 4))
         levels = self.rpn_head(maps)
         found = rpn.propose(levels, sizes, pre=self.nms_pre, number=self.proposals, padded=padded)
-        logits, deltas = self.box_head(self._features(maps, found.boxes, 7, padded))
-        logits = logits.reshape(*found.scores.shape, -1)
-        deltas = deltas.reshape(*found.scores.shape, self.num_classes, 4)
-
-        def of_image(rois, valid, logits, deltas, size, scale):
-            scores = jax.nn.softmax(logits)[:, :-1]
-            candidates = box_lib.decode(rois[:, None], deltas, STDS, size) / scale
-            thresholds = {"score_threshold": self.score_threshold, "nms_threshold": self.nms_threshold}
-            index, scores, valid = select(candidates, scores, valid, number=self.max_detections, **thresholds)
-            found = jnp.where(valid[:, None], candidates.reshape(-1, 4)[index], 0)
-            return found, scores, jnp.where(valid, index % self.num_classes, 0), valid
-
-        found = jax.vmap(of_image)(found.boxes, found.valid, logits, deltas, sizes, scale_factors)
+        logits, deltas = self._classify(self._features(maps, found.boxes, 7, padded, found.valid))
+        deltas = deltas.reshape(*logits.shape[:2], self.num_classes, 4)
+        scores = jax.nn.softmax(logits)[..., :-1]
+        decode = jax.vmap(lambda rois, deltas, size, scale: box_lib.decode(rois[:, None], deltas, STDS, size) / scale)
+        candidates = decode(found.boxes, deltas, sizes, scale_factors)
+        thresholds = {"score_threshold": self.score_threshold, "nms_threshold": self.nms_threshold}
+        index, scores, valid = select(candidates, scores, found.valid, number=self.max_detections, **thresholds)
+        candidates = candidates.reshape(len(sizes), -1, 4)
+        boxes = jnp.where(valid[..., None], jnp.take_along_axis(candidates, index[..., None], 1), 0)
+        labels = jnp.where(valid, index % self.num_classes, 0)
         masks = None
         if self.masks:
-            boxes, _, labels, _ = found
-            logits = self.mask_head(self._features(maps, boxes * scale_factors[:, None], 14, padded))
-            logits = jnp.take_along_axis(logits, labels.reshape(-1, 1, 1, 1), -1)[..., 0]
-            masks = jax.nn.sigmoid(logits).reshape(*labels.shape, *logits.shape[1:])
-        return Detections(*found, masks)
+            features = self._features(maps, boxes * scale_factors[:, None], 14, padded, valid)
+            masks = jax.nn.sigmoid(self._masks(features, labels, valid))
+        return Detections(boxes, scores, labels, valid, masks)
 
-    def _features(self, maps: Maps, boxes: jax.Array, size: int, padded: jax.Array | None = None) -> jax.Array:
-        """Of boxes (N, R, 4), all in a row: (N * R, size, size, C)."""
+    def _features(
+        self, maps: Maps, boxes: jax.Array, size: int, padded: jax.Array | None, used: jax.Array | None = None
+    ) -> jax.Array:
+        """Of the boxes (N, R, 4) in the places that are used (N, R): (N, R, size, size, C)."""
 
-        def of_image(maps, boxes, padded):
+        def pool(rows, _):
+            maps, boxes, padded, used = rows
             options = {"finest_size": self.finest_size, "chunk": self.roi_chunk}
-            return pyramid_roi_align(maps, boxes, size=size, image_size=padded, **options)
+            return pyramid_roi_align(maps, boxes, size=size, image_size=padded, used=used, **options)
 
-        features = jax.vmap(of_image)(tuple(maps[:4]), boxes, padded)
-        return features.reshape(-1, *features.shape[2:])
+        return per_device(pool, (tuple(maps[:4]), boxes, padded, used), ())
+
+    def _classify(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`box_head` of features (N, R, 7, 7, C): logits (N, R, num_classes + 1), deltas (N, R, 4 * num_classes)."""
+        outputs = self.box_head(features.reshape(-1, *features.shape[2:]))
+        return tuple(x.reshape(*features.shape[:2], -1) for x in outputs)
+
+    def _masks(self, features: jax.Array, labels: jax.Array, used: jax.Array) -> jax.Array:
+        """Logits (N, R, 28, 28) of the mask of each box's class.
+
+        Args:
+          features: (N, R, 14, 14, C).
+          labels: (N, R) int.
+          used: (N, R) bool; chunks of places that no image uses are left out, and have zeros.
+        """
+        if self.is_initializing():
+            logits = self.mask_head(features.reshape(-1, *features.shape[2:])).reshape(*labels.shape, 28, 28, -1)
+            return jnp.take_along_axis(logits, labels[..., None, None, None], -1)[..., 0]
+        head, variables = self._mask_head.unbind()
+
+        def apply(variables, features, labels):
+            logits = head.apply(variables, features.reshape(-1, *features.shape[2:]), labels.reshape(-1))
+            return logits.reshape(*labels.shape, *logits.shape[1:])
+
+        def of_device(rows, variables):
+            def of_chunk(features, labels, used):
+                out = jax.eval_shape(apply, variables, features, labels)
+                nothing = lambda *_: jnp.zeros(out.shape, out.dtype)  # noqa: E731
+                return jax.lax.cond(used.any(), apply, nothing, variables, features, labels)
+
+            return in_chunks(of_chunk, -(-self.roi_chunk // 2), *rows)
+
+        return per_device(of_device, (features, labels, used), variables)
 
     def _mean(self, sums: jax.Array, numbers: jax.Array) -> jax.Array:
         """The mean over groups of images of sums / numbers, each (N,), both added up over the images of a group."""

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from fcvit_jax.networks.chunks import in_chunks
+
 
 def axis_weights(
     low: jax.Array,
@@ -82,38 +84,39 @@ def levels(boxes: jax.Array, num_levels: int = 4, finest_size: float = 56) -> ja
 def _align(
     maps: Sequence[jax.Array],
     boxes: jax.Array,
-    level: jax.Array,
-    valid_cells: Sequence[Sequence[int] | jax.Array],
+    on_map: jax.Array,
+    valid_cells: Sequence[Sequence[int | jax.Array]],
     strides: Sequence[int],
     size: int,
     sampling_ratio: int,
+    chunk: int,
 ) -> jax.Array:
-    """RoIAlign of boxes (R, 4), each on its level (R,) of the maps (H, W, C), all at once: (R, size, size, C)."""
+    """RoIAlign of boxes (N, R, 4) on those of the maps (N, H, W, C) that `on_map` (N, R, maps) says.
+
+    A map is looked at only for chunks in which it has a box.
+    """
     # float32 maps are pooled in float32 on TPUs too, whose products have bfloat16 factors by default.
     precision = jax.lax.Precision.HIGHEST if maps[0].dtype == jnp.float32 else None
     product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     weights = functools.partial(axis_weights, size=size, sampling_ratio=sampling_ratio)
-    pooled = jnp.zeros((len(boxes), size, size, maps[0].shape[-1]), jnp.float32)
-    for i, (x, stride, (height, width)) in enumerate(zip(maps, strides, valid_cells, strict=True)):
-        rows = weights(boxes[:, 1], boxes[:, 3], stride=stride, cells=x.shape[0], valid_cells=height)
-        columns = weights(boxes[:, 0], boxes[:, 2], stride=stride, cells=x.shape[1], valid_cells=width)
-        rows = jnp.where((level == i)[:, None, None], rows, 0)
-        partial = product("rph,hwc->rpwc", rows.astype(x.dtype), x).astype(x.dtype)
-        pooled += product("rqw,rpwc->rpqc", columns.astype(x.dtype), partial)
-    return pooled.astype(maps[0].dtype)
 
+    def of_chunk(boxes: jax.Array, on_map: jax.Array) -> jax.Array:
+        pooled = jnp.zeros((*boxes.shape[:2], size, size, maps[0].shape[-1]), jnp.float32)
+        for i, (x, stride, (height, width)) in enumerate(zip(maps, strides, valid_cells, strict=True)):
 
-def _in_chunks(align, chunk: int, boxes: jax.Array, level: jax.Array) -> jax.Array:
-    """align(boxes, level) for a few boxes after the others, as the products of all at once would not fit in memory."""
-    boxes = jax.lax.stop_gradient(boxes)
-    number = len(boxes)
-    if number <= chunk:
-        return align(boxes, level)
-    padding = -number % chunk
-    boxes = jnp.pad(boxes, ((0, padding), (0, 0))).reshape(-1, chunk, 4)
-    level = jnp.pad(level, (0, padding)).reshape(-1, chunk)
-    pooled = jax.lax.map(lambda args: align(*args), (boxes, level))
-    return pooled.reshape(-1, *pooled.shape[2:])[:number]
+            def add(pooled, i=i, x=x, stride=stride, height=height, width=width):
+                rows = weights(boxes[..., 1], boxes[..., 3], stride=stride, cells=x.shape[1], valid_cells=height)
+                columns = weights(boxes[..., 0], boxes[..., 2], stride=stride, cells=x.shape[2], valid_cells=width)
+                rows = jnp.where(on_map[..., i, None, None], rows, 0)
+                partial = product("nrph,nhwc->nrpwc", rows.astype(x.dtype), x).astype(x.dtype)
+                # Repeated for every p, since XLA on CPUs would transpose `partial` and its gradient otherwise.
+                columns = jnp.broadcast_to(columns[:, :, None].astype(x.dtype), (*rows.shape[:-1], *columns.shape[2:]))
+                return pooled + product("nrpqw,nrpwc->nrpqc", columns, partial)
+
+            pooled = jax.lax.cond(on_map[..., i].any(), add, lambda pooled: pooled, pooled)
+        return pooled.astype(maps[0].dtype)
+
+    return in_chunks(of_chunk, chunk, jax.lax.stop_gradient(boxes), on_map)
 
 
 def roi_align(
@@ -151,11 +154,8 @@ def roi_align(
       (R, size, size, C), of the features' dtype.
     """
     map_size = features.shape[:2] if map_size is None else map_size
-
-    def align(boxes, level):
-        return _align([features], boxes, level, [map_size], [stride], size, sampling_ratio)
-
-    return _in_chunks(align, chunk, boxes, jnp.zeros(len(boxes), jnp.int32))
+    everywhere = jnp.ones((1, len(boxes), 1), bool)
+    return _align([features[None]], boxes[None], everywhere, [map_size], [stride], size, sampling_ratio, chunk)[0]
 
 
 def pyramid_roi_align(
@@ -166,28 +166,35 @@ def pyramid_roi_align(
     strides: Sequence[int] = (4, 8, 16, 32),
     finest_size: float = 56,
     image_size: jax.Array | None = None,
+    used: jax.Array | None = None,
     chunk: int = 32,
 ) -> jax.Array:
-    """`roi_align` of every box on the map that suits its size, as `levels` says.
+    """`roi_align` of every box of several images on the map that suits its size, as `levels` says.
 
     Args:
-      maps: (H_i, W_i, C) each, from fine to coarse.
-      boxes: (R, 4) float32, in pixels of the image.
+      maps: (N, H_i, W_i, C) each, from fine to coarse.
+      boxes: (N, R, 4) float32, in pixels of the images.
       size: bins of a box along each side.
       strides: pixels per cell of each map.
       finest_size: as in `levels`.
-      image_size: (2,) int, height and width in pixels of the image that the maps are of, where they are of a larger
-        canvas; None: they are of the image.
-      chunk: as in `roi_align`.
+      image_size: (N, 2) int, height and width in pixels of the images that the maps are of, where they are of a larger
+        canvas; None: they are of the images.
+      used: (N, R) bool; the other places have no box, and take no time if they are many. None: all are used.
+      chunk: as in `roi_align`, boxes of each image.
 
     Returns:
-      (R, size, size, C), of the maps' dtype.
+      (N, R, size, size, C), of the maps' dtype; zeros in places that are not used.
     """
     valid_cells = [
-        x.shape[:2] if image_size is None else -(-image_size // s) for x, s in zip(maps, strides, strict=True)
+        x.shape[1:3] if image_size is None else jnp.moveaxis(-(-image_size // s), -1, 0)[..., None]
+        for x, s in zip(maps, strides, strict=True)
     ]
-
-    def align(boxes, level):
-        return _align(maps, boxes, level, valid_cells, strides, size, 0)
-
-    return _in_chunks(align, chunk, boxes, levels(boxes, len(maps), finest_size))
+    level = levels(boxes, len(maps), finest_size)
+    if used is not None:
+        level = jnp.where(used, level, len(maps))
+    # In the order of their levels most chunks have boxes of one level.
+    order = jnp.argsort(level, axis=1)
+    level, boxes = jnp.take_along_axis(level, order, 1), jnp.take_along_axis(boxes, order[..., None], 1)
+    on_map = level[..., None] == jnp.arange(len(maps))
+    pooled = _align(maps, boxes, on_map, valid_cells, strides, size, 0, chunk)
+    return jnp.take_along_axis(pooled, jnp.argsort(order, axis=1)[..., None, None, None], 1)

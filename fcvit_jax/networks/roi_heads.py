@@ -10,6 +10,7 @@ from flax.linen.initializers import normal
 
 from fcvit_jax.networks import boxes as box_lib
 from fcvit_jax.networks.boxes import Samples
+from fcvit_jax.networks.dense_conv import Conv
 from fcvit_jax.networks.rpn import box_losses
 
 STDS = (0.1, 0.1, 0.2, 0.2)  # of the box head's deltas
@@ -77,16 +78,23 @@ class MaskHead(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, features: jax.Array) -> jax.Array:
-        """(R, h, w, C) -> logits (R, 2h, 2w, num_classes), float32."""
+    def __call__(self, features: jax.Array, labels: jax.Array | None = None) -> jax.Array:
+        """(R, h, w, C) -> logits (R, 2h, 2w, num_classes), float32.
+
+        With labels (R,) int: (R, 2h, 2w), of each box's class alone. That makes no weights.
+        """
         dtypes, x = {"dtype": self.dtype, "param_dtype": self.param_dtype}, features
         init = normal((2 / (9 * self.channels)) ** 0.5)
         for i in range(4):
-            x = nn.relu(nn.Conv(self.channels, (3, 3), padding=1, kernel_init=init, name=f"conv_{i}", **dtypes)(x))
+            x = nn.relu(Conv(self.channels, (3, 3), padding=1, kernel_init=init, name=f"conv_{i}", **dtypes)(x))
         x = nn.relu(Doubling(self.channels, name="doubling", **dtypes)(x))
         init = normal((2 / self.num_classes) ** 0.5)
         dtypes = {"dtype": jnp.float32, "param_dtype": self.param_dtype}
-        return nn.Dense(self.num_classes, kernel_init=init, name="logits", **dtypes)(x)
+        logits = nn.Dense(self.num_classes, kernel_init=init, name="logits", **dtypes)
+        if labels is None:
+            return logits(x)
+        kernel, bias = (logits.variables["params"][name].astype(jnp.float32) for name in ("kernel", "bias"))
+        return jnp.einsum("rhwc,cr->rhw", x.astype(jnp.float32), kernel[:, labels]) + bias[labels, None, None]
 
 
 def sample_rois(
@@ -159,50 +167,68 @@ def roi_losses(
     )
 
 
-def mask_loss(
-    logits: jax.Array, targets: jax.Array, labels: jax.Array, positive: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def mask_loss(logits: jax.Array, targets: jax.Array, positive: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The sum of the binary cross-entropy over the masks of one image, and over how many numbers; () float32.
 
     Args:
-      logits: (P, h, w, classes) float32.
+      logits: (P, h, w) float32, of the classes that are there.
       targets: (P, h, w) bool.
-      labels: (P,) int, whose masks are to be right.
       positive: (P,) bool, which there are.
     """
-    logits = jnp.take_along_axis(logits, labels[:, None, None, None], -1)[..., 0]
     entropy = jax.nn.softplus(jnp.where(targets, -logits, logits))
     positive = jnp.broadcast_to(positive[:, None, None], entropy.shape)
     return jnp.where(positive, entropy, 0).sum(), positive.sum(dtype=jnp.float32)
 
 
 def select(
-    boxes: jax.Array, scores: jax.Array, valid: jax.Array, *, score_threshold: float, nms_threshold: float, number: int
+    boxes: jax.Array,
+    scores: jax.Array,
+    valid: jax.Array,
+    *,
+    score_threshold: float,
+    nms_threshold: float,
+    number: int,
+    few: int = 1024,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The best boxes of one image over all classes, after non-maximum suppression within each class.
+    """The best boxes of each image over all classes, after non-maximum suppression within each class.
 
     Args:
-      boxes: (R, classes, 4) float32.
-      scores: (R, classes) float32, from 0 to 1.
-      valid: (R,) bool, which boxes there are.
+      boxes: (N, R, classes, 4) float32.
+      scores: (N, R, classes) float32, from 0 to 1.
+      valid: (N, R) bool, which boxes there are.
       score_threshold: what a score must be above.
       nms_threshold: the highest intersection over union of two boxes of a class.
       number: boxes to return.
+      few: where no image has more scores above the threshold than this, all classes are looked at together. That is
+        faster, and the result is the same.
 
     Returns:
-      index: (number,) int32, roi * classes + class of each, the best first.
-      scores: (number,) float32, 0 in unused places.
-      valid: (number,) bool; False: the place is unused.
+      index: (N, number) int32, roi * classes + class of each, the best first.
+      scores: (N, number) float32, 0 in unused places.
+      valid: (N, number) bool; False: the place is unused.
     """
-    valid = valid[:, None] & (scores > score_threshold)
+    total, classes = scores[0].size, scores.shape[-1]
+    scores = jnp.where(valid[..., None] & (scores > score_threshold), scores, -1)
 
-    def of_class(args):
-        return box_lib.nms(*args[:2], nms_threshold, args[2])
+    def best(scores: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
+        """The highest of one image's scores (S,), and where they are; -1 beyond the last."""
+        scores, index = jax.lax.top_k(jnp.pad(scores, (0, max(number - len(scores), 0)), constant_values=-1), number)
+        return scores, jnp.minimum(index, total - 1)
 
-    # 80 classes at once would take 80 R x R booleans for every image.
-    kept = jax.lax.map(of_class, (boxes.swapaxes(0, 1), scores.T, valid.T), batch_size=16).T
-    flat = jnp.where(kept, scores, -1).reshape(-1)
-    flat = jnp.pad(flat, (0, max(number - len(flat), 0)), constant_values=-1)
-    best, index = jax.lax.top_k(flat, number)
-    index = jnp.minimum(index, scores.size - 1)
-    return index, jnp.maximum(best, 0), best >= 0
+    def of_few(boxes: jax.Array, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scores, index = best(scores.reshape(-1), few)
+        kept = box_lib.nms(boxes.reshape(-1, 4)[index], scores, nms_threshold, scores >= 0, index % classes)
+        scores, place = best(jnp.where(kept, scores, -1), number)
+        return scores, index[jnp.minimum(place, few - 1)]
+
+    def of_many(boxes: jax.Array, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def of_class(args):
+            return box_lib.nms(*args, nms_threshold, args[1] >= 0)
+
+        # 80 classes at once would take 80 R x R booleans for every image.
+        kept = jax.lax.map(of_class, (boxes.swapaxes(0, 1), scores.T), batch_size=16).T
+        return best(jnp.where(kept, scores, -1).reshape(-1), number)
+
+    are_few = (scores >= 0).sum((1, 2)).max() <= few
+    scores, index = jax.lax.cond(are_few, jax.vmap(of_few), jax.vmap(of_many), boxes, scores)
+    return index, jnp.maximum(scores, 0), scores >= 0

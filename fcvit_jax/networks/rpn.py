@@ -10,6 +10,7 @@ from flax.linen.initializers import normal
 
 from fcvit_jax.networks import boxes as box_lib
 from fcvit_jax.networks.boxes import RATIOS, STRIDES, Samples
+from fcvit_jax.networks.dense_conv import Conv
 
 
 class RPN(nn.Module):
@@ -32,10 +33,10 @@ class RPN(nn.Module):
         Channel 4 * a + i of the deltas is number i of dx, dy, dw, dh of the cell's anchor a.
         """
         options = {"kernel_init": normal(0.01), "param_dtype": self.param_dtype}
-        hidden = nn.Conv(self.channels, (3, 3), padding=1, dtype=self.dtype, name="conv", **options)
+        hidden = Conv(self.channels, (3, 3), padding=1, dtype=self.dtype, name="conv", **options)
         # Scores of bfloat16 would tie by the hundred.
-        logits = nn.Conv(len(RATIOS), (1, 1), dtype=jnp.float32, name="logits", **options)
-        deltas = nn.Conv(4 * len(RATIOS), (1, 1), dtype=jnp.float32, name="deltas", **options)
+        logits = Conv(len(RATIOS), (1, 1), dtype=jnp.float32, name="logits", **options)
+        deltas = Conv(4 * len(RATIOS), (1, 1), dtype=jnp.float32, name="deltas", **options)
         hiddens = [nn.relu(hidden(x)) for x in maps]
         return tuple((logits(x), deltas(x)) for x in hiddens)
 

@@ -12,6 +12,7 @@ from flax.linen.initializers import normal
 from jax import lax
 
 from fcvit_jax.errors import check_range
+from fcvit_jax.networks.dense_conv import Conv
 from fcvit_jax.networks.fcvit import Backbone, create_backbone
 from fcvit_jax.networks.fpn import FPN, OverBackbone, fields_around_backbone, init_around_backbone
 from fcvit_jax.networks.layers import BatchNorm
@@ -63,7 +64,7 @@ class _ConvNormRelu(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         init = normal((2 / (9 * self.features)) ** 0.5)
-        x = nn.Conv(self.features, (3, 3), padding=1, use_bias=False, kernel_init=init, name="conv", **dtypes)(x)
+        x = Conv(self.features, (3, 3), padding=1, use_bias=False, kernel_init=init, name="conv", **dtypes)(x)
         return nn.relu(BatchNorm(name="norm", **dtypes)(x, train))
 
 

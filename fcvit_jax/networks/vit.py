@@ -14,6 +14,7 @@ from flax.linen.initializers import normal
 from fcvit_jax.errors import UserError, check_range
 from fcvit_jax.networks.blocks import drop_path_factors
 from fcvit_jax.networks.checks import check_counts, check_dtypes, check_images, check_switches
+from fcvit_jax.networks.dense_conv import Conv
 from fcvit_jax.networks.layers import gelu, layer_norm
 from fcvit_jax.networks.normalize import MEAN, STD
 from fcvit_jax.sizes import ImageSize, check_size, height_width
@@ -210,7 +211,7 @@ class ViT(nn.Module):
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         patch = (self.patch_size, self.patch_size)
         init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        self.patch_embed = nn.Conv(self.dim, patch, patch, "VALID", kernel_init=init, **dtypes)
+        self.patch_embed = Conv(self.dim, patch, patch, "VALID", kernel_init=init, **dtypes)
         self.cls_token = self.param("cls_token", normal(0.02), (self.dim,), self.param_dtype)
         if self.distilled:
             self.dist_token = self.param("dist_token", normal(0.02), (self.dim,), self.param_dtype)

@@ -59,13 +59,18 @@ def test_pyramid_on_its_own_and_on_a_larger_canvas(size):
     """What is beyond the image, large here, is not looked at."""
     maps = [np.moveaxis(ROIS[f"ml/feat{i}"], 1, -1).astype(np.float32) for i in range(4)]
     larger = [np.pad(x, ((0, 0), (0, 8 >> i), (0, 16 >> i), (0, 0)), constant_values=1e3) for i, x in enumerate(maps)]
-    for i in range(2):
-        rows, boxes = of_image(ROIS["ml/rois"], i)
-        expected = np.moveaxis(ROIS[f"ml/out{size}"][rows], 1, -1)
-        ours = pyramid([x[i] for x in maps], boxes, size=size)
-        np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5)
-        ours = pyramid([x[i] for x in larger], boxes, size=size, image_size=jnp.array([256, 320]))
-        np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5)
+    of_images = [of_image(ROIS["ml/rois"], i) for i in range(2)]
+    most = max(len(boxes) for _, boxes in of_images)
+    boxes, used = np.zeros((2, most, 4), np.float32), np.zeros((2, most), bool)
+    for i, (_, x) in enumerate(of_images):
+        boxes[i, -len(x) :], used[i, -len(x) :] = x, True
+    own = pyramid(maps, boxes, size=size, used=used)
+    padded = pyramid(larger, boxes, size=size, used=used, image_size=jnp.array([[256, 320]] * 2), chunk=5)
+    for ours in (own, padded):
+        assert not np.asarray(ours)[~used].any()
+        for i, (rows, x) in enumerate(of_images):
+            expected = np.moveaxis(ROIS[f"ml/out{size}"][rows], 1, -1)
+            np.testing.assert_allclose(ours[i, -len(x) :], expected, rtol=0, atol=2e-5)
 
 
 def test_bfloat16_maps_are_pooled_to_their_own_precision():

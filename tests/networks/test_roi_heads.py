@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from equality import assert_close
 from flax import traverse_util
 
 from fcvit_jax.networks.roi_heads import BoxHead, MaskHead, mask_loss, sample_rois, select
@@ -32,30 +33,42 @@ def test_what_is_drawn_is_assigned_as_in_the_original(case):
         np.testing.assert_array_equal(ours, np.concatenate([np.arange(1, before + 1), expected]))
 
 
+@pytest.mark.parametrize("few", [1024, 350, 10])
 @pytest.mark.parametrize("number", [100, 20])
-def test_selection_over_classes(number):
+def test_selection_over_classes(number, few):
+    """Two images, of which the second has no boxes; by all classes together and by each alone."""
     corners, scores = NMS["multiclass/boxes"], NMS["multiclass/scores"]
-    valid = np.arange(50) < 48
+    valid = np.arange(50) < np.array([[48], [0]])
     padded = [np.pad(x, ((0, 2), *((0, 0),) * (x.ndim - 1)), constant_values=1) for x in (corners, scores[:, :-1])]
-    options = {"score_threshold": 0.05, "nms_threshold": 0.5, "number": number + 1000}
-    index, found, used = (np.asarray(x) for x in select(*padded, valid, **options))
+    options = {"score_threshold": 0.05, "nms_threshold": 0.5, "number": number + 1000, "few": few}
+    both = select(*(np.stack([x, x]) for x in padded), valid, **options)
+    index, found, used = (np.asarray(x)[0] for x in both)
     # The best of more are the same as the best of fewer.
     np.testing.assert_array_equal(index[:number], NMS[f"multiclass{number}/inds"])
     np.testing.assert_array_equal(index[:number] % 7, NMS[f"multiclass{number}/labels"])
     np.testing.assert_array_equal(found[:number], NMS[f"multiclass{number}/dets"][:, 4])
     assert used.sum() < 48 * 7 and (found[used] > 0.05).all() and not found[~used].any()
+    assert not both[1][1].any() and not both[2][1].any()
 
 
-def test_loss_of_masks_is_over_positives_and_the_right_class():
+def test_loss_of_masks_is_over_positives():
     rng = np.random.default_rng(0)
-    logits, targets = rng.normal(0, 2, (4, 3, 3, 5)).astype(np.float32), rng.integers(0, 2, (4, 3, 3)) > 0
-    labels, positive = np.array([4, 0, 2, 2]), np.array([True, False, True, False])
-    chosen = np.stack([logits[0, ..., 4], logits[2, ..., 2]]).astype(np.float64)
-    probability = 1 / (1 + np.exp(-chosen))
-    expected = -np.log(np.where(targets[[0, 2]], probability, 1 - probability)).sum()
-    total, number = mask_loss(logits, targets, labels, positive)
+    logits, targets = rng.normal(0, 2, (4, 3, 3)).astype(np.float32), rng.integers(0, 2, (4, 3, 3)) > 0
+    positive = np.array([True, False, True, False])
+    probability = 1 / (1 + np.exp(-logits[positive].astype(np.float64)))
+    expected = -np.log(np.where(targets[positive], probability, 1 - probability)).sum()
+    total, number = mask_loss(logits, targets, positive)
     assert number == 18
     np.testing.assert_allclose(total, expected, rtol=1e-5)
+
+
+def test_masks_of_the_right_classes_alone():
+    head, features = MaskHead(5, 8), np.random.default_rng(0).normal(size=(3, 6, 6, 4)).astype(np.float32)
+    variables = jax.jit(head.init)(jax.random.key(0), features)
+    variables = jax.tree.map(lambda x: x + 0.1, variables)
+    labels = np.array([4, 0, 2])
+    every, chosen = head.apply(variables, features), head.apply(variables, features, labels)
+    assert_close(chosen, np.stack([every[i, ..., label] for i, label in enumerate(labels)]), "masks")
 
 
 def assert_std(x, std):
