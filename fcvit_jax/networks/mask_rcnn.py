@@ -58,8 +58,7 @@ class MaskRCNN(OverBackbone, nn.Module):
       nms_threshold: the highest intersection over union of two detections of a class.
       max_detections: of an image.
       finest_size: the finest map has the features of boxes whose sqrt(area) is below twice this many pixels.
-      roi_chunk: boxes of an image whose features are computed at once, and twice the number of those whose masks are;
-        fewer take less memory.
+      roi_chunk: boxes of an image whose features are computed at once, and half as many masks; fewer take less memory.
     """
 
     backbone: Backbone
@@ -307,9 +306,8 @@ class MaskRCNN(OverBackbone, nn.Module):
 
         def of_device(rows, variables):
             def of_chunk(features, labels, used):
-                out = jax.eval_shape(apply, variables, features, labels)
-                nothing = lambda *_: jnp.zeros(out.shape, out.dtype)  # noqa: E731
-                return jax.lax.cond(used.any(), apply, nothing, variables, features, labels)
+                nothing = jnp.zeros((*labels.shape, 28, 28), jnp.float32)
+                return jax.lax.cond(used.any(), lambda: apply(variables, features, labels), lambda: nothing)
 
             return in_chunks(of_chunk, -(-self.roi_chunk // 2), *rows)
 
