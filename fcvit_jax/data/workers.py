@@ -17,6 +17,7 @@ import grain
 from absl import flags
 
 from fcvit_jax.devices import shared_memory
+from fcvit_jax.devices.cpu import keep_memory
 from fcvit_jax.errors import UserError
 
 _SHARED = "the shared memory (/dev/shm)"
@@ -46,6 +47,7 @@ def available_cores() -> int:
 
 def start_worker(prefix: str | None, index: int, count: int) -> None:
     del index, count
+    keep_memory()
     shared_memory.name_with(prefix)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 

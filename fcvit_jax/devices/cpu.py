@@ -24,13 +24,21 @@ def tune_cpu() -> None:
     if "--xla_cpu_prefer_vector_width" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_prefer_vector_width=512"  # XLA's default is 256
 
-    # glibc returns large blocks to Linux after each step, and Linux clears the pages again: a third of a step's time.
-    # mallopt keeps the blocks, but only in the main thread's heap.
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never
+    if keep_memory():
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def keep_memory() -> bool:
+    """Lets the main thread keep all memory that it has used; returns False where the C library is not glibc.
+
+    It would return large blocks to Linux after each step, and Linux clears their pages again: a third of a step's time.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "mallopt"):
+        return False
+    libc.mallopt(_M_MMAP_MAX, 0)
+    libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never
+    return True
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:
