@@ -104,15 +104,29 @@ def _load_over_backbone(path: str | Path, weights: Mapping[str, np.ndarray], mod
     """A segmenter, or a detector."""
     decoder = _DECODERS[type(model)]
     if kind_of(weights) is type(model):
-        classes = decoder.classes(_count_classes(weights, decoder.ours, decoder.theirs))
-        variables = _fit(path, weights, model.clone(num_classes=classes))
-        if classes == model.num_classes:
+        fields = {"num_classes": decoder.classes(_count_classes(weights, decoder.ours, decoder.theirs))}
+        if isinstance(model, MaskRCNN):
+            fields["masks"] = any(name.startswith(("params/mask_head/", "roi_head.mask_head.")) for name in weights)
+        stored = model.clone(**fields)
+        variables = _fit(path, weights, stored)
+        if stored == model:
             return variables, "", ""
-        held, fresh = variables["params"], _fresh_decoder(model)["params"]
-        for head, layer in decoder.last:
-            if layer in fresh.get(head, {}):
-                held[head][layer] = fresh[head][layer]
-        return variables, f"has {classes} classes, the model {model.num_classes}", decoder.afresh
+        held, fresh, lack, afresh = variables["params"], _fresh_decoder(model)["params"], [], []
+        if fields["num_classes"] != model.num_classes:
+            lack.append(f"has {fields['num_classes']} classes, the model {model.num_classes}")
+            afresh.append(decoder.afresh)
+            for head, layer in decoder.last:
+                if layer in fresh.get(head, {}) and head in held:
+                    held[head][layer] = fresh[head][layer]
+        if "mask_head" in fresh and "mask_head" not in held:
+            held["mask_head"] = fresh["mask_head"]
+            lack.append("has no mask head")
+            afresh.append("the mask head starts afresh")
+        elif "mask_head" in held and "mask_head" not in fresh:
+            del held["mask_head"]
+            lack.append("has a mask head, the model none")
+            afresh.append("the mask head is left out")
+        return variables, " and ".join(lack), ", ".join(afresh)
     backbone, lack, _ = _load_pyramid(path, weights, model.backbone)
     fresh = _fresh_decoder(model)
     variables = {name: {"backbone": tree, **fresh.get(name, {})} for name, tree in backbone.items()}

@@ -96,6 +96,21 @@ def test_files_round_trip(tmp_path, caplog):
         convert.load_pretrained(tmp_path / "weights.npz", model.backbone)
 
 
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_mask_head_is_left_out_or_starts_afresh(tmp_path, caplog, masks):
+    state_dict, path = numbers(detector(masks=not masks)), tmp_path / "weights.pth"
+    torch.save(tensors(state_dict), path)
+    model = detector(masks=masks, num_classes=5)
+    with caplog.at_level(logging.WARNING):
+        loaded = convert.to_torch(convert.load_pretrained(path, model), model)
+    what = ("has no mask head", "starts afresh") if masks else ("has a mask head, the model none", "is left out")
+    last = "the last layers of the heads start afresh"
+    assert said(caplog) == [f"{path} has 3 classes, the model 5 and {what[0]}: {last}, the mask head {what[1]}."]
+    assert {name for name in loaded if name not in state_dict} == {x for x in loaded if masks and "mask_head" in x}
+    kept = [x for x in loaded if x in state_dict and "fc_" not in x]
+    assert_same({x: loaded[x] for x in kept}, {x: state_dict[x] for x in kept})
+
+
 def test_other_classes_get_new_last_layers(tmp_path, caplog):
     state_dict, path = numbers(detector()), tmp_path / "weights.pth"
     torch.save(tensors(state_dict), path)
