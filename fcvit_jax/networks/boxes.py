@@ -237,10 +237,12 @@ def assign(
         iou = jnp.where(valid, iou, -1)
         highest = iou.max(0)
         assigned = jnp.where(highest < negative, 0, -1)
-        assigned = jnp.where(highest >= positive, iou.argmax(0) + 1, assigned)
+        one_based = jnp.arange(1, number + 1)[:, None]
+        # The first that is highest: on CPUs argmax takes several times as long.
+        assigned = jnp.where(highest >= positive, jnp.where(iou == highest, one_based, number).min(0), assigned)
         best = iou.max(1, keepdims=True)
         taken = valid & (iou == best) & (best >= minimum)
-        taker = jnp.where(taken, jnp.arange(1, number + 1)[:, None], 0).max(0)
+        taker = jnp.where(taken, one_based, 0).max(0)
         assigned = jnp.where(taker > 0, taker, assigned).astype(jnp.int32)
     return assigned if valid_boxes is None else jnp.where(valid_boxes, assigned, -1)
 
@@ -275,7 +277,7 @@ def sample(key: jax.Array, assigned: jax.Array, number: int, max_positives: int)
     """
     # top_k needs at least as many boxes as it gives.
     assigned = jnp.pad(assigned, (0, max(number - len(assigned), 0)), constant_values=-1)
-    priority = (jax.random.bits(key, assigned.shape, jnp.uint32) >> 1).astype(jnp.int32)  # never below 0
+    priority = jax.random.uniform(key, assigned.shape)  # XLA for CPUs sorts integers in full
     _, positives = jax.lax.top_k(jnp.where(assigned > 0, priority, -1), max_positives)
     _, negatives = jax.lax.top_k(jnp.where(assigned == 0, priority, -1), number)
     num_positives = jnp.minimum((assigned > 0).sum(), max_positives)
