@@ -36,6 +36,13 @@ def test_roi_align(size, ratio):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5)
 
 
+def test_several_images_by_vmap():
+    boxes = np.stack([ROIS["rois"][:6, 1:], ROIS["rois"][6:12, 1:]])
+    both = jax.vmap(lambda features, boxes: align(features, boxes, stride=4, size=7))(FEATURES[:2], boxes)
+    alone = [align(features, own, stride=4, size=7) for features, own in zip(FEATURES[:2], boxes, strict=True)]
+    np.testing.assert_allclose(both, np.stack(alone), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("ratio", [0, 2])
 def test_gradient_of_roi_align(ratio):
     rows, boxes = of_image(ROIS["rois"], 0)
