@@ -55,7 +55,7 @@ def _read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str
     path = storage.local_path(path)  # what reads files of weights knows no buckets
     ending = path.suffix.lower()
     if ending not in (".npz", ".safetensors"):
-        return _read_torch(path, ema), {}
+        return _read_torch(path, ema)
     if ending == ".safetensors":
         with _open_safetensors(path) as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}
@@ -136,8 +136,8 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
         raise UserError(f"Could not read {path}: it is damaged, or no .safetensors.") from error
 
 
-def _read_torch(path: Path, ema: bool | None) -> dict[str, np.ndarray]:
-    """The state dict of a file of the original, which may hold it bare or with timm's other entries around it."""
+def _read_torch(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The state dict of a file of the original, which may hold it bare or with other entries around it; and names."""
     torch = import_torch()
     try:
         file = path.open("rb")
@@ -156,7 +156,18 @@ def _read_torch(path: Path, ema: bool | None) -> dict[str, np.ndarray]:
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict.")
     tensors = unwrap(path, content, ema, lambda x: isinstance(x, torch.Tensor | np.ndarray))
-    return {name: as_numpy(x) for name, x in tensors.items()}
+    return {name: as_numpy(x) for name, x in tensors.items()}, _class_names(content)
+
+
+def _class_names(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What MMDetection and MMSegmentation (with MMEngine too) keep as the names of classes, as "class_names"."""
+    meta = content.get("meta")
+    if not isinstance(meta, Mapping):
+        return {}
+    of_data = meta.get("dataset_meta")
+    names = of_data.get("classes") if isinstance(of_data, Mapping) else meta.get("CLASSES")
+    are_names = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    return {"class_names": list(names)} if are_names else {}
 
 
 def _harmless(torch: ModuleType) -> list[Any]:

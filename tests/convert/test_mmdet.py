@@ -96,6 +96,22 @@ def test_files_round_trip(tmp_path, caplog):
         convert.load_pretrained(tmp_path / "weights.npz", model.backbone)
 
 
+@pytest.mark.parametrize(
+    "meta, expected",
+    [
+        ({"CLASSES": ("a", "b", "c")}, ["a", "b", "c"]),
+        ({"dataset_meta": {"classes": ["a", "b", "c"]}}, ["a", "b", "c"]),
+        ({"CLASSES": ("a", "b")}, None),
+        ({"CLASSES": (1, 2, 3)}, None),
+        ("text", None),
+    ],
+)
+def test_names_of_classes_are_kept(tmp_path, meta, expected):
+    torch.save({"meta": meta, "state_dict": tensors(numbers(detector()))}, tmp_path / "epoch_12.pth")
+    convert.convert(tmp_path / "epoch_12.pth", tmp_path / "weights.npz")
+    assert convert.read_metadata(tmp_path / "weights.npz").get("class_names") == expected
+
+
 @pytest.mark.parametrize("masks", [True, False])
 def test_a_mask_head_is_left_out_or_starts_afresh(tmp_path, caplog, masks):
     state_dict, path = numbers(detector(masks=not masks)), tmp_path / "weights.pth"
