@@ -6,12 +6,14 @@ sample counts, where it lies and how it is interpolated all separate into an x a
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from fcvit_jax.networks.chunks import in_chunks
+
+BAND = 96  # columns of a wide map of which most chunks of boxes need no more
 
 
 def axis_weights(
@@ -81,6 +83,20 @@ def levels(boxes: jax.Array, num_levels: int = 4, finest_size: float = 56) -> ja
     return jnp.clip(level, 0, num_levels - 1).astype(jnp.int32)
 
 
+def _within(band: int, pool: Callable[..., jax.Array], x: jax.Array, columns: jax.Array) -> jax.Array:
+    """pool(x, columns) of maps (N, H, W, C) and weights (N, R, size, W); if it suffices, of `band` columns of each."""
+    used = (columns != 0).any((1, 2))
+    first = used.argmax(1)
+    end = x.shape[2] - used[:, ::-1].argmax(1)
+
+    def cut(array: jax.Array, axis: int) -> jax.Array:
+        """The band of each image, from an axis of the images."""
+        return jax.vmap(lambda own, start: jax.lax.dynamic_slice_in_dim(own, start, band, axis))(array, first)
+
+    fits = (~used.any(1) | (end - first <= band)).all()
+    return jax.lax.cond(fits, lambda: pool(cut(x, 1), cut(columns, 2)), lambda: pool(x, columns))
+
+
 def _align(
     maps: Sequence[jax.Array],
     boxes: jax.Array,
@@ -90,10 +106,12 @@ def _align(
     size: int,
     sampling_ratio: int,
     chunk: int,
+    band: int = 2**20,
 ) -> jax.Array:
     """RoIAlign of boxes (N, R, 4) on those of the maps (N, H, W, C) that `on_map` (N, R, maps) says.
 
-    A map is looked at only for chunks in which it has a box.
+    A map is looked at only for chunks in which it has a box; and if it is more than twice as wide as `band`, only so
+    many columns of it for chunks whose boxes reach no further.
     """
     # float32 maps are pooled in float32 on TPUs too, whose products have bfloat16 factors by default.
     precision = jax.lax.Precision.HIGHEST if maps[0].dtype == jnp.float32 else None
@@ -107,11 +125,15 @@ def _align(
             def add(pooled, i=i, x=x, stride=stride, height=height, width=width):
                 rows = weights(boxes[..., 1], boxes[..., 3], stride=stride, cells=x.shape[1], valid_cells=height)
                 columns = weights(boxes[..., 0], boxes[..., 2], stride=stride, cells=x.shape[2], valid_cells=width)
-                rows = jnp.where(on_map[..., i, None, None], rows, 0)
-                partial = product("nrph,nhwc->nrpwc", rows.astype(x.dtype), x).astype(x.dtype)
-                # Repeated for every p, since XLA on CPUs would transpose `partial` and its gradient otherwise.
-                columns = jnp.broadcast_to(columns[:, :, None].astype(x.dtype), (*rows.shape[:-1], *columns.shape[2:]))
-                return pooled + product("nrpqw,nrpwc->nrpqc", columns, partial)
+                rows, columns = (jnp.where(on_map[..., i, None, None], w, 0).astype(x.dtype) for w in (rows, columns))
+
+                def pool(x, columns):
+                    partial = product("nrph,nhwc->nrpwc", rows, x).astype(x.dtype)
+                    # Repeated for every p, since XLA on CPUs would transpose `partial` and its gradient otherwise.
+                    columns = jnp.broadcast_to(columns[:, :, None], (*rows.shape[:-1], *columns.shape[2:]))
+                    return product("nrpqw,nrpwc->nrpqc", columns, partial)
+
+                return pooled + (pool(x, columns) if x.shape[2] < 2 * band else _within(band, pool, x, columns))
 
             pooled = jax.lax.cond(on_map[..., i].any(), add, lambda pooled: pooled, pooled)
         return pooled.astype(maps[0].dtype)
@@ -192,9 +214,10 @@ def pyramid_roi_align(
     level = levels(boxes, len(maps), finest_size)
     if used is not None:
         level = jnp.where(used, level, len(maps))
-    # In the order of their levels most chunks have boxes of one level.
-    order = jnp.argsort(level, axis=1)
+    # In this order most chunks have boxes of one level, which reach over few columns of its map.
+    wide = boxes[..., 2] - boxes[..., 0] > strides[0] * BAND / 2
+    order = jnp.lexsort((boxes[..., 0], wide, level), 1)
     level, boxes = jnp.take_along_axis(level, order, 1), jnp.take_along_axis(boxes, order[..., None], 1)
     on_map = level[..., None] == jnp.arange(len(maps))
-    pooled = _align(maps, boxes, on_map, valid_cells, strides, size, 0, chunk)
+    pooled = _align(maps, boxes, on_map, valid_cells, strides, size, 0, chunk, BAND)
     return jnp.take_along_axis(pooled, jnp.argsort(order, axis=1)[..., None, None, None], 1)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from fcvit_jax.networks import roi_align as roi_align_module
 from fcvit_jax.networks.masks import crop_masks, paste_masks
 from fcvit_jax.networks.roi_align import levels, pyramid_roi_align, roi_align
 
@@ -78,6 +79,29 @@ def test_pyramid_on_its_own_and_on_a_larger_canvas(size):
         for i, (rows, x) in enumerate(of_images):
             expected = np.moveaxis(ROIS[f"ml/out{size}"][rows], 1, -1)
             np.testing.assert_allclose(ours[i, -len(x) :], expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 40])
+def test_a_band_of_a_wide_map_is_enough_where_no_box_reaches_further(monkeypatch, chunk):
+    """The same results and gradients: of 16 columns of 80 for one box at a time, of all for all boxes at once."""
+    maps = [np.moveaxis(ROIS[f"ml/feat{i}"], 1, -1).astype(np.float32) for i in range(4)]
+    sides = 4 * np.arange(1, 29) + 0.5  # up to a width of 28 cells, all on the finest map
+    left = np.linspace(0, 320 - sides, 3).T.reshape(-1)  # at both edges and in between
+    sides = np.repeat(sides, 3)
+    boxes = np.stack([left, 50 + 0 * left, left + sides, 50 + sides], 1).astype(np.float32)
+    boxes, used = np.stack([boxes, boxes]), np.arange(len(boxes)) < np.array([[len(boxes)], [0]])
+
+    def run(band):
+        monkeypatch.setattr(roi_align_module, "BAND", band)
+
+        def total(maps):
+            pooled = pyramid_roi_align(maps, boxes, size=7, used=used, chunk=chunk)
+            return jnp.sin(pooled).sum(), pooled
+
+        return jax.jit(jax.grad(total, has_aux=True))(maps)
+
+    for narrow, whole in zip(*(jax.tree.leaves(run(band)) for band in (16, 96)), strict=True):
+        np.testing.assert_allclose(narrow, whole, rtol=0, atol=2e-5)
 
 
 def test_bfloat16_maps_are_pooled_to_their_own_precision():
