@@ -30,6 +30,7 @@ import numpy as np
 
 from benchmarks.measure import about, make_parser, report
 from fcvit_jax import convert
+from fcvit_jax.devices.cpu import compiler_options
 from fcvit_jax.networks.fcvit import VARIANTS, create_model
 from fcvit_jax.networks.folded import fold
 
@@ -64,7 +65,7 @@ def ours(name, network, images):
 
     def contestant(model, variables):
         variables = jax.device_put(variables)
-        forward = jax.jit(model.apply).lower(variables, images).compile()
+        forward = jax.jit(model.apply).lower(variables, images).compile(compiler_options())
         return lambda: np.asarray(forward(variables, images))
 
     return {"fcvit_jax": contestant(*fold(model, variables)), "not folded": contestant(model, variables)}

@@ -4,6 +4,8 @@ import ctypes
 import functools
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -41,15 +43,37 @@ def keep_memory() -> bool:
     return True
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str]:
+def compiler_options(mesh: Mesh | None = None) -> dict[str, str]:
     """Options for `jax.jit`, or for the `compile` of a lowered program, that make dense convolutions fast on CPUs.
 
     There are none for other devices, where XLA_FLAGS sets the same, and where JAX does not know them.
+
+    Args:
+      mesh: the devices; None: the default one.
     """
     name, value = _YNNPACK
-    if mesh.devices.flat[0].platform != "cpu" or name in os.environ.get("XLA_FLAGS", "") or not _knows(name, value):
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if platform != "cpu" or name in os.environ.get("XLA_FLAGS", "") or not _knows(name, value):
         return {}
     return {name: value}
+
+
+def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`jax.jit` with `compiler_options`; unlike it, not to be called while JAX traces another function.
+
+    `.jitted()` of the result is what `jax.jit` makes, at the first call: importing a module must not touch a device.
+    """
+
+    @functools.cache
+    def jitted() -> Callable[..., Any]:
+        return jax.jit(function, compiler_options=compiler_options(), **options)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return jitted()(*args, **kwargs)
+
+    call.jitted = jitted
+    return call
 
 
 @functools.cache

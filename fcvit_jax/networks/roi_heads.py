@@ -93,7 +93,7 @@ class MaskHead(nn.Module):
         logits = nn.Dense(self.num_classes, kernel_init=init, name="logits", **dtypes)
         if labels is None:
             return logits(x)
-        kernel, bias = (logits.variables["params"][name].astype(jnp.float32) for name in ("kernel", "bias"))
+        kernel, bias = (jnp.asarray(logits.variables["params"][name], jnp.float32) for name in ("kernel", "bias"))
         return jnp.einsum("rhwc,cr->rhw", x.astype(jnp.float32), kernel[:, labels]) + bias[labels, None, None]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from flax import linen as nn
 
 from fcvit_jax import augment, networks
+from fcvit_jax.devices import cpu
 from fcvit_jax.errors import UserError, log
 from fcvit_jax.networks.normalize import normalize
 from fcvit_jax.sizes import check_size, describe_size, height_width
@@ -63,7 +64,7 @@ def read_image(encoded: bytes, metadata: Mapping[str, Any]) -> np.ndarray:
     return augment.eval_transform(encoded, metadata["image_size"], metadata["crop_pct"], metadata.get("exif", False))
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(cpu.jit, static_argnames="model")
 def probabilities(model: nn.Module, variables: Mapping[str, Any], images: jax.Array) -> jax.Array:
     """The probability of every class.
 

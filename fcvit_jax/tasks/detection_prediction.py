@@ -12,6 +12,7 @@ from flax import linen as nn
 from fcvit_jax.augment.objects import fit_image, on_canvas
 from fcvit_jax.augment.paired import ALIGNMENT, aligned
 from fcvit_jax.data import coco_eval, coco_names, image_files, mask_files, palettes, segments
+from fcvit_jax.devices import cpu
 from fcvit_jax.errors import UserError, log
 from fcvit_jax.networks.masks import paste_masks
 from fcvit_jax.networks.normalize import normalize_inside
@@ -84,7 +85,7 @@ def as_coco(found: Detections, index: int, size: tuple[int, int], threshold: flo
     return coco_eval.Detections(boxes, found.scores[index][used], found.labels[index][used], rles)
 
 
-_detect = jax.jit(detect, static_argnames="model")
+_detect = cpu.jit(detect, static_argnames="model")
 
 
 def predict(

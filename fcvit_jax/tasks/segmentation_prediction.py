@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from fcvit_jax.augment import decode, paired
 from fcvit_jax.data import image_files, mask_files, palettes
+from fcvit_jax.devices import cpu
 from fcvit_jax.errors import UserError, log
 from fcvit_jax.networks.normalize import normalize
 from fcvit_jax.networks.semantic_fpn import resize_bilinear
@@ -83,7 +84,7 @@ def read_image(encoded: bytes, metadata: Mapping[str, Any]) -> np.ndarray:
     return image_files.decode(encoded, metadata["exif"])
 
 
-@functools.partial(jax.jit, static_argnames=("model", "size"))
+@functools.partial(cpu.jit, static_argnames=("model", "size"))
 def _classify(model: nn.Module, variables: Mapping[str, Any], image: jax.Array, size: tuple[int, int]) -> jax.Array:
     return full_logits(model, variables, image[None], size)[0].argmax(-1).astype(jnp.uint8)
 

@@ -22,8 +22,8 @@ def test_the_users_own_vector_width_is_kept(monkeypatch):
 def test_a_program_for_cpus_has_options_that_this_jax_knows(monkeypatch):
     mesh = make_mesh()
     assert compiler_options(mesh) == dict([cpu._YNNPACK])  # fails once JAX no longer knows it
-    double = jax.jit(lambda x: 2 * x, compiler_options=compiler_options(mesh))
-    assert double(2) == 4
+    assert compiler_options() == compiler_options(mesh)
+    assert cpu.jit(lambda x, factor: factor * x, static_argnames="factor")(2, factor=3) == 6
     monkeypatch.setattr(cpu, "_YNNPACK", ("xla_an_option_of_other_versions", "1"))
     assert compiler_options(mesh) == {}
 

@@ -140,10 +140,10 @@ def test_few_programs_serve_all_sizes(variables, folder):
     assert canvases.keys() == {(64, 64), (64, 96), (96, 64)}
     assert all((np.max(sizes, 0) <= canvas).all() for canvas, sizes in canvases.items())
     assert prediction._canvas((700, 700), 700, 1000) == (704, 704)
-    model, before = detection.create_model(**MODEL), prediction._detect._cache_size()
+    model, before = detection.create_model(**MODEL), prediction._detect.jitted()._cache_size()
     for size in ((20, 60), (63, 64), (50, 50), (7, 7)):
         list(detection.predict(model, variables, [np.zeros((*size, 3), np.uint8)], METADATA))
-    assert prediction._detect._cache_size() - before <= 2
+    assert prediction._detect.jitted()._cache_size() - before <= 2
 
 
 def test_pictures(folder, tmp_path, capsys):
