@@ -2,7 +2,6 @@ import os
 import subprocess
 import sys
 
-import jax
 import pytest
 
 from fcvit_jax.devices import cpu
