@@ -50,7 +50,7 @@ def load_network(
             raise UserError(f"{source} does not say which network it holds: {error}") from error
     else:
         model = infer(weights)
-        if len(metadata.get("class_names", ())) != model.num_classes:  # those of other data
+        if len(metadata.get("class_names", ())) != getattr(model, "num_classes", 0):  # those of other data
             metadata.pop("class_names", None)
         if name is not None:
             model = FAMILIES[type(model)].create(name, num_classes=model.num_classes)

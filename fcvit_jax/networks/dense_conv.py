@@ -33,29 +33,36 @@ def _type(x, kernel, **window):
     return primitives.array_type(x, jax.eval_shape(functools.partial(_by_lax, **window), x, kernel).shape, x.dtype)
 
 
-def _input_grad(g, x, kernel, *, strides, padding):
+# Jitted, so that JAX traces the gradients of equal convolutions once.
+@functools.partial(jax.jit, static_argnames=("x", "strides", "padding"))
+def _to_input(g, kernel, *, x, strides, padding):
+    """The gradient of x, of which the type is given."""
+
     def on_cpu(g, kernel):
         k, first = kernel.shape[:2], tuple(low for low, _ in padding)
-        ends = (x.aval.shape[i + 1] - (g.shape[i + 1] - 1) * strides[i] - 1 + first[i] for i in range(2))
+        ends = (x.shape[i + 1] - (g.shape[i + 1] - 1) * strides[i] - 1 + first[i] for i in range(2))
         around = tuple((k[i] - 1 - first[i], end) for i, end in enumerate(ends))
         return _by_lax(g, kernel[::-1, ::-1].swapaxes(2, 3), (1, 1), around, lhs_dilation=strides)
 
     def elsewhere(g, kernel):
-        return jax.linear_transpose(lambda x: _by_lax(x, kernel, strides, padding), x.aval)(g)[0]
+        return jax.linear_transpose(lambda x: _by_lax(x, kernel, strides, padding), x)(g)[0]
 
     return lax.platform_dependent(g, kernel, cpu=on_cpu, default=elsewhere)
 
 
-def _kernel_grad(g, x, kernel, *, strides, padding):
+@functools.partial(jax.jit, static_argnames=("kernel", "strides", "padding"))
+def _to_kernel(g, x, *, kernel, strides, padding):
+    """The gradient of the kernel, of which the type is given."""
+
     def on_cpu(g, x):  # channels are the images, and images the channels
-        k, first = kernel.aval.shape[:2], tuple(low for low, _ in padding)
+        k, first = kernel.shape[:2], tuple(low for low, _ in padding)
         ends = (k[i] + (g.shape[i + 1] - 1) * strides[i] - x.shape[i + 1] - first[i] for i in range(2))
         around = tuple(zip(first, ends, strict=True))
         by_channel = _by_lax(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), (1, 1), around, rhs_dilation=strides)
         return by_channel.transpose(1, 2, 0, 3)
 
     def elsewhere(g, x):
-        return jax.linear_transpose(lambda kernel: _by_lax(x, kernel, strides, padding), kernel.aval)(g)[0]
+        return jax.linear_transpose(lambda kernel: _by_lax(x, kernel, strides, padding), kernel)(g)[0]
 
     return lax.platform_dependent(g, x, cpu=on_cpu, default=elsewhere)
 
@@ -70,7 +77,12 @@ def _batch(x, kernel, x_axis, kernel_axis, **window):
 
 # x (N, H, W, C), kernel (h, w, C, D), both of one dtype, to (N, ..., D).
 _conv = primitives.bilinear(
-    "dense_conv", compute=_compute, result=_type, to_first=_input_grad, to_second=_kernel_grad, batch=_batch
+    "dense_conv",
+    compute=_compute,
+    result=_type,
+    to_first=lambda g, x, kernel, **window: _to_input(g, kernel, x=x.aval, **window),
+    to_second=lambda g, x, kernel, **window: _to_kernel(g, x, kernel=kernel.aval, **window),
+    batch=_batch,
 )
 
 

@@ -102,7 +102,6 @@ def test_files_round_trip(tmp_path, caplog):
         ({"CLASSES": ("a", "b", "c")}, ["a", "b", "c"]),
         ({"dataset_meta": {"classes": ["a", "b", "c"]}}, ["a", "b", "c"]),
         ({"CLASSES": ("a", "b")}, None),
-        ({"CLASSES": (1, 2, 3)}, None),
         ("text", None),
     ],
 )
