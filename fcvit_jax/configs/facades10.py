@@ -1,4 +1,4 @@
-"""A narrow Mask R-CNN on 508 photographs of buildings, 10 classes: half an hour on two CPU cores.
+"""A narrow Mask R-CNN on 508 photographs of buildings, 10 classes: twenty minutes on two CPU cores.
 
     python main.py --config=configs/facades10.py --workdir=runs/facades --config.data.dataset=coco:PATH \
         --config.init_from=runs/cifar10/best
