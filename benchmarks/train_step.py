@@ -21,7 +21,8 @@ tracing and compiling our program.
 
 For detection they are Mask R-CNN with COCO's numbers on images of one size, from uint8 images to detections without
 pasted masks, or to updated weights; and torchvision's Mask R-CNN over the same pyramid, from normalised images, if
-torchvision is installed. Useful operations are then known of the forward pass alone.
+torchvision is installed. In the forward pass both find about as many objects as may be (`detection.spread`). Useful
+operations are known of the forward pass alone.
 """
 
 import contextlib
