@@ -109,24 +109,24 @@ def test_a_run_with_all_options_resumes_bit_for_bit(config, images, run_folder, 
     assert evaluate_checkpoint(config(), run_folder) == result
 
 
-def test_the_checkpoint_has_what_was_asked_for(run_folder, images):
-    metadata = load_metadata(run_folder)
+def test_the_checkpoint_has_what_was_asked_for(undisturbed, images):
+    metadata = load_metadata(undisturbed)
     assert (metadata["exif"], metadata["image_size"]) == (True, [192, 256])
     (path,) = (images / "val/0").glob("1.jpg")
-    seen = read_image(path, load(run_folder).metadata)
+    seen = read_image(path, load(undisturbed).metadata)
     np.testing.assert_array_equal(seen, augment.eval_transform(path.read_bytes(), (192, 256), 1.0, exif=True))
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
-def test_every_tool_takes_a_checkpoint_of_images_that_are_not_square(run_folder, images, tmp_path, capsys):
+def test_every_tool_takes_a_checkpoint_of_images_that_are_not_square(undisturbed, images, tmp_path, capsys):
     path = images / "val/0/1.jpg"
     with pytest.raises(SystemExit) as status:
-        predict.main(["--checkpoint", str(run_folder), "--json", str(path)])
+        predict.main(["--checkpoint", str(undisturbed), "--json", str(path)])
     assert status.value.code == 0
     (line,) = capsys.readouterr().out.splitlines()
     shown = json.loads(line)["predictions"][0]
 
-    export.export(run_folder, tmp_path / "exported")
+    export.export(undisturbed, tmp_path / "exported")
     program, about = export.load(tmp_path / "exported")
     pixels = read_image(path, about)
     assert pixels.shape == (192, 256, 3)
@@ -134,11 +134,11 @@ def test_every_tool_takes_a_checkpoint_of_images_that_are_not_square(run_folder,
     assert shown["index"] == int(expected.argmax())
     np.testing.assert_allclose(shown["probability"], expected.max(), rtol=1e-4)
 
-    summary.main(["--checkpoint", str(run_folder)])
+    summary.main(["--checkpoint", str(undisturbed)])
     assert "one image of 192 x 256" in capsys.readouterr().out
-    visualize.main(["similarity", "--checkpoint", str(run_folder), str(path), "--output", str(tmp_path / "a.png")])
+    visualize.main(["similarity", "--checkpoint", str(undisturbed), str(path), "--output", str(tmp_path / "a.png")])
     assert (tmp_path / "a.png").stat().st_size > 1000
-    export.export(run_folder, tmp_path / "hub", format="hub")
+    export.export(undisturbed, tmp_path / "hub", format="hub")
     assert "192 x 256 pixels" in (tmp_path / "hub/README.md").read_text()
 
 
