@@ -16,17 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.depthwise import torch_device, torch_repeated
+from benchmarks.detection import torchvision
 from benchmarks.measure import about, make_parser, milliseconds, repeated, report
 from fcvit_jax.devices.cpu import compiler_options
-from fcvit_jax.devices.sharding import make_mesh
-from fcvit_jax.networks.boxes import nms
+from fcvit_jax.networks.boxes import STRIDES, map_sizes, nms
 from fcvit_jax.networks.roi_align import pyramid_roi_align
-
-try:
-    import torch
-    import torchvision
-except (ImportError, RuntimeError):  # the latter where it was built for another PyTorch
-    torchvision = None
 
 
 def random_boxes(rng, number, size):
@@ -38,8 +32,6 @@ def random_boxes(rng, number, size):
 
 
 def jax_contestants(boxes, scores, maps, rois):
-    options = compiler_options(make_mesh(data=1))
-
     def pool(maps):
         return pyramid_roi_align(maps, rois[None], size=7)
 
@@ -51,11 +43,15 @@ def jax_contestants(boxes, scores, maps, rois):
         "RoIAlign of 512": (pool, maps),
         "RoIAlign of 512, gradient": (jax.grad(squares), maps),
     }
-    compiled = {name: (jax.jit(call).lower(*args).compile(options), args) for name, (call, *args) in calls.items()}
+    compiled = {
+        name: (jax.jit(call).lower(*args).compile(compiler_options()), args) for name, (call, *args) in calls.items()
+    }
     return {name: repeated(partial(program, *args)) for name, (program, args) in compiled.items()}
 
 
 def torch_contestants(boxes, scores, maps, rois, size):
+    import torch
+
     device = torch_device()
     boxes, scores, rois = (torch.tensor(x, device=device) for x in (boxes, scores, rois))
     maps = [torch.tensor(np.moveaxis(x, -1, 1).copy(), device=device) for x in maps]
@@ -85,7 +81,7 @@ def main():
     args = parser.parse_args()
     rng, size = np.random.default_rng(0), tuple(args.image_size)
     boxes, scores, rois = random_boxes(rng, 2000, size), rng.random(2000, np.float32), random_boxes(rng, 512, size)
-    maps = [rng.standard_normal((1, -(-size[0] // s), -(-size[1] // s), 256), np.float32) for s in (4, 8, 16, 32)]
+    maps = [rng.standard_normal((1, *cells, 256), np.float32) for cells in map_sizes(*size, STRIDES[:4])]
     contestants = {"fcvit_jax": jax_contestants(boxes, scores, maps, rois)}
     if torchvision:
         contestants["torchvision"] = torch_contestants(boxes, scores, maps, rois, size)

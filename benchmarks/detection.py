@@ -30,12 +30,12 @@ def read_batch(args):
     return {name: np.asarray(x) for name, x in batch.items()}
 
 
-def spread(logits):
+def spread(logits, images):
     """By what to multiply the weights of the classes, and what to add to the background's bias.
 
     New weights find nothing, and the mask head would have nothing to do. With these, 300 scores of each image are above
-    the threshold of 0.05, so that about as many objects are found as may be. Logits are (boxes of two images,
-    classes), the background's last.
+    the threshold of 0.05, so that about as many objects are found as may be. Logits are (boxes of all images, classes),
+    the background's last.
     """
     scale = 3 / logits[:, :-1].std()
     low, high = -30.0, 30.0
@@ -43,7 +43,7 @@ def spread(logits):
         middle = (low + high) / 2
         odds = np.exp(scale * logits + np.append(np.zeros(logits.shape[1] - 1), middle))
         above = (odds[:, :-1] / odds.sum(1, keepdims=True) > 0.05).sum()
-        low, high = (middle, high) if above > 2 * 300 else (low, middle)
+        low, high = (middle, high) if above > 300 * images else (low, middle)
     return scale, middle
 
 
@@ -82,7 +82,7 @@ class DetectionStep(Step):
             _, state = self.model.apply(variables, pixels, sizes, mutable=["intermediates"], **of_classes)
             return state["intermediates"]["box_head"]["logits"]["__call__"][0]
 
-        scale, background = spread(np.asarray(logits(variables)))
+        scale, background = spread(np.asarray(logits(variables)), len(images))
         classes = variables["params"]["box_head"]["logits"]
         classes["kernel"] = scale * classes["kernel"]
         classes["bias"] = (scale * classes["bias"]).at[-1].add(background)
@@ -158,7 +158,7 @@ def torch_calls(name, args, device):
         network.eval()
         results(None)
         handle.remove()
-        scale, background = spread(np.roll(logits[0], -1, 1))  # torchvision's background comes first
+        scale, background = spread(np.roll(logits[0], -1, 1), len(sizes))  # torchvision's background comes first
     with torch.no_grad():
         classes.weight *= scale
         classes.bias *= scale
